@@ -1,0 +1,41 @@
+"""What an author of a driver writes: a class with a few callbacks; the SDK owns the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadProgress, LoadRequest, Quantum, Step
+from llmos.ipc.errors import NotSupported
+
+PendingStep = Callable[[], Step]
+"""Waits for a dispatched step and returns what it produced."""
+
+Progress = Callable[[LoadProgress], None]
+
+
+class Driver:
+    """Base of every driver; a callback that is left out answers ENOSYS.
+
+    All callbacks run on one thread, one at a time, except that the generator of the next quantum may be
+    started while steps of the one before it are still pending. Raise the errors of ``llmos.ipc.errors``;
+    anything else ends the process, and the supervisor starts it again.
+    """
+
+    def describe(self) -> DriverInfo:
+        """Say what this driver is, without touching a device for longer than a moment."""
+        raise NotSupported("this driver does not describe itself")
+
+    def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
+        """Load a model; call ``progress`` at least once a second. InvalidArgument names the bad tensor."""
+        raise NotSupported("this driver loads no models")
+
+    def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
+        """Yield once for every step, *after dispatching it*; at most two are pending at a time.
+
+        The SDK closes the generator between steps to preempt, so state must be consistent at each yield.
+        """
+        raise NotSupported("this driver executes nothing")
+
+    def unload(self, model: str) -> None:
+        """Forget a model and free its memory."""
+        raise NotSupported("this driver unloads nothing")

@@ -1,0 +1,197 @@
+"""The messages on the link between the scheduler and a driver.
+
+A *sequence* sits in a *slot* of the driver's batch. A *quantum* is a short program for the batch: which
+slots to empty, which sequences to start, which pages to append, and for each of its steps which prompt
+chunks to prefill; the slots in ``decode`` advance by a token on every step. Tokens never travel to the
+driver during decode: the last token, the position and the random counter of a slot live on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+DType = Literal["float32", "bfloat16", "int8", "float8"]
+FinishReason = Literal["stop", "length", "error"]
+
+
+class Device(msgspec.Struct, frozen=True):
+    """One device that a driver owns; ``memory`` in bytes, 0 where the driver cannot tell."""
+
+    id: int
+    kind: Literal["cpu", "gpu", "tpu", "other"]
+    name: str
+    memory: int = 0
+
+
+class DriverInfo(msgspec.Struct, frozen=True):
+    """What a driver is and what it can do, told before any model is loaded."""
+
+    driver: str
+    version: str
+    devices: list[Device]
+    dtypes: list[DType]
+    features: list[str] = []
+
+
+class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Load a model's weights and prepare a paged KV cache for it.
+
+    ``source`` is a GGUF file, a folder of safetensors with ``config.json``, or an Orbax checkpoint folder.
+    ``cache`` is a folder the driver may keep converted weights and compiled programs in.
+    ``pages`` 0 lets the driver take ``memory_fraction`` of what is free on the device after the weights.
+    ``mesh`` maps axis names (data, tensor, pipeline, expert, sequence) to sizes; empty means one device.
+    """
+
+    model: str
+    source: str
+    cache: str = ""
+    dtype: DType = "float32"
+    kv_dtype: DType = "float32"
+    page_tokens: int = 16
+    pages: int = 0
+    memory_fraction: float = 0.85
+    slots: int = 16
+    max_context: int = 2048
+    chunk_tokens: int = 256
+    mesh: dict[str, int] = {}
+
+
+class LoadProgress(msgspec.Struct, frozen=True):
+    """How far a load is; ``total`` 0 means unknown."""
+
+    phase: Literal["read", "convert", "restore", "place", "compile", "save"]
+    done: int
+    total: int
+
+
+class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is ready to execute quanta.
+
+    ``pages`` counts the usable pages, numbered 0 to ``pages - 1``; each holds ``page_tokens`` tokens and
+    ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step.
+    """
+
+    model: str
+    family: str
+    parameters: int
+    weight_bytes: int
+    pages: int
+    page_tokens: int
+    page_bytes: int
+    slots: int
+    max_context: int
+    chunk_tokens: int
+    vocab_size: int
+    stop_tokens: list[int]
+    attention: str
+    phases: dict[str, float] = {}
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is chosen; the defaults are greedy. ``seed`` is an unsigned 32-bit number.
+
+    Order of operations, as in Hugging Face: logit bias, repetition penalty (prompt and output), presence
+    and frequency penalty (output only), temperature, top-k, top-p, min-p.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: dict[int, float] = {}
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A sequence enters an empty slot.
+
+    ``tokens`` holds every token known: the prompt, and what was generated before the sequence was last
+    displaced; the first ``prompt`` of them are the prompt. ``pages`` is its block table so far. The KV of
+    the first ``cached`` tokens is already in those pages (``cached < len(tokens)``). Generation ends with
+    "stop" after a token of ``stop`` was produced, or with "length" when the sequence has ``limit`` tokens.
+    """
+
+    slot: int
+    tokens: list[int]
+    prompt: int
+    pages: list[int]
+    cached: int = 0
+    limit: int
+    stop: list[int] = []
+    sampling: Sampling = Sampling()
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Prefill ``length`` known tokens of a slot from position ``start`` on, in step ``step`` of the quantum.
+
+    The chunk that reaches the last known token also samples the next one in that step.
+    """
+
+    step: int
+    slot: int
+    start: int
+    length: int
+
+
+class Growth(msgspec.Struct, frozen=True, array_like=True):
+    """Pages appended to a slot's block table."""
+
+    slot: int
+    pages: list[int]
+
+
+class Quantum(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Work for ``steps`` steps of one model's batch, applied in the order of the fields.
+
+    A slot in ``decode`` produces one token a step from the step after its last chunk on, until it finishes;
+    a slot that has finished, or is not in ``decode``, holds still.
+    """
+
+    id: int
+    model: str
+    steps: int
+    release: list[int] = []
+    start: list[Start] = []
+    grow: list[Growth] = []
+    chunks: list[Chunk] = []
+    decode: list[int] = []
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """What one step produced: ``tokens[i]`` belongs to ``slots[i]``; a slot may occur more than once.
+
+    The stop token itself is reported. ``micros`` is the time since the previous step completed, or since
+    dispatch where the device was idle.
+    """
+
+    quantum: int
+    index: int
+    slots: list[int]
+    tokens: list[int]
+    finished: list[tuple[int, FinishReason]]
+    micros: int
+
+
+class QuantumDone(msgspec.Struct, frozen=True, array_like=True):
+    """A quantum ended after ``steps`` steps: fewer than asked when it was preempted or nothing was left."""
+
+    quantum: int
+    steps: int
+    preempted: bool
+
+
+class Preempt(msgspec.Struct, frozen=True):
+    """Dispatch no further step of this quantum or of any before it."""
+
+    quantum: int
+
+
+class Unload(msgspec.Struct, frozen=True):
+    """Forget a model: its weights and its pages."""
+
+    model: str

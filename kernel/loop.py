@@ -1,0 +1,221 @@
+"""The sockets and the poll loop: one ROUTER on ipc for data, one for control, optionally one on tcp.
+
+A peer's routing id is never taken for its identity: the ids are made by our own sockets (a peer that brings
+its own is not served), so each names one connection for as long as it lasts; on ipc the process behind it is
+known by its socket credentials and watched by pidfd, on tcp it is the CURVE key that ZAP admitted.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+from zmq.utils import z85
+
+from llmos.ipc import limits, paths, sockets
+from llmos.kernel.dispatcher import Dispatcher, Sent
+from llmos.kernel.messages import BootFile
+from llmos.kernel.methods import Methods
+from llmos.kernel.table import Connection, Lane, Table
+from llmos.kernel.verbs import Verbs
+
+BATCH = 256
+TICK_MS = 50
+AUTO_ID = 0  # the first byte of a routing id made by libzmq; a peer cannot choose one that starts with it
+
+
+@dataclass(frozen=True)
+class TcpConfig:
+    """Where to listen for peers on other hosts, our CURVE secret, and the folder of keys we admit."""
+
+    address: str
+    secret: bytes
+    public: bytes
+    authorized: Path
+
+
+class KernelLoop:
+    """Reads messages, hands them to the dispatcher, and sends what it says."""
+
+    def __init__(self, run: Path, boot: BootFile, tcp: TcpConfig | None = None) -> None:
+        boot_id = secrets.token_hex(8)
+        names = ["security", *(e.grant.serves for e in boot.entries if e.grant.serves)]
+        self.table = Table(list(dict.fromkeys(names)))
+        self.dispatcher = Dispatcher(self.table, self._send)
+        self.verbs = Verbs(self.table, self.dispatcher, boot, boot_id)
+        self.methods = Methods(self.table, self.dispatcher, self.verbs, boot_id, _now())
+        self._context = zmq.Context()
+        self._sockets = {
+            lane: self._bind(lane, paths.socket_address(name, run)) for lane, name in LANES.items()
+        }
+        self._zap = self._bind_tcp(tcp) if tcp else None
+        self._authorized = tcp.authorized if tcp else None
+        self._deaths = select.epoll()
+        self._processes: dict[int, tuple[int, list[Connection]]] = {}
+        self._running = True
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+        poller = zmq.Poller()
+        for socket in (*self._sockets.values(), *([self._zap] if self._zap else [])):
+            poller.register(socket, zmq.POLLIN)
+        poller.register(self._deaths.fileno(), zmq.POLLIN)
+        next_tick = 0.0
+        while self._running:
+            ready = dict(poller.poll(TICK_MS))
+            if self._zap is not None and self._zap in ready:
+                self._authenticate(self._zap)
+            if self._deaths.fileno() in ready:
+                self._bury()
+            # Control first: a registration or a stop never waits for the data behind it.
+            for lane in (Lane.CONTROL, Lane.DATA, Lane.TCP):
+                if lane in self._sockets and self._sockets[lane] in ready:
+                    self._drain(lane)
+            if time.monotonic() >= next_tick:
+                self.dispatcher.tick(_now())
+                next_tick = time.monotonic() + TICK_MS / 1000
+        self.close()
+
+    def stop(self) -> None:
+        self._running = False
+
+    def close(self) -> None:
+        self._deaths.close()
+        self._context.destroy(linger=0)
+
+    def _bind(self, lane: Lane, address: str) -> zmq.Socket[bytes]:
+        socket = self._router()
+        previous = os.umask(0o177)
+        try:
+            socket.bind(address)
+        finally:
+            os.umask(previous)
+        return socket
+
+    def _router(self) -> zmq.Socket[bytes]:
+        socket = sockets.configure(self._context.socket(zmq.ROUTER))
+        socket.set(zmq.ROUTER_MANDATORY, 1)
+        return socket
+
+    def _bind_tcp(self, tcp: TcpConfig) -> zmq.Socket[bytes]:
+        """Listen on tcp with CURVE; the returned ZAP socket must answer before any peer is admitted."""
+        sockets.check_address(tcp.address)
+        zap = self._context.socket(zmq.REP)
+        zap.bind("inproc://zeromq.zap.01")
+        socket = self._router()
+        socket.curve_server = True
+        socket.curve_secretkey = tcp.secret
+        socket.set(zmq.ZAP_DOMAIN, b"llmos")
+        socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        socket.set(zmq.HEARTBEAT_IVL, 5000)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, 15000)
+        socket.bind(tcp.address)
+        self._sockets[Lane.TCP] = socket
+        return zap
+
+    def _authenticate(self, zap: zmq.Socket[bytes]) -> None:
+        """Answer one ZAP request (RFC 27): admit a CURVE key whose file is in the authorized folder."""
+        version, request, _domain, _address, _identity, mechanism, *credentials = zap.recv_multipart()
+        key = z85.encode(credentials[0]) if mechanism == b"CURVE" and credentials else b""
+        known = (
+            {p.read_bytes().strip() for p in self._authorized.glob("*.pub")} if self._authorized else set()
+        )
+        status = (b"200", b"OK", key) if key and key in known else (b"400", b"unknown key", b"")
+        zap.send_multipart([version, request, *status, b""])
+
+    def _drain(self, lane: Lane) -> None:
+        socket, now, connections = self._sockets[lane], _now(), self.table.connections
+        recv, get, dispatch = socket.recv, socket.getsockopt, self.dispatcher.dispatch
+        for _ in range(BATCH):
+            try:
+                rid = recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            sender = connections.get((lane, rid))
+            if sender is None:
+                self._admit(lane, socket, rid, now)
+                continue
+            frames = []
+            while get(zmq.RCVMORE):
+                frames.append(recv())
+            if len(frames) <= limits.FRAMES:
+                dispatch(sender, frames, now)
+            else:
+                dispatch(sender, [], now)
+
+    def _admit(self, lane: Lane, socket: zmq.Socket[bytes], rid: bytes, now: int) -> None:
+        """Take the first message of a peer, whose metadata says who sent it."""
+        frames = []
+        while socket.getsockopt(zmq.RCVMORE):
+            frames.append(socket.recv(copy=False))
+        if rid[0] != AUTO_ID or not frames or len(frames) > limits.FRAMES:
+            return
+        peer, pid = _identify(frames[0], lane)
+        if len(self.table.connections) >= limits.CONNECTIONS:
+            return
+        connection = self.table.open(lane, rid, pid, peer)
+        if pid:
+            self._watch(connection)
+        self.dispatcher.dispatch(connection, [frame.bytes for frame in frames], now)
+
+    def _watch(self, connection: Connection) -> None:
+        """Learn of the death of the process behind an ipc connection as it happens."""
+        if connection.pid not in self._processes:
+            try:
+                descriptor = os.pidfd_open(connection.pid)
+            except ProcessLookupError:
+                self.verbs.close(connection)
+                return
+            self._deaths.register(descriptor, select.EPOLLIN)
+            self._processes[connection.pid] = (descriptor, [])
+        self._processes[connection.pid][1].append(connection)
+
+    def _bury(self) -> None:
+        dead = {descriptor for descriptor, _ in self._deaths.poll(0)}
+        for pid, (descriptor, connections) in list(self._processes.items()):
+            if descriptor in dead:
+                self._deaths.unregister(descriptor)
+                os.close(descriptor)
+                del self._processes[pid]
+                for connection in connections:
+                    self.verbs.close(connection)
+
+    def _send(self, to: Connection, frames: list[bytes]) -> Sent:
+        if to is self.verbs.own:
+            self.verbs.on_verified(frames)
+            return Sent.OK
+        try:
+            self._sockets[to.lane].send_multipart([to.rid, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return Sent.GONE
+        return Sent.OK
+
+
+LANES = {Lane.CONTROL: "control", Lane.DATA: "kernel"}
+
+
+def _identify(frame: zmq.Frame, lane: Lane) -> tuple[str, int]:
+    """Who is behind a connection: on ipc "uid:gid:pid" of the process, on tcp its admitted CURVE key."""
+    with suppress(zmq.ZMQError):
+        if lane is Lane.TCP:
+            return f"key:{frame.get('User-Id')}", 0
+        address = str(frame.get("Peer-Address"))
+        return address, int(address.rsplit(":", 1)[1])
+    return "", 0
+
+
+def _now() -> int:
+    return time.time_ns() // 1000

@@ -1,0 +1,118 @@
+"""What a system consists of: ``llmos.toml``, with a complete default for everything left out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from llmos.drivers.sdk.messages import DType
+from llmos.ipc import codec, paths
+from llmos.ipc.errors import InvalidArgument, NotFound
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class DriverSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One driver process. ``kind`` is an entry point in ``llmos.drivers``; ``command`` replaces it by any
+    program that speaks the driver protocol. ``options`` are passed to the driver as they are."""
+
+    name: str
+    kind: str = "jax"
+    command: list[str] = []
+    options: dict[str, str | int | float | bool] = {}
+    environment: dict[str, str] = {}
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model to serve. ``source`` is a path, or empty for a model that was pulled under this name.
+
+    ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits).
+    """
+
+    name: str
+    driver: str = "jax0"
+    source: str = ""
+    dtype: DType = "float32"
+    kv_dtype: DType = "float32"
+    slots: int = 16
+    pages: int = 1024
+    page_tokens: int = 16
+    max_context: int = 2048
+    chunk_tokens: int = 256
+    mesh: dict[str, int] = {}
+
+
+class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where HTTP is served; ``port`` 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    max_body: int = 4 << 20
+    max_connections: int = 1024
+
+
+class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``steps`` bounds a quantum; ``queue`` the tasks that may wait."""
+
+    steps: int = 8
+    queue: int = 10_000
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole system. A service is restarted ``restarts`` times within ``restart_window`` seconds, then
+    given up."""
+
+    drivers: list[DriverSpec] = msgspec.field(default_factory=lambda: [DriverSpec(name="jax0")])
+    models: list[ModelSpec] = msgspec.field(default_factory=lambda: [ModelSpec(name=DEFAULT_MODEL)])
+    gateway: GatewaySpec = GatewaySpec()
+    scheduler: SchedulerSpec = SchedulerSpec()
+    restarts: int = 5
+    restart_window: float = 60.0
+
+    def model(self, name: str) -> ModelSpec:
+        for spec in self.models:
+            if spec.name == name:
+                return spec
+        known = ", ".join(model.name for model in self.models)
+        raise NotFound(f"no model {name!r} is served here; there is: {known}")
+
+
+def load(path: Path | None) -> Manifest:
+    """The manifest in a TOML file, or the default; InvalidArgument says what is wrong and where."""
+    if path is None:
+        return Manifest()
+    try:
+        manifest = msgspec.toml.decode(path.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise InvalidArgument(f"cannot read {path}: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{path}: {error}") from None
+    check(manifest)
+    return manifest
+
+
+def check(manifest: Manifest) -> None:
+    """Refuse a manifest that cannot work, before anything is started."""
+    drivers, models = [d.name for d in manifest.drivers], [m.name for m in manifest.models]
+    for what, names in (("driver", drivers), ("model", models)):
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise InvalidArgument(f"{what} name {name!r}: use up to 64 letters, digits, '-', '_' and '.'")
+            if names.count(name) > 1:
+                raise InvalidArgument(f"two {what}s are named {name!r}")
+    for model in manifest.models:
+        if model.driver not in drivers:
+            raise InvalidArgument(f"model {model.name!r} wants driver {model.driver!r}; there is: {drivers}")
+
+
+def write_running(manifest: Manifest, run: Path | None = None) -> None:
+    """Leave the manifest of the running system where its services find it."""
+    paths.write_private((run or paths.run_dir()) / "manifest", codec.encode(manifest))
+
+
+def read_running(run: Path | None = None) -> Manifest:
+    """The manifest of the running system."""
+    return codec.decode(((run or paths.run_dir()) / "manifest").read_bytes(), Manifest)

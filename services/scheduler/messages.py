@@ -1,0 +1,123 @@
+"""The messages on the link to the scheduler; those to the drivers are in ``llmos.drivers.sdk.messages``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from llmos.drivers.sdk.messages import LoadedModel, Sampling
+from llmos.ipc.grant import Band
+
+State = Literal["waiting", "running", "stopped"]
+Reason = Literal["stop", "length", "canceled", "error"]
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True):
+    """Run a task: continue ``tokens`` until a token of ``stop``, or ``max_tokens`` new ones.
+
+    The call stays open while the task lives: chunks are ``Tokens`` (or go to this connection's ``attach``
+    stream), the end is ``Finished``, cancelling the call kills the task. The header's deadline is the task's.
+    """
+
+    model: str
+    tokens: list[int]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    stop: list[int] = []
+    band: Band = "interactive"
+    label: str = ""
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of the task that was submitted with message id ``call``; ``offset`` is the index of the
+    first among all it has produced."""
+
+    call: int
+    offset: int
+    tokens: list[int]
+
+
+class Emitted(msgspec.Struct, frozen=True, array_like=True):
+    """What one step produced for all tasks of a connection: the chunks of ``attach``."""
+
+    tokens: list[Tokens]
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """How a task ended. Times in seconds: waiting for its first quantum, to its first token, in all."""
+
+    task: int
+    reason: Reason
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    queued: float
+    first_token: float
+    total: float
+
+
+class Host(msgspec.Struct, frozen=True):
+    """A driver has loaded a model and will execute quanta for it."""
+
+    driver: str
+    model: LoadedModel
+
+
+class Unhost(msgspec.Struct, frozen=True):
+    """A driver no longer serves a model; its tasks go to another host, or wait for one."""
+
+    driver: str
+    model: str
+
+
+class TaskLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One task as ``ps`` shows it; ``age`` in seconds."""
+
+    task: int
+    tenant: str
+    principal: str
+    model: str
+    driver: str
+    band: Band
+    state: State
+    prompt_tokens: int
+    completion_tokens: int
+    max_tokens: int
+    pages: int
+    age: float
+    label: str
+
+
+class Tasks(msgspec.Struct, frozen=True):
+    tasks: list[TaskLine]
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """End a task; its caller gets ECANCELED."""
+
+    task: int
+
+
+class HostLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One model on one driver."""
+
+    driver: str
+    model: str
+    running: int
+    slots: int
+    steps: int
+    tokens: int
+    step_micros: float
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since the start; ``served`` maps tenants to the tokens they were served."""
+
+    waiting: int
+    running: int
+    finished: int
+    displaced: int
+    tokens: int
+    served: dict[str, int]
+    hosts: list[HostLine]
