@@ -10,12 +10,12 @@ from typing import Any, TypeVar, overload
 
 import zmq
 
-from llmos.ipc import codec, header, paths, sockets
+from llmos.ipc import codec, header, paths
 from llmos.ipc.calls import FINAL, Answer
 from llmos.ipc.errors import AccessDenied, HostDown, LLMOSError
 from llmos.ipc.grant import Grant
 from llmos.ipc.link import Link, now
-from llmos.ipc.sockets import CurveClient
+from llmos.ipc.sockets import CurveClient, to_bytes
 from llmos.kernel.messages import Present, Presented, Release
 
 T = TypeVar("T")
@@ -23,6 +23,7 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT = 60.0
 RETRY_MS = 50
 GRACE_MS = 100
+BATCH = 256
 
 
 class Client:
@@ -178,7 +179,8 @@ class Client:
             if not poller.poll(max(0, (deadline - now()) // 1000) + GRACE_MS):
                 link.calls.expire(now())
                 continue
-            while (frames := sockets.receive(link.socket)) is not None:
+            for message in link.wire.drain(BATCH):
+                frames = to_bytes(message)
                 link.deliver(header.decode(frames[0]), frames)
             if link.lost():
                 link.hello(max(0.0, (deadline - now()) / 1e6))

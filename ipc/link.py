@@ -11,7 +11,7 @@ from llmos.ipc import codec, header, sockets
 from llmos.ipc.calls import Answer, CallTable, Listener
 from llmos.ipc.errors import HostDown, LLMOSError
 from llmos.ipc.header import VERSION, Header, Kind
-from llmos.ipc.sockets import CurveClient
+from llmos.ipc.sockets import CurveClient, Wire, to_bytes
 from llmos.kernel.messages import Hello, Welcome
 
 
@@ -33,6 +33,7 @@ class Link:
         curve: CurveClient | None = None,
     ) -> None:
         self.socket = sockets.connect(context, address, curve)
+        self.wire = Wire(self.socket)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.calls = CallTable()
         self._hello = Hello(token, control)
@@ -45,8 +46,8 @@ class Link:
         while not answers:
             if not self.socket.poll(max(0, (deadline - now()) // 1000)):
                 raise HostDown(f"no kernel answered within {timeout:g} s: is the system up? try: llmos up")
-            while not answers and (frames := sockets.receive(self.socket)) is not None:
-                self.deliver(header.decode(frames[0]), frames)
+            frames = to_bytes(self.wire.receive())
+            self.deliver(header.decode(frames[0]), frames)
         answer = answers.popleft()
         if answer.error is not None:
             raise answer.error
@@ -109,4 +110,4 @@ class Link:
             self.socket.close(linger=200)
 
     def _send(self, head: Header, body: bytes) -> None:
-        self.socket.send_multipart([header.encode(head), body])
+        self.wire.send([header.encode(head), body])

@@ -12,6 +12,7 @@ import heapq
 import itertools
 import logging
 import signal
+import threading
 import time
 import typing
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class Incoming:
         self.origin = origin
         self.buffers = buffers
         self.deadline = head.deadline
-        self.on_cancel: Callable[[], None] | None = None
+        self.on_cancel: Callable[[], object] | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -110,6 +111,9 @@ class Server:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._readable: dict[Any, Callable[[], None]] = {}
+        self._poller = zmq.Poller()
+        for source in (self.control.monitor, self.control.socket, self.data.socket):
+            self._poller.register(source, zmq.POLLIN)
         self._running = True
 
     # --- what a service overrides ---
@@ -129,9 +133,13 @@ class Server:
     def on_kernel_restart(self) -> None:
         """The kernel was started anew: all calls, served and made, are gone."""
 
+    def work(self) -> bool:
+        """A slice of work between messages; True asks for another slice before waiting."""
+        return False
+
     def beat(self) -> Beat:
         """How this service is; a loop that turns is healthy."""
-        return Beat(self.progress, 0.0)
+        return Beat(self.progress)
 
     # --- what a service uses ---
 
@@ -169,6 +177,7 @@ class Server:
     def on_readable(self, source: Any, function: Callable[[], None]) -> None:
         """Run ``function`` when a descriptor or a ZeroMQ socket can be read."""
         self._readable[source] = function
+        self._poller.register(source, zmq.POLLIN)
 
     def finish(self) -> None:
         """Leave the loop after the message at hand."""
@@ -178,14 +187,15 @@ class Server:
 
     def serve(self) -> None:
         """Register, then get, switch and reply until told to stop."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.finish())
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: self.finish())
         self._register()
         self.start()
         self.control.verb("ready", None)
-        self.every(BEAT_SECONDS, lambda: self.control.verb("beat", self.beat()))
+        self.every(BEAT_SECONDS, self._beat)
         while self._running:
-            self.turn()
+            self.turn(wait=not self.work())
         self.stop()
         self.control.close()
         self.data.close()
@@ -193,31 +203,24 @@ class Server:
 
     def turn(self, wait: bool = True) -> None:
         """One turn of the loop: what is due by the clock, then what the sockets hold, control first."""
-        self._run_timers()
-        ready = self._poll(self._wait_ms() if wait else 0)
+        clock = time.monotonic()
+        while self._timers and self._timers[0][0] <= clock:
+            heapq.heappop(self._timers)[2]()
+        pause = self._timers[0][0] - clock if self._timers else 1.0
+        ready = dict(self._poller.poll(max(0, round(pause * 1000)) if wait else 0))
         if self.control.monitor in ready and self.control.lost():
             self._reconnect()
             return
-        self._drain(self.control)
-        self._drain(self.data)
+        if self.control.socket in ready:
+            self._drain(self.control)
+        if self.data.socket in ready:
+            self._drain(self.data)
         for source, function in self._readable.items():
             if source in ready:
                 function()
 
-    def _poll(self, timeout_ms: int) -> dict[Any, int]:
-        poller = zmq.Poller()
-        for source in (self.control.monitor, self.control.socket, self.data.socket, *self._readable):
-            poller.register(source, zmq.POLLIN)
-        return dict(poller.poll(timeout_ms))
-
-    def _wait_ms(self) -> int:
-        if not self._timers:
-            return 1000
-        return max(0, min(1000, round((self._timers[0][0] - time.monotonic()) * 1000)))
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
+    def _beat(self) -> None:
+        self.control.verb("beat", self.beat())
         self.data.calls.expire(now())
 
     def _register(self) -> None:
@@ -237,11 +240,9 @@ class Server:
         self.on_kernel_restart()
 
     def _drain(self, link: Link) -> None:
-        for _ in range(BATCH):
+        for message in link.wire.drain(BATCH):
             try:
-                frames = sockets.receive(link.socket)
-                if frames is None:
-                    return
+                frames = sockets.to_bytes(message)
                 self._switch(link, header.decode(frames[0]), frames)
             except ProtocolError as error:
                 log.warning("dropped a message: %s", error)
@@ -294,7 +295,7 @@ class Server:
             raise ProtocolError(f"an answer of {len(body)} bytes exceeds {limits.BODY_BYTES}")
         connection, id = incoming.key
         head = header.encode(Header(VERSION, kind, connection, "", id, 0, incoming.head.trace))
-        self.data.socket.send_multipart([head, body])
+        self.data.wire.send([head, body])
 
     def _find_handlers(self) -> dict[str, _Handler]:
         found = {}

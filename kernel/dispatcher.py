@@ -23,6 +23,10 @@ from llmos.ipc.header import VERSION, Header, Kind
 from llmos.kernel.messages import Hop
 from llmos.kernel.table import Call, Connection, Held, Table
 
+# Plain integers: comparing with an enum's members costs more than the look-ups of the fast path.
+CALL, CAST, CHUNK, CANCEL, KERNEL = map(int, (Kind.CALL, Kind.CAST, Kind.CHUNK, Kind.CANCEL, Kind.KERNEL))
+ANSWERS = frozenset(map(int, (Kind.REPLY, Kind.CHUNK, Kind.END, Kind.ERROR)))
+
 
 class Sent(Enum):
     OK = "ok"
@@ -55,15 +59,15 @@ class Dispatcher:
             self.send(sender, [self._error_header(0, 0), codec.encode_error(error)])
             return
         kind = head.kind
-        if kind == Kind.CALL:
+        if kind == CALL:
             self._on_call(sender, head, frames, now)
-        elif kind in (Kind.REPLY, Kind.CHUNK, Kind.END, Kind.ERROR):
+        elif kind in ANSWERS:
             self._on_answer(sender, head, frames, now)
-        elif kind == Kind.CAST:
+        elif kind == CAST:
             self._on_cast(sender, head, frames, now)
-        elif kind == Kind.CANCEL:
+        elif kind == CANCEL:
             self._on_cancel(sender, head, frames)
-        elif kind == Kind.KERNEL and self.on_verb is not None:
+        elif kind == KERNEL and self.on_verb is not None:
             self.on_verb(sender, head, frames[1], now)
         else:
             self.refuse(sender, head, ProtocolError(f"unknown message kind {kind}"))
@@ -130,7 +134,7 @@ class Dispatcher:
         if call is None:
             self.table.messages["late"] += 1
             return
-        final = head.kind != Kind.CHUNK
+        final = head.kind != CHUNK
         if final:
             self.table.end(call)
         sent = self.send(call.caller, frames)

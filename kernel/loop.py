@@ -20,6 +20,7 @@ import zmq
 from zmq.utils import z85
 
 from llmos.ipc import limits, paths, sockets
+from llmos.ipc.sockets import Wire
 from llmos.kernel.dispatcher import Dispatcher, Sent
 from llmos.kernel.messages import BootFile
 from llmos.kernel.methods import Methods
@@ -57,6 +58,7 @@ class KernelLoop:
         }
         self._zap = self._bind_tcp(tcp) if tcp else None
         self._authorized = tcp.authorized if tcp else None
+        self._wires = {lane: Wire(socket) for lane, socket in self._sockets.items()}
         self._deaths = select.epoll()
         self._processes: dict[int, tuple[int, list[Connection]]] = {}
         self._running = True
@@ -133,39 +135,23 @@ class KernelLoop:
         zap.send_multipart([version, request, *status, b""])
 
     def _drain(self, lane: Lane) -> None:
-        socket, now, connections = self._sockets[lane], _now(), self.table.connections
-        recv, get, dispatch = socket.recv, socket.getsockopt, self.dispatcher.dispatch
-        for _ in range(BATCH):
-            try:
-                rid = recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            sender = connections.get((lane, rid))
-            if sender is None:
-                self._admit(lane, socket, rid, now)
-                continue
-            frames = []
-            while get(zmq.RCVMORE):
-                frames.append(recv())
-            if len(frames) <= limits.FRAMES:
-                dispatch(sender, frames, now)
-            else:
-                dispatch(sender, [], now)
+        now, connections, dispatch = _now(), self.table.connections, self.dispatcher.dispatch
+        for rid, *message in self._wires[lane].drain(BATCH):
+            sender = connections.get((lane, rid.bytes)) or self._admit(lane, rid.bytes, message)
+            if sender is not None:
+                # Too many frames is as bad as none, and is answered in the same way.
+                few = len(message) <= limits.FRAMES
+                dispatch(sender, [frame.bytes for frame in message] if few else [], now)
 
-    def _admit(self, lane: Lane, socket: zmq.Socket[bytes], rid: bytes, now: int) -> None:
-        """Take the first message of a peer, whose metadata says who sent it."""
-        frames = []
-        while socket.getsockopt(zmq.RCVMORE):
-            frames.append(socket.recv(copy=False))
-        if rid[0] != AUTO_ID or not frames or len(frames) > limits.FRAMES:
-            return
-        peer, pid = _identify(frames[0], lane)
-        if len(self.table.connections) >= limits.CONNECTIONS:
-            return
+    def _admit(self, lane: Lane, rid: bytes, message: list[zmq.Frame]) -> Connection | None:
+        """Enter a peer with its first message, whose metadata says who it is."""
+        if rid[0] != AUTO_ID or not message or len(self.table.connections) >= limits.CONNECTIONS:
+            return None
+        peer, pid = _identify(message[0], lane)
         connection = self.table.open(lane, rid, pid, peer)
         if pid:
             self._watch(connection)
-        self.dispatcher.dispatch(connection, [frame.bytes for frame in frames], now)
+        return connection
 
     def _watch(self, connection: Connection) -> None:
         """Learn of the death of the process behind an ipc connection as it happens."""
@@ -194,7 +180,7 @@ class KernelLoop:
             self.verbs.on_verified(frames)
             return Sent.OK
         try:
-            self._sockets[to.lane].send_multipart([to.rid, *frames], zmq.NOBLOCK)
+            self._wires[to.lane].send([to.rid, *frames])
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:

@@ -10,7 +10,7 @@ from llmos.ipc.grant import Grant
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """First message on a connection. ``control`` marks a service's second connection, on the control socket."""
+    """First message on a connection; ``control`` marks a service's second one, on the control socket."""
 
     token: str
     control: bool = False
@@ -40,12 +40,11 @@ class Release(msgspec.Struct, frozen=True):
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """Sent each second on the control socket. ``progress`` grows with the work done; ``busy`` is how many
-    seconds the current piece of work has lasted, 0 when idle; ``limit`` how many it may last."""
+    """Sent twice a second on the control socket. ``progress`` grows with the work done; ``limit`` is how many
+    seconds may pass before the next beat: more before a long piece of work, such as loading a model."""
 
     progress: int
-    busy: float
-    limit: float = 30.0
+    limit: float = 15.0
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -56,7 +55,8 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Name(msgspec.Struct, frozen=True):
-    """A line of the name table. ``beat_age`` is the time in seconds since the last beat."""
+    """A line of the name table. ``beat_age`` is the time in seconds since the last beat, -1 before the first;
+    beyond ``limit`` the service is stuck."""
 
     name: str
     connection: int
@@ -65,7 +65,6 @@ class Name(msgspec.Struct, frozen=True):
     outstanding: int
     beat_age: float
     progress: int
-    busy: float
     limit: float
 
 

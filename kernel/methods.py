@@ -87,7 +87,6 @@ def _line(service: Service, now: int) -> Name:
         len(data.serving) if data else 0,
         (now - service.beat_time) / 1e6 if service.beat_time else -1.0,
         service.progress,
-        service.busy,
         service.limit,
     )
 

@@ -83,8 +83,7 @@ class Service:
     ready: bool = False
     beat_time: int = 0
     progress: int = 0
-    busy: float = 0.0
-    limit: float = 30.0
+    limit: float = 15.0
 
 
 class Table:

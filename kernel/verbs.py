@@ -107,7 +107,7 @@ class Verbs:
     def _beat(self, sender: Connection, head: Header, body: bytes, now: int) -> None:
         beat, service = codec.decode(body, Beat), self._service_of(sender)
         service.beat_time = now
-        service.progress, service.busy, service.limit = beat.progress, beat.busy, beat.limit
+        service.progress, service.limit = beat.progress, beat.limit
 
     def _bye(self, sender: Connection, head: Header, body: bytes, now: int) -> None:
         self.close(sender)

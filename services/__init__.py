@@ -1,5 +1,5 @@
-"""The isolated servers, one folder each: ``messages.py`` is the link, ``server.py`` the thin handlers, and the
-rest is policy that never touches a socket, a clock or a device.
+"""The isolated servers, one folder each: ``messages.py`` is the link, ``server.py`` the thin handlers, and
+the rest is policy that never touches a socket, a clock or a device.
 
 manifest.py    what a system consists of: its drivers, models and settings
 supervisor/    starts, watches, restarts and stops all processes

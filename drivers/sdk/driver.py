@@ -36,6 +36,10 @@ class Driver:
         """
         raise NotSupported("this driver executes nothing")
 
+    def reset(self, model: str) -> None:
+        """Empty all slots of a model; nothing is in flight. The KV in its pages need not be kept."""
+        raise NotSupported("this driver cannot empty its slots")
+
     def unload(self, model: str) -> None:
         """Forget a model and free its memory."""
         raise NotSupported("this driver unloads nothing")

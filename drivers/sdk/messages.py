@@ -191,6 +191,12 @@ class Preempt(msgspec.Struct, frozen=True):
     quantum: int
 
 
+class Reset(msgspec.Struct, frozen=True):
+    """Empty all slots of a model: the scheduler that filled them is gone."""
+
+    model: str
+
+
 class Unload(msgspec.Struct, frozen=True):
     """Forget a model: its weights and its pages."""
 

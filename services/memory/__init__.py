@@ -1,0 +1,9 @@
+"""Memory: owns the accounting of every KV page, and the prefix index over them.
+
+messages.py    the link
+pages.py       which pages of an arena are free, and how many tasks hold each of the others
+radix.py       the prefix index: which full pages hold which tokens, for whom; what to evict
+arena.py       reserve, grow, commit, free and restore over both; quotas
+invariants.py  the invariants, checked after every operation in tests
+server.py      the message handlers
+"""

@@ -91,6 +91,7 @@ class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     family: str = ""
     parameters: int = 0
     context: int = 0
+    attention: str = ""
     created: int = 0
     progress: float = 0.0
     phase: str = ""

@@ -112,12 +112,12 @@ class HostLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since the start; ``served`` maps tenants to the tokens they were served."""
+    """Counters since the start; ``served`` maps tenants to their virtual token counters."""
 
     waiting: int
     running: int
     finished: int
     displaced: int
     tokens: int
-    served: dict[str, int]
+    served: dict[str, float]
     hosts: list[HostLine]

@@ -1,0 +1,139 @@
+"""Speed of the JAX driver's engine alone: decode at several batch sizes, and prefill; no other process.
+
+    python -m benchmarks.engine --model MODEL.gguf [--dtype float32] [--json FILE]
+
+Decode is measured in quanta with two steps pending, as the SDK runs them, after a prompt of ``--context``
+tokens; prefill is the time of one prompt of ``--prompt`` tokens to its first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmos.drivers.jax.driver import JaxDriver
+from llmos.drivers.sdk.messages import Chunk, LoadedModel, LoadRequest, Quantum, Start, Step
+
+DECODE_STEPS = 48
+WARM_STEPS = 8
+
+
+class Session:
+    """One loaded model and the quanta run on it."""
+
+    def __init__(self, driver: JaxDriver, loaded: LoadedModel) -> None:
+        self.driver, self.loaded, self.quanta = driver, loaded, 0
+
+    def run(self, steps: int, **fields: Any) -> tuple[list[Step], float]:
+        """Execute one quantum; its steps and the seconds it took."""
+        self.quanta += 1
+        begun = time.perf_counter()
+        pending: list[Callable[[], Step]] = []
+        done: list[Step] = []
+        for step in self.driver.execute(Quantum(id=self.quanta, model="bench", steps=steps, **fields)):
+            pending.append(step)
+            if len(pending) == 2:
+                done.append(pending.pop(0)())
+        done += [step() for step in pending]
+        return done, time.perf_counter() - begun
+
+    def admit(self, slots: int, prompt: int, total: int) -> tuple[list[Start], list[Chunk]]:
+        """Starts and chunks for ``slots`` prompts of ``prompt`` tokens that may grow to ``total``."""
+        each = -(-total // self.loaded.page_tokens)
+        starts, chunks, step = [], [], 0
+        for slot in range(slots):
+            tokens = [3 + (7 * i + 11 * slot) % (self.loaded.vocab_size - 3) for i in range(prompt)]
+            pages = list(range(slot * each, (slot + 1) * each))
+            starts.append(Start(slot=slot, tokens=tokens, prompt=prompt, pages=pages, limit=total))
+            for at in range(0, prompt, self.loaded.chunk_tokens):
+                chunks.append(Chunk(step, slot, at, min(self.loaded.chunk_tokens, prompt - at)))
+                step += 1
+        return starts, chunks
+
+
+def measure_decode(session: Session, batch: int, context: int, repeats: int) -> float:
+    """Median output tokens per second of a full batch."""
+    total = context + WARM_STEPS + DECODE_STEPS * repeats + 1
+    starts, chunks = session.admit(batch, context, total)
+    slots = list(range(batch))
+    session.run(len(chunks), start=starts, chunks=chunks)
+    session.run(WARM_STEPS, decode=slots)
+    times = [session.run(DECODE_STEPS, decode=slots)[1] for _ in range(repeats)]
+    session.run(1, release=slots)
+    return batch * DECODE_STEPS / statistics.median(times)
+
+
+def measure_prefill(session: Session, prompt: int, repeats: int) -> float:
+    """Median prompt tokens per second of one prompt."""
+    times = []
+    for _ in range(repeats + 1):
+        starts, chunks = session.admit(1, prompt, prompt + 1)
+        times.append(session.run(len(chunks), start=starts, chunks=chunks)[1])
+        session.run(1, release=[0])
+    return prompt / statistics.median(times[1:])
+
+
+def main() -> None:
+    """Measure and print, or write as JSON."""
+    parser = argparse.ArgumentParser(description="Speed of the JAX driver's engine alone.")
+    parser.add_argument("--model", required=True, help="GGUF file or safetensors folder")
+    parser.add_argument("--cache", default="", help="folder for converted weights and compiled programs")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    driver = JaxDriver()
+    slots = max(options.batch)
+    total = max(options.prompt, options.context + WARM_STEPS + DECODE_STEPS * options.repeats) + 16
+    request = LoadRequest(
+        model="bench",
+        source=options.model,
+        cache=options.cache,
+        dtype=options.dtype,
+        kv_dtype=options.dtype,
+        pages=slots * -(-total // 16),
+        slots=slots,
+        max_context=total,
+    )
+    begun = time.perf_counter()
+    loaded = driver.load(request, lambda _: None)
+    session = Session(driver, loaded)
+    figures = {"load_s": round(time.perf_counter() - begun, 2)}
+    figures["prefill_tokens_per_s"] = round(measure_prefill(session, options.prompt, options.repeats), 1)
+    for batch in options.batch:
+        rate = measure_decode(session, batch, options.context, options.repeats)
+        figures[f"decode_{batch}_tokens_per_s"] = round(rate, 1)
+    report = {
+        "name": "engine",
+        "figures": figures,
+        "peers": {},
+        "ratios": {},
+        "environment": {
+            "device": driver.describe().devices[0].name,
+            "processor": platform.processor() or platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "jax": metadata.version("jax"),
+            "dtype": options.dtype,
+            "attention": loaded.attention,
+            "load_phases": loaded.phases,
+        },
+    }
+    text = json.dumps(report, indent=2)
+    if options.json:
+        options.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""The JAX driver: decoder models on CPU, GPU or TPU, executed in quanta over a paged KV cache.
+
+Read in this order: ``driver`` (the callbacks), ``engine`` (one loaded model), ``ledger`` (what the host
+knows of every slot; all validation), ``programs`` (what is compiled ahead, for which buckets),
+``forward`` (the two model steps), ``state`` and ``sampling`` (the batch on the device), ``modules`` (the
+decoder in nnx), ``attention`` (backends), ``families`` (one file per model family) and ``weights``.
+"""

@@ -1,0 +1,76 @@
+"""Paged attention behind one interface; a backend is picked by device when a model is loaded.
+
+A backend owns the layout of its cache. It writes the keys and values of new tokens to their pages and
+attends over everything that a sequence has, so that each key and value byte is touched once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from llmos.drivers.jax.config import DecoderConfig
+
+
+class DecodePlan(NamedTuple):
+    """One new token for each of B rows.
+
+    ``tables`` [B, width] are page ids, ``lengths`` [B] count the tokens including the new one; the new
+    token goes to ``pages`` [B] at ``offsets`` [B], and is dropped where the page is out of range.
+    """
+
+    tables: jax.Array
+    lengths: jax.Array
+    pages: jax.Array
+    offsets: jax.Array
+
+
+class PrefillPlan(NamedTuple):
+    """C consecutive tokens for each of R rows, from position ``starts`` [R] on.
+
+    ``tables`` [R, width]; ``lengths`` [R] count a row's tokens up to its last new one; ``pages`` and
+    ``offsets`` [R, C] say where each goes, and padding is dropped because its page is out of range.
+    """
+
+    tables: jax.Array
+    starts: jax.Array
+    lengths: jax.Array
+    pages: jax.Array
+    offsets: jax.Array
+
+
+class AttentionBackend(Protocol):
+    """What a backend does; all methods but ``allocate`` are traced."""
+
+    @property
+    def name(self) -> str:
+        """How the backend is reported."""
+        ...
+
+    def allocate(self, config: DecoderConfig, pages: int, page_tokens: int, dtype: Any) -> list[Any]:
+        """One zeroed cache per layer with ``pages`` pages; the last page is never written."""
+        ...
+
+    def scrub(self, cache: Any, pages: jax.Array) -> Any:
+        """Zero whatever is not finite in the pages with these ids [n]; ids out of range are ignored."""
+        ...
+
+    def decode(
+        self, plan: DecodePlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """q [B, heads, head_dim], k and v [B, kv_heads, head_dim] -> output like q, and the cache."""
+        ...
+
+    def prefill(
+        self, plan: PrefillPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """q [R, C, heads, head_dim], k and v [R, C, kv_heads, head_dim] -> output like q, and the cache."""
+        ...
+
+
+def select(platform: str) -> AttentionBackend:
+    """The backend for a device platform."""
+    from llmos.drivers.jax.attention.xla import XlaAttention
+
+    return XlaAttention(tokens_in_flight=2048 if platform == "cpu" else 8192)

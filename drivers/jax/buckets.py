@@ -1,0 +1,52 @@
+"""Shape buckets: the few batch sizes and chunk lengths that programs are compiled for. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+
+def decode_buckets(slots: int, smallest: int = 1, factor: int = 4) -> list[int]:
+    """Batch sizes ``factor`` apart: 1, ``factor``, and so on, none under ``smallest``; then ``slots``."""
+    sizes = []
+    size = 1
+    while size < slots:
+        sizes.append(max(size, smallest))
+        size *= factor
+    return [*sizes, max(slots, smallest)]
+
+
+def chunk_buckets(chunk_tokens: int, smallest: int = 32) -> list[int]:
+    """Chunk lengths a factor of four apart, down to ``smallest``; the last is ``chunk_tokens`` itself."""
+    sizes = [chunk_tokens]
+    while sizes[0] // 4 >= smallest:
+        sizes.insert(0, sizes[0] // 4)
+    return sizes
+
+
+def bucket(size: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds ``size``."""
+    return next(limit for limit in buckets if size <= limit)
+
+
+def split(length: int, buckets: Sequence[int]) -> list[int]:
+    """Cut ``length`` tokens into calls so that padding stays small: the tokens of each call.
+
+    Full calls of the largest bucket come first; the rest takes calls of a smaller bucket while these are
+    together at most three quarters as long as one call of the next larger bucket.
+    """
+    largest = buckets[-1]
+    calls = [largest] * (length // largest)
+    rest = length % largest
+    while rest:
+        size = _call_size(rest, buckets)
+        calls.append(min(rest, size))
+        rest -= calls[-1]
+    return calls
+
+
+def _call_size(rest: int, buckets: Sequence[int]) -> int:
+    for small, large in pairwise(buckets):
+        if -(-rest // small) * small * 4 <= large * 3:
+            return small
+    return bucket(rest, buckets)

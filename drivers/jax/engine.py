@@ -1,0 +1,216 @@
+"""One loaded model: its weights, caches and batch on the device, and the execution of quanta.
+
+Nothing here waits for the device: programs are dispatched, and the tokens of a step are fetched by the
+``PendingStep`` that the step yields.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmos.drivers.jax.buckets import split
+from llmos.drivers.jax.ledger import Ledger, Limits, Slot
+from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Programs
+from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
+from llmos.drivers.jax.state import (
+    BIAS_LIMIT,
+    STOP_LIMIT,
+    Admission,
+    BatchState,
+    Tallies,
+    empty_tallies,
+    pack_choices,
+)
+from llmos.drivers.sdk.driver import PendingStep
+from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Sampling, Start, Step
+
+Output = tuple[list[tuple[int, Slot]], jax.Array]
+"""Which slots a sampling program served, row by row, and its packed result [2, rows]."""
+
+
+class Engine:
+    """Executes quanta on one model; see ``Driver.execute`` for the contract."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        programs: Programs,
+        weights: Any,
+        caches: list[Any],
+        batch: BatchState,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.limits = limits
+        self.ledger = Ledger(limits)
+        self._programs = programs
+        self._weights = weights
+        self._caches = caches
+        self._batch = batch
+        self._tallies: Tallies | None = None
+        self._tallied: set[int] = set()
+        self._rows: dict[tuple[int, ...], jax.Array] = {}
+        self._faulty: list[int] = []
+        self._clock = clock
+        self._completed = 0.0
+
+    def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
+        """Check a quantum and apply its release, start and grow now; the iterator dispatches its steps."""
+        self.ledger.check(quantum)
+        self._scrub()
+        self.ledger.enter(quantum)
+        self._admit(quantum.start)
+        self._grow(quantum)
+        return self._steps(quantum)
+
+    def _steps(self, quantum: Quantum) -> Iterator[PendingStep]:
+        chunks: dict[int, list[Chunk]] = {}
+        for chunk in quantum.chunks:
+            chunks.setdefault(chunk.step, []).append(chunk)
+        last = max(chunks, default=-1)
+        for index in range(quantum.steps):
+            rows = self.ledger.ready(quantum.decode)
+            if not rows and index > last:
+                return
+            begun = self._clock()
+            outputs = [self._decode(rows)] if rows else []
+            for chunk in chunks.get(index, []):
+                outputs += self._prefill(chunk)
+            for _, packed in outputs:
+                packed.copy_to_host_async()
+            yield self._pending(quantum.id, index, outputs, begun)
+
+    def _decode(self, rows: list[int]) -> Output:
+        size, program = self._programs.decode(len(rows))
+        index = self._row_index(rows, size)
+        self._caches, logits = program(self._weights, self._caches, self._batch, index)
+        for number in rows:
+            self.ledger.advance(number)
+        return self._sample(rows, index, logits)
+
+    def _prefill(self, chunk: Chunk) -> list[Output]:
+        slot = self.ledger.slots[chunk.slot]
+        index = self._row_index([chunk.slot], 1)
+        at = chunk.start
+        for count in split(chunk.length, self._programs.spec.chunk_sizes):
+            size, program = self._programs.prefill(count)
+            tokens = np.zeros((1, size), np.int32)
+            tokens[0, :count] = slot.tokens[at : at + count]
+            where = (np.asarray([at], np.int32), np.asarray([count], np.int32))
+            self._caches, logits = program(self._weights, self._caches, self._batch, index, tokens, *where)
+            at += count
+        if not self.ledger.fill(chunk):
+            return []
+        return [self._sample([chunk.slot], index, logits)]
+
+    def _sample(self, rows: list[int], index: jax.Array, logits: jax.Array) -> Output:
+        variant: Variant = max((self.ledger.slots[number].variant for number in rows), key=VARIANTS.index)
+        program = self._programs.get(("sample", variant, index.shape[0]))
+        if variant == "full":
+            self._batch, self._tallies, packed = program(logits, index, self._batch, self._tallies)
+        else:
+            self._batch, _, packed = program(logits, index, self._batch)
+        return [(number, self.ledger.slots[number]) for number in rows], packed
+
+    def _pending(self, quantum: int, index: int, outputs: list[Output], begun: float) -> PendingStep:
+        def resolve() -> Step:
+            results = [(served, np.asarray(packed)) for served, packed in outputs]
+            now = self._clock()
+            since, self._completed = max(begun, self._completed), now
+            slots, tokens, finished = self._collect(results)
+            return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))
+
+        return resolve
+
+    def _collect(
+        self, results: list[tuple[list[tuple[int, Slot]], np.ndarray]]
+    ) -> tuple[list[int], list[int], list[tuple[int, FinishReason]]]:
+        slots, tokens, finished = [], [], []
+        for served, packed in results:
+            for (number, slot), token, code in zip(served, packed[0].tolist(), packed[1].tolist()):
+                if token >= 0:
+                    slots.append(number)
+                    tokens.append(token)
+                if code:
+                    finished.append((number, REASONS[code]))
+                    slot.finished = True
+                if code and REASONS[code] == "error":
+                    self._faulty += slot.table
+        return slots, tokens, finished
+
+    def _row_index(self, rows: list[int], size: int) -> jax.Array:
+        """Slot numbers padded with the spare row, kept on the device while the batch stays the same."""
+        padded = (*rows, *[self.limits.slots] * (size - len(rows)))
+        if padded not in self._rows:
+            if len(self._rows) >= 4 * self.limits.slots + 16:
+                self._rows.clear()
+            self._rows[padded] = jnp.asarray(padded, jnp.int32)
+        return self._rows[padded]
+
+    def _admit(self, starts: list[Start]) -> None:
+        program = self._programs.get(("admit",))
+        for first in range(0, len(starts), ADMIT_ROWS):
+            self._batch = program(self._batch, self._admission(starts[first : first + ADMIT_ROWS]))
+        for start in starts:
+            penalised = self.ledger.slots[start.slot].variant == "full"
+            if penalised or start.slot in self._tallied:
+                self._tally(start)
+            (self._tallied.add if penalised else self._tallied.discard)(start.slot)
+
+    def _admission(self, starts: list[Start]) -> Admission:
+        spare = self.limits.slots
+        padding = ADMIT_ROWS - len(starts)
+        stop = np.full((ADMIT_ROWS, STOP_LIMIT), -1, np.int32)
+        tables = np.full((ADMIT_ROWS, self._batch.tables.shape[1]), self.limits.pages, np.int32)
+        for row, start in enumerate(starts):
+            stop[row, : len(start.stop)] = start.stop
+            tables[row, : len(start.pages)] = start.pages
+        return Admission(
+            slots=np.asarray([*(s.slot for s in starts), *[spare] * padding], np.int32),
+            length=np.asarray([*(len(s.tokens) for s in starts), *[0] * padding], np.int32),
+            live=np.arange(ADMIT_ROWS) < len(starts),
+            limit=np.asarray([*(s.limit for s in starts), *[0] * padding], np.int32),
+            stop=stop,
+            tables=tables,
+            choice=pack_choices([*(s.sampling for s in starts), *[Sampling()] * padding]),
+        )
+
+    def _tally(self, start: Start) -> None:
+        if self._tallies is None:
+            self._tallies = empty_tallies(self.limits.slots, self.limits.vocab_size)
+        tokens = np.zeros(self.limits.max_context, np.int32)
+        tokens[: len(start.tokens)] = start.tokens
+        ids = np.full(BIAS_LIMIT, self.limits.vocab_size, np.int32)
+        values = np.zeros(BIAS_LIMIT, np.float32)
+        ids[: len(start.sampling.logit_bias)] = list(start.sampling.logit_bias)
+        values[: len(start.sampling.logit_bias)] = list(start.sampling.logit_bias.values())
+        counts = (np.int32(start.prompt), np.int32(len(start.tokens)))
+        program = self._programs.get(("tally",))
+        self._tallies = program(self._tallies, np.int32(start.slot), tokens, *counts, ids, values)
+
+    def _grow(self, quantum: Quantum) -> None:
+        cells: list[tuple[int, int, int]] = []
+        held = {growth.slot: self.ledger.slots[growth.slot].held for growth in quantum.grow}
+        for growth in reversed(quantum.grow):
+            held[growth.slot] -= len(growth.pages)
+            first = held[growth.slot]
+            cells += [(growth.slot, first + i, page) for i, page in enumerate(growth.pages)]
+        program = self._programs.get(("grow",))
+        for at in range(0, len(cells), GROW_ROWS):
+            part = cells[at : at + GROW_ROWS]
+            part += [(self.limits.slots + 1, 0, 0)] * (GROW_ROWS - len(part))
+            self._batch = program(self._batch, *np.asarray(part, np.int32).T.copy())
+
+    def _scrub(self) -> None:
+        """Clear what is not finite from the pages of failed sequences, lest it spread to the next owner."""
+        pages, self._faulty = self._faulty, []
+        for at in range(0, len(pages), SCRUB_PAGES):
+            part = pages[at : at + SCRUB_PAGES]
+            part += [self.limits.pages + 1] * (SCRUB_PAGES - len(part))
+            program = self._programs.get(("scrub",))
+            self._caches = program(self._caches, np.asarray(part, np.int32))

@@ -1,0 +1,121 @@
+"""The two steps of a decoder over the paged cache: one token for many rows, many tokens for few rows.
+
+Layers are unrolled (a scan copies each layer's weights on the CPU and costs 1.5 to 5 times as much), but
+one layer is traced only once: the inner jit makes it a function that the lowered program calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan
+from llmos.drivers.jax.rope import rotation
+from llmos.drivers.jax.state import BatchState
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a forward program is specialised on besides its bucket; hashable, so that it can be static."""
+
+    graph: Any
+    backend: AttentionBackend
+    frequencies: tuple[float, ...]
+    page_tokens: int
+    pages: int
+
+
+def decode(
+    shape: Shape, weights: Any, caches: list[Any], state: BatchState, rows: jax.Array
+) -> tuple[list[Any], jax.Array]:
+    """Feed the last token of the slots ``rows`` [B]; returns the caches and float32 logits [B, vocab]."""
+    live = state.live[rows]
+    position = jnp.maximum(state.length[rows] - 1, 0)
+    tables = state.tables[rows]
+    column = position // shape.page_tokens
+    page = jnp.take_along_axis(tables, column[:, None], axis=1)[:, 0]
+    plan = DecodePlan(
+        tables=tables,
+        lengths=jnp.where(live, position + 1, 0),
+        pages=jnp.where(live, page, shape.pages),
+        offsets=position % shape.page_tokens,
+    )
+    return _run(shape, weights, caches, state.token[rows], position, plan)
+
+
+def prefill(
+    shape: Shape,
+    weights: Any,
+    caches: list[Any],
+    state: BatchState,
+    rows: jax.Array,
+    tokens: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+) -> tuple[list[Any], jax.Array]:
+    """Feed ``counts`` [R] of ``tokens`` [R, C] to the slots ``rows`` [R] from position ``starts`` [R] on.
+
+    Returns the caches and the float32 logits [R, vocab] after each row's last new token.
+    """
+    tables = state.tables[rows]
+    offset = jnp.arange(tokens.shape[1])
+    position = starts[:, None] + offset
+    column = jnp.minimum(position // shape.page_tokens, tables.shape[1] - 1)
+    page = jnp.take_along_axis(tables, column, axis=1)
+    plan = PrefillPlan(
+        tables=tables,
+        starts=starts,
+        lengths=starts + counts,
+        pages=jnp.where(offset < counts[:, None], page, shape.pages),
+        offsets=position % shape.page_tokens,
+    )
+    last = jnp.maximum(counts - 1, 0)
+    return _run(shape, weights, caches, tokens, position, plan, last)
+
+
+def _run(
+    shape: Shape,
+    weights: Any,
+    caches: list[Any],
+    tokens: jax.Array,
+    position: jax.Array,
+    plan: DecodePlan | PrefillPlan,
+    last: jax.Array | None = None,
+) -> tuple[list[Any], jax.Array]:
+    model = nnx.merge(shape.graph, weights)
+    cos, sin = rotation(position, np.asarray(shape.frequencies, np.float32))
+    x = model.embed(tokens)
+    updated = []
+    for layer, cache in zip(model.layers, caches, strict=True):
+        graph, own = nnx.split(layer)
+        x, cache = _layer(graph, shape.backend, own, cache, x, cos, sin, plan)
+        updated.append(cache)
+    if last is not None:
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return updated, model.logits(x)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _layer(
+    graph: Any,
+    backend: AttentionBackend,
+    weights: Any,
+    cache: Any,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    plan: DecodePlan | PrefillPlan,
+) -> tuple[jax.Array, Any]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        if isinstance(plan, DecodePlan):
+            return backend.decode(plan, cache, q, k, v)
+        return backend.prefill(plan, cache, q, k, v)
+
+    x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
+    return x, cache

@@ -1,0 +1,198 @@
+"""What the host knows of every slot, kept without asking the device; all validation happens here.
+
+The ledger follows what was *dispatched*. It cannot see a stop token before its step is resolved, so the
+length of a slot is an upper bound until then; where ``finished`` is set the device has said so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from llmos.drivers.jax.sampling import Variant, variant_of
+from llmos.drivers.jax.state import BIAS_LIMIT, STOP_LIMIT
+from llmos.drivers.sdk.messages import Chunk, Quantum, Sampling, Start
+from llmos.ipc.errors import InvalidArgument
+
+MAX_STEPS = 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of a loaded model that quanta are checked against."""
+
+    slots: int
+    pages: int
+    page_tokens: int
+    max_context: int
+    chunk_tokens: int
+    vocab_size: int
+
+
+@dataclass
+class Slot:
+    """A sequence: ``filled`` of its known ``tokens`` have KV; ``length`` counts those produced as well.
+
+    ``held`` counts its pages; their ids in ``table`` are not carried into trial copies.
+    """
+
+    tokens: list[int]
+    prompt: int
+    limit: int
+    variant: Variant
+    filled: int
+    length: int
+    held: int = 0
+    table: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next decode step produces a token, as far as the host knows."""
+        return self.filled == len(self.tokens) < self.length < self.limit and not self.finished
+
+
+@dataclass
+class Ledger:
+    """The occupied slots of one model's batch."""
+
+    limits: Limits
+    slots: dict[int, Slot] = field(default_factory=dict)
+
+    def check(self, quantum: Quantum) -> None:
+        """Refuse with InvalidArgument whatever in ``quantum`` could not be executed; changes nothing."""
+        if not 1 <= quantum.steps <= MAX_STEPS:
+            raise InvalidArgument(f"a quantum has 1 to {MAX_STEPS} steps, not {quantum.steps}")
+        trial = Ledger(self.limits, {number: replace(slot, table=[]) for number, slot in self.slots.items()})
+        trial.enter(quantum)
+        chunks = _by_step(quantum)
+        if len(set(quantum.decode)) != len(quantum.decode):
+            raise InvalidArgument("a slot is listed twice in decode")
+        for number in quantum.decode:
+            trial.occupied(number)
+        for step in range(quantum.steps):
+            if sum(chunk.length for chunk in chunks.get(step, [])) > self.limits.chunk_tokens:
+                raise InvalidArgument(f"the chunks of step {step} exceed {self.limits.chunk_tokens} tokens")
+            for number in trial.ready(quantum.decode):
+                trial.advance(number)
+            for chunk in chunks.get(step, []):
+                trial.fill(chunk)
+
+    def enter(self, quantum: Quantum) -> None:
+        """Apply what a quantum changes before its first step: release, start, grow."""
+        for number in quantum.release:
+            self.occupied(number)
+            del self.slots[number]
+        for start in quantum.start:
+            self._start(start)
+        for growth in quantum.grow:
+            self._extend(self.occupied(growth.slot), growth.slot, growth.pages)
+
+    def occupied(self, number: int) -> Slot:
+        """The sequence in a slot."""
+        slot = self.slots.get(number)
+        if slot is None:
+            raise InvalidArgument(f"slot {number} holds no sequence; start one first")
+        return slot
+
+    def ready(self, decode: list[int]) -> list[int]:
+        """The slots among ``decode`` that produce a token in the next step."""
+        return [number for number in decode if self.slots[number].ready]
+
+    def advance(self, number: int) -> None:
+        """Count one decode step of a slot; it writes KV at the position of the slot's last token."""
+        slot = self.slots[number]
+        self._covered(number, slot, slot.length)
+        slot.length += 1
+
+    def fill(self, chunk: Chunk) -> bool:
+        """Count a prefill chunk; true when it completes the known tokens, so that a token is sampled."""
+        slot = self.occupied(chunk.slot)
+        if chunk.start != slot.filled or chunk.length < 1:
+            raise InvalidArgument(
+                f"the next chunk of slot {chunk.slot} starts at {slot.filled}, "
+                f"not {chunk.start} with length {chunk.length}"
+            )
+        if chunk.start + chunk.length > len(slot.tokens):
+            raise InvalidArgument(f"a chunk of slot {chunk.slot} passes its {len(slot.tokens)} known tokens")
+        self._covered(chunk.slot, slot, chunk.start + chunk.length)
+        slot.filled += chunk.length
+        if slot.filled < len(slot.tokens):
+            return False
+        slot.length += 1
+        return True
+
+    def _covered(self, number: int, slot: Slot, tokens: int) -> None:
+        held = slot.held * self.limits.page_tokens
+        if tokens > held:
+            raise InvalidArgument(f"slot {number} has pages for {held} tokens and needs {tokens}; grow it")
+
+    def _start(self, start: Start) -> None:
+        limits, known = self.limits, len(start.tokens)
+        where = f"the sequence for slot {start.slot}"
+        if not 0 <= start.slot < limits.slots:
+            raise InvalidArgument(f"slot {start.slot} is not in 0..{limits.slots - 1}")
+        if start.slot in self.slots:
+            raise InvalidArgument(f"slot {start.slot} is occupied; release it first")
+        if not 1 <= start.prompt <= known or not 0 <= start.cached < known:
+            raise InvalidArgument(
+                f"{where} has {known} tokens with prompt {start.prompt} and cached {start.cached}"
+            )
+        if not known < start.limit <= limits.max_context:
+            raise InvalidArgument(f"{where}: limit {start.limit} is not in {known + 1}..{limits.max_context}")
+        if min(start.tokens) < 0 or max(start.tokens) >= limits.vocab_size:
+            raise InvalidArgument(f"{where} has a token outside 0..{limits.vocab_size - 1}")
+        if len(start.stop) > STOP_LIMIT or any(not 0 <= token < limits.vocab_size for token in start.stop):
+            raise InvalidArgument(f"{where}: at most {STOP_LIMIT} stop tokens, all in the vocabulary")
+        check_sampling(start.sampling, limits.vocab_size)
+        slot = Slot(
+            tokens=start.tokens,
+            prompt=start.prompt,
+            limit=start.limit,
+            variant=variant_of(start.sampling),
+            filled=start.cached,
+            length=known,
+        )
+        self._extend(slot, start.slot, start.pages)
+        self._covered(start.slot, slot, start.cached)
+        self.slots[start.slot] = slot
+
+    def _extend(self, slot: Slot, number: int, pages: list[int]) -> None:
+        for page in pages:
+            if not 0 <= page < self.limits.pages:
+                raise InvalidArgument(f"page {page} of slot {number} is not in 0..{self.limits.pages - 1}")
+        slot.table.extend(pages)
+        slot.held += len(pages)
+        if (slot.held - 1) * self.limits.page_tokens >= self.limits.max_context:
+            raise InvalidArgument(f"slot {number} has more pages than {self.limits.max_context} tokens need")
+
+
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    """Refuse sampling parameters that are out of range, not finite, or too many."""
+    ranges = {
+        "temperature": (0.0, 1e4),
+        "top_p": (0.0, 1.0),
+        "min_p": (0.0, 1.0),
+        "repetition_penalty": (1e-3, 1e3),
+        "presence_penalty": (-100.0, 100.0),
+        "frequency_penalty": (-100.0, 100.0),
+        "top_k": (0, 2**31 - 1),
+        "seed": (0, 2**32 - 1),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(sampling, name)
+        if not low <= value <= high:
+            raise InvalidArgument(f"{name} is {value}, not in {low}..{high}")
+    if len(sampling.logit_bias) > BIAS_LIMIT:
+        raise InvalidArgument(f"at most {BIAS_LIMIT} logit biases, not {len(sampling.logit_bias)}")
+    for token, value in sampling.logit_bias.items():
+        if not 0 <= token < vocab_size or not -1e4 <= value <= 1e4:
+            raise InvalidArgument(f"logit bias {value} of token {token} is out of range")
+
+
+def _by_step(quantum: Quantum) -> dict[int, list[Chunk]]:
+    chunks: dict[int, list[Chunk]] = {}
+    for chunk in quantum.chunks:
+        if not 0 <= chunk.step < quantum.steps:
+            raise InvalidArgument(f"a chunk names step {chunk.step} of {quantum.steps}")
+        chunks.setdefault(chunk.step, []).append(chunk)
+    return chunks

@@ -1,0 +1,81 @@
+"""Process-wide settings that must be made before, or when, the first device is touched."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+import jax
+
+from llmos.drivers.sdk.messages import Device
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_KEEP_BYTES = 1 << 30
+
+
+def cpu_threads(available: int) -> int:
+    """Threads for XLA's CPU pool: all of a small machine, all but one of a larger one.
+
+    The other processes of the system mostly wait; on two cores giving one away halves the speed.
+    """
+    return available if available <= 4 else available - 1
+
+
+def prepare_process() -> None:
+    """Size XLA's CPU pool; it reads NPROC once, when the first CPU device is made."""
+    os.environ.setdefault("NPROC", str(cpu_threads(len(os.sched_getaffinity(0)))))
+
+
+def keep_heap() -> bool:
+    """Stop glibc from giving large temporaries back to the system after every step.
+
+    With the default thresholds each step maps, zeroes and unmaps its temporaries again. Returns whether
+    the C library took the settings; other C libraries have no ``mallopt`` and need none.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES))
+
+
+def set_option(name: str, value: Any) -> None:
+    """Set an option of jax."""
+    jax.config.update(name, value)  # type: ignore[no-untyped-call]
+
+
+def keep_programs(folder: str) -> None:
+    """Cache compiled programs in ``folder``, however small or quickly compiled."""
+    set_option("jax_compilation_cache_dir", folder)
+    set_option("jax_persistent_cache_min_compile_time_secs", 0.0)
+    set_option("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def describe_device(device: Any) -> Device:
+    """A jax device in the terms of the driver protocol."""
+    kinds = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+    return Device(
+        id=device.id,
+        kind=kinds.get(device.platform, "other"),  # type: ignore[arg-type]
+        name=device.device_kind,
+        memory=device_memory(device),
+    )
+
+
+def device_memory(device: Any) -> int:
+    """Bytes a device has in all; 0 where it cannot tell."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int((device.memory_stats() or {}).get("bytes_limit", 0))
+
+
+def free_memory(device: Any) -> int:
+    """Bytes still free on a device; 0 where it cannot tell."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    stats = device.memory_stats() or {}
+    return max(0, int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0)))

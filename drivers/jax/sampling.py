@@ -1,0 +1,143 @@
+"""Choosing the next tokens on the device, and deciding there which sequences finish.
+
+Randomness is counter-based: the noise for a token depends only on its sequence's seed and its position,
+so a sequence that was displaced and started again continues as it would have. The variants differ in
+cost: "greedy" is an argmax, "plain" adds temperature and min-p, "filtered" adds top-k and top-p, and
+"full" adds logit bias and penalties, which need token counts. The host picks the cheapest that serves
+every row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from llmos.drivers.jax.state import BatchState, Choice, Tallies
+from llmos.drivers.sdk.messages import FinishReason, Sampling
+
+Variant = Literal["greedy", "plain", "filtered", "full"]
+VARIANTS: tuple[Variant, ...] = ("greedy", "plain", "filtered", "full")
+REASONS: dict[int, FinishReason] = {1: "stop", 2: "length", 3: "error"}
+
+
+def variant_of(sampling: Sampling) -> Variant:
+    """The cheapest variant that serves these parameters."""
+    penalised = sampling.repetition_penalty != 1.0 or sampling.logit_bias
+    if penalised or sampling.presence_penalty or sampling.frequency_penalty:
+        return "full"
+    if sampling.temperature <= 0.0:
+        return "greedy"
+    return "filtered" if sampling.top_k > 0 or sampling.top_p < 1.0 else "plain"
+
+
+def sample(
+    variant: Variant,
+    logits: jax.Array,
+    rows: jax.Array,
+    state: BatchState,
+    tallies: Tallies | None,
+) -> tuple[BatchState, Tallies | None, jax.Array]:
+    """Choose a token for each of the slots ``rows`` [B] from ``logits`` [B, vocab], float32.
+
+    Returns the state with those tokens appended, and int32 [2, B]: the token, or -1 where the row was
+    not live or its logits are not finite; and how the sequence finished (0 not, else ``REASONS``).
+    """
+    choice = Choice(*(field[rows] for field in state.choice))
+    live, position = state.live[rows], state.length[rows]
+    sound = jnp.isfinite(jnp.max(logits, axis=-1))
+    if variant == "full":
+        assert tallies is not None
+        logits = adjust(logits, choice, Tallies(*(field[rows] for field in tallies)))
+    token = _choose(variant, logits, choice, position)
+    made = live & sound
+    length = position + made
+    stopped = jnp.any(state.stop[rows] == token[:, None], axis=-1)
+    reason = jnp.where(stopped, 1, jnp.where(length >= state.limit[rows], 2, 0))
+    reason = jnp.where(live, jnp.where(sound, reason, 3), 0)
+    state = state._replace(
+        token=state.token.at[rows].set(jnp.where(made, token, state.token[rows])),
+        length=state.length.at[rows].set(length),
+        live=state.live.at[rows].set(live & (reason == 0)),
+    )
+    if variant == "full" and tallies is not None:
+        tallies = tallies._replace(output=tallies.output.at[rows, token].add(made.astype(jnp.int32)))
+    return state, tallies, jnp.stack([jnp.where(made, token, -1), reason]).astype(jnp.int32)
+
+
+def adjust(logits: jax.Array, choice: Choice, tallies: Tallies) -> jax.Array:
+    """Logit bias, then repetition penalty (Keskar et al., 2019), then presence and frequency penalty."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    logits = logits.at[rows, tallies.bias_ids].add(tallies.bias, mode="drop")
+    penalty = choice.repetition_penalty[:, None]
+    seen = tallies.prompt | (tallies.output > 0)
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    given = tallies.output.astype(jnp.float32)
+    presence = choice.presence_penalty[:, None] * jnp.minimum(given, 1.0)
+    return jnp.asarray(logits - presence - choice.frequency_penalty[:, None] * given)
+
+
+def _choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if variant == "greedy":
+        return greedy
+    cold = choice.temperature <= 0.0
+    heated = logits / jnp.where(cold, 1.0, choice.temperature)[:, None]
+    if variant in ("filtered", "full"):
+        heated = keep_top(heated, choice)
+    noisy = keep_likely(heated, choice) + noise(choice.seed, position, logits.shape[-1])
+    return jnp.where(cold, greedy, jnp.argmax(noisy, axis=-1).astype(jnp.int32))
+
+
+def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
+    """Gumbel noise [B, vocab] keyed by (seed [B], position [B]); argmax(logits + noise) samples softmax."""
+
+    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, (vocab,), jnp.float32)
+
+    return jax.vmap(row)(seed, position)
+
+
+def keep_likely(logits: jax.Array, choice: Choice) -> jax.Array:
+    """min-p (Nguyen et al., 2024): drop what is less likely than ``min_p`` times the likeliest."""
+    floor = jnp.max(logits, axis=-1) + jnp.log(choice.min_p)
+    return jnp.where(logits >= floor[:, None], logits, -jnp.inf)
+
+
+def keep_top(logits: jax.Array, choice: Choice) -> jax.Array:
+    """Top-k, then top-p (Holtzman et al., 2020) of what is left; ties at a threshold are kept.
+
+    Instead of sorting the vocabulary, each threshold is found by bisection over the 32 bits of an
+    order-preserving integer image of the logits: 32 passes of counting, or of summing probabilities.
+    """
+    vocab = logits.shape[-1]
+    order = _ordered(logits)
+    top_k = jnp.where(choice.top_k > 0, jnp.minimum(choice.top_k, vocab), vocab).astype(jnp.float32)
+    at_least = _threshold(order, jnp.ones_like(logits), top_k)
+    logits = jnp.where(order >= at_least[:, None], logits, -jnp.inf)
+    probability = jax.nn.softmax(logits, axis=-1)
+    wanted = jnp.where(choice.top_p < 1.0, choice.top_p * jnp.sum(probability, axis=-1), 0.0)
+    at_least = _threshold(order, probability, jnp.maximum(wanted, jnp.max(probability, axis=-1)))
+    kept = (order >= at_least[:, None]) | (choice.top_p >= 1.0)[:, None]
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """uint32 image of float32 that sorts as the floats do."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _threshold(order: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The largest uint32 t [B] for which the ``weight`` of all elements ``>= t`` is at least ``wanted``."""
+
+    def bit(index: jax.Array, found: jax.Array) -> jax.Array:
+        trial = found | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+        mass = jnp.sum(jnp.where(order >= trial[:, None], weight, 0.0), axis=-1)
+        return jnp.where(mass >= wanted, trial, found)
+
+    found: jax.Array = jax.lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
+    return found

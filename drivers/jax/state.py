@@ -1,0 +1,154 @@
+"""The batch on the device: one row per slot, and the small programs that admit sequences to it.
+
+Every array has ``slots + 1`` rows; the last one is a spare that padding rows point at and that is never
+live. Table entries that hold no page yet point at the cache's last page, which stays zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmos.drivers.sdk.messages import Sampling
+
+STOP_LIMIT = 16
+BIAS_LIMIT = 512
+
+
+class Choice(NamedTuple):
+    """Sampling parameters by slot, each [slots + 1]; the names are those of ``Sampling``."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    presence_penalty: Any
+    frequency_penalty: Any
+    seed: Any
+
+
+class BatchState(NamedTuple):
+    """What the device knows of every slot.
+
+    ``token`` [slots + 1] is the last token, whose KV is not written yet; ``length`` counts the tokens
+    including it; ``live`` is false once the sequence has finished; ``limit`` is the length to finish at;
+    ``stop`` [slots + 1, STOP_LIMIT] is padded with -1; ``tables`` is [slots + 1, width].
+    """
+
+    token: jax.Array
+    length: jax.Array
+    live: jax.Array
+    limit: jax.Array
+    stop: jax.Array
+    tables: jax.Array
+    choice: Choice
+
+
+class Tallies(NamedTuple):
+    """Token counts for penalties and biases; made only once a sequence asks for them.
+
+    ``output`` int32 and ``prompt`` bool are [slots + 1, vocab]; ``bias_ids`` and ``bias`` are
+    [slots + 1, BIAS_LIMIT], unused ids being out of range.
+    """
+
+    output: jax.Array
+    prompt: jax.Array
+    bias_ids: jax.Array
+    bias: jax.Array
+
+
+class Admission(NamedTuple):
+    """Rows to write into the state: ``slots`` [n] and for each the fields of ``BatchState``."""
+
+    slots: Any
+    length: Any
+    live: Any
+    limit: Any
+    stop: Any
+    tables: Any
+    choice: Choice
+
+
+_CHOICE_TYPES = {"top_k": np.int32, "seed": np.uint32}
+
+
+def pack_choices(sampling: list[Sampling]) -> Choice:
+    """Sampling parameters of n sequences as arrays [n]."""
+    return Choice(
+        *(
+            np.asarray([getattr(item, name) for item in sampling], _CHOICE_TYPES.get(name, np.float32))
+            for name in Choice._fields
+        )
+    )
+
+
+def empty_state(slots: int, width: int, spare_page: int) -> BatchState:
+    """A batch in which nothing is live."""
+    rows = slots + 1
+    return BatchState(
+        token=jnp.zeros(rows, jnp.int32),
+        length=jnp.zeros(rows, jnp.int32),
+        live=jnp.zeros(rows, bool),
+        limit=jnp.zeros(rows, jnp.int32),
+        stop=jnp.full((rows, STOP_LIMIT), -1, jnp.int32),
+        tables=jnp.full((rows, width), spare_page, jnp.int32),
+        choice=Choice(*(jnp.array(x) for x in pack_choices([Sampling()] * rows))),
+    )
+
+
+def empty_tallies(slots: int, vocab: int) -> Tallies:
+    rows = slots + 1
+    return Tallies(
+        output=jnp.zeros((rows, vocab), jnp.int32),
+        prompt=jnp.zeros((rows, vocab), bool),
+        bias_ids=jnp.full((rows, BIAS_LIMIT), vocab, jnp.int32),
+        bias=jnp.zeros((rows, BIAS_LIMIT), jnp.float32),
+    )
+
+
+def admit(state: BatchState, new: Admission) -> BatchState:
+    """Write the rows of ``new``; their last tokens come with the chunk that completes the prompt."""
+
+    def put(old: jax.Array, value: Any) -> jax.Array:
+        return old.at[new.slots].set(value)
+
+    return BatchState(
+        token=state.token,
+        length=put(state.length, new.length),
+        live=put(state.live, new.live),
+        limit=put(state.limit, new.limit),
+        stop=put(state.stop, new.stop),
+        tables=put(state.tables, new.tables),
+        choice=jax.tree.map(put, state.choice, new.choice),
+    )
+
+
+def grow(state: BatchState, slots: jax.Array, columns: jax.Array, pages: jax.Array) -> BatchState:
+    """Put ``pages`` [n] at (slot, column) [n] of the block tables; slots out of range are padding."""
+    return state._replace(tables=state.tables.at[slots, columns].set(pages, mode="drop"))
+
+
+def tally(
+    tallies: Tallies,
+    slot: jax.Array,
+    tokens: jax.Array,
+    prompt: jax.Array,
+    known: jax.Array,
+    bias_ids: jax.Array,
+    bias: jax.Array,
+) -> Tallies:
+    """Count a new sequence's ``tokens`` [max_context]: the first ``prompt`` of ``known`` are its prompt."""
+    vocab = tallies.output.shape[1]
+    place = jnp.arange(tokens.shape[0])
+    asked = jnp.where(place < prompt, tokens, vocab)
+    given = jnp.where((place >= prompt) & (place < known), tokens, vocab)
+    return Tallies(
+        output=tallies.output.at[slot].set(jnp.zeros(vocab, jnp.int32).at[given].add(1, mode="drop")),
+        prompt=tallies.prompt.at[slot].set(jnp.zeros(vocab, bool).at[asked].set(True, mode="drop")),
+        bias_ids=tallies.bias_ids.at[slot].set(bias_ids),
+        bias=tallies.bias.at[slot].set(bias),
+    )

@@ -1,0 +1,316 @@
+"""The pages of one model on one driver: reserve, grow, commit and free, with quotas and a prefix cache.
+
+A page is *free*, *owned* (held by at least one task) or *cached* (in the index, held by none). Every
+operation checks all of its arguments before it changes anything.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
+from llmos.services.memory import messages
+from llmos.services.memory.messages import ArenaUsage, Holding, TenantUsage
+from llmos.services.memory.pages import PagePool
+from llmos.services.memory.radix import Node, RadixIndex
+
+MAX_PAGES = 1 << 24
+MAX_TOKEN = (1 << 32) - 1
+MAX_EXTRA = 1 << 24
+_TOKEN_BYTES = array("I").itemsize
+
+
+class Task:
+    """What one task holds.
+
+    ``tokens`` are all it has, ``computed`` how many of them have their KV in ``pages``. ``path`` is the node
+    of its last full computed page, or the tenant's root; ``indexed`` is how many pages lead there. A page
+    on the path may be another task's, where two computed the same: then this task's own stays private.
+    """
+
+    __slots__ = ("computed", "indexed", "pages", "path", "quota", "tenant", "tokens")
+
+    def __init__(self, tenant: str, quota: int, tokens: array[int], pages: list[int]) -> None:
+        self.tenant = tenant
+        self.quota = quota
+        self.tokens = tokens
+        self.pages = pages
+        self.computed = 0
+        self.indexed = 0
+        self.path: Node | None = None
+
+
+class Arena:
+    """One arena; ``spec.pages`` pages of ``spec.page_tokens`` tokens. No I/O, no clock."""
+
+    def __init__(self, spec: messages.Arena) -> None:
+        if not 0 < spec.pages <= MAX_PAGES or spec.page_tokens <= 0 or spec.page_bytes < 0:
+            raise InvalidArgument(
+                f"arena {spec.arena!r} needs 1 to {MAX_PAGES} pages of at least one token,"
+                f" not {spec.pages} pages of {spec.page_tokens} tokens and {spec.page_bytes} bytes"
+            )
+        self.spec = spec
+        self.pool = PagePool(spec.pages)
+        self.index = RadixIndex()
+        self.tasks: dict[int, Task] = {}
+        self.indexed = bytearray(spec.pages)  # 1 where a node of the index has this page
+        self.owned: defaultdict[str, int] = defaultdict(int)
+        self.cached: defaultdict[str, int] = defaultdict(int)
+        self.lookup_tokens = self.hit_tokens = self.evictions = 0
+
+    # --- the operations ---
+
+    def reserve(
+        self, id: int, tenant: str, tokens: Sequence[int], extra: int = 0, quota: int = 0
+    ) -> tuple[list[int], int]:
+        """Pages for ``tokens`` and ``extra`` more; (block table, number of tokens already cached in it).
+
+        ``quota`` bounds the pages that the tenant owns in this arena, 0 for no bound. Raises NoMemory with
+        ``free``, ``evictable`` and ``needed``, InvalidArgument for a task that holds pages already.
+        """
+        if id in self.tasks:
+            raise InvalidArgument(f"task {id} holds pages already: free them first")
+        if not tokens or not 0 <= extra <= MAX_EXTRA:
+            raise InvalidArgument(f"a task needs a token at least, and extra from 0 to {MAX_EXTRA}")
+        text = _pack(tokens)
+        size = self.spec.page_tokens
+        # The last token is always computed: its logits are what the task continues from.
+        hits = self.index.match(tenant, self._keys(text, 0, (len(text) - 1) // size))
+        fresh = -(-(len(text) + extra) // size) - len(hits)
+        revived = sum(node.pins == 0 for node in hits)
+        unowned = sum(self.pool.holders[node.page] == 0 for node in hits)
+        self._check_quota(tenant, quota, fresh + unowned)
+        self._check_space(fresh, self.index.evictable - revived)
+        for node in hits:
+            self.index.pin(node)
+        task = self.tasks[id] = Task(tenant, quota, text, [node.page for node in hits])
+        task.pages += self._take(fresh)
+        self.hold(tenant, task.pages)
+        task.indexed = len(hits)
+        task.computed = len(hits) * size
+        task.path = hits[-1] if hits else None
+        self.lookup_tokens += len(text)
+        self.hit_tokens += task.computed
+        return list(task.pages), task.computed
+
+    def grow(self, wants: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+        """More pages for tasks, in this order: for each all it wants, or none where that would not fit."""
+        for id, count in wants:
+            self._task(id)
+            if not 0 <= count <= self.spec.pages:
+                raise InvalidArgument(f"task {id} wants {count} pages of {self.spec.pages}")
+        return [(id, self._grow(self.tasks[id], count)) for id, count in wants]
+
+    def commit(self, tasks: Sequence[tuple[int, list[int], int]]) -> None:
+        """Note tokens appended and KV computed: (task, new tokens, number of tokens computed in all).
+
+        Pages that are full of computed tokens become shareable at once. Raises NotFound for an unknown
+        task, InvalidArgument where more is computed than there are tokens or pages for.
+        """
+        size = self.spec.page_tokens
+        for id, new, computed in tasks:
+            task = self._task(id)
+            if new and not 0 <= min(new) <= max(new) <= MAX_TOKEN:
+                raise InvalidArgument(f"task {id}: a token is an integer from 0 to {MAX_TOKEN}")
+            limit = min(len(task.tokens) + len(new), len(task.pages) * size)
+            if not task.computed <= computed <= limit:
+                raise InvalidArgument(f"task {id}: computed {computed} is not in {task.computed}..{limit}")
+        if len({entry[0] for entry in tasks}) < len(tasks):
+            raise InvalidArgument("a task is named twice in one commit")
+        for id, new, computed in tasks:
+            task = self.tasks[id]
+            task.tokens.extend(new)
+            task.computed = computed
+            if computed // size > task.indexed:
+                self._index(task)
+
+    def free(self, ids: Iterable[int]) -> None:
+        """Take back what these tasks hold; an id that holds nothing is passed over. Cached pages stay."""
+        for id in ids:
+            task = self.tasks.pop(id, None)
+            if task is None:
+                continue
+            if task.path is not None:
+                self.index.unpin_path(task.path)
+            self._release(task.tenant, task.pages)
+
+    def usage(self) -> ArenaUsage:
+        """Pages by use; ``free + cached + owned == total``."""
+        names = sorted({*self.owned, *self.cached})
+        tenants = [TenantUsage(n, self.owned[n], self.cached[n]) for n in names]
+        return ArenaUsage(
+            arena=self.spec.arena,
+            total=self.spec.pages,
+            free=self.pool.free,
+            cached=sum(t.cached for t in tenants),
+            owned=sum(t.owned for t in tenants),
+            page_tokens=self.spec.page_tokens,
+            page_bytes=self.spec.page_bytes,
+            lookup_tokens=self.lookup_tokens,
+            hit_tokens=self.hit_tokens,
+            evictions=self.evictions,
+            tenants=[t for t in tenants if t.owned or t.cached],
+        )
+
+    # --- what they are made of ---
+
+    def _task(self, id: int) -> Task:
+        task = self.tasks.get(id)
+        if task is None:
+            raise NotFound(f"task {id} holds no pages in arena {self.spec.arena!r}")
+        return task
+
+    def _keys(self, tokens: array[int], start: int, stop: int) -> list[bytes]:
+        """The index keys of full pages ``start`` to ``stop``: their tokens as bytes."""
+        size = self.spec.page_tokens
+        raw, width = tokens[start * size : stop * size].tobytes(), size * _TOKEN_BYTES
+        return [raw[at : at + width] for at in range(0, len(raw), width)]
+
+    def _check_quota(self, tenant: str, quota: int, count: int) -> None:
+        owned = self.owned.get(tenant, 0)
+        if quota and owned + count > quota:
+            raise NoMemory(
+                f"tenant {tenant!r} owns {owned} of {quota} pages and needs {count} more",
+                free=self.pool.free,
+                evictable=self.index.evictable,
+                needed=count,
+                quota=quota,
+            )
+
+    def _check_space(self, needed: int, evictable: int) -> None:
+        if needed > self.pool.free + evictable:
+            raise NoMemory(
+                f"{needed} pages needed; {self.pool.free} are free and {evictable} can be evicted",
+                free=self.pool.free,
+                evictable=evictable,
+                needed=needed,
+            )
+
+    def _grow(self, task: Task, count: int) -> list[int]:
+        within = not task.quota or self.owned[task.tenant] + count <= task.quota
+        if not within or count > self.pool.free + self.index.evictable:
+            return []
+        pages = self._take(count)
+        self.hold(task.tenant, pages)
+        task.pages += pages
+        return pages
+
+    def _take(self, count: int) -> list[int]:
+        """Free pages, evicting what is missing; the caller has checked that there are so many."""
+        missing = count - self.pool.free
+        if missing > 0:
+            for node in self.index.evict(missing):
+                self.indexed[node.page] = 0
+                self.cached[node.tenant] -= 1
+                self.pool.give_back(node.page)
+            self.evictions += missing
+        return self.pool.take(count)
+
+    def hold(self, tenant: str, pages: list[int]) -> None:
+        holders, indexed = self.pool.holders, self.indexed
+        for page in pages:
+            if holders[page] == 0:
+                self.owned[tenant] += 1
+                self.cached[tenant] -= indexed[page]
+            holders[page] += 1
+
+    def _release(self, tenant: str, pages: list[int]) -> None:
+        holders, indexed = self.pool.holders, self.indexed
+        for page in pages:
+            holders[page] -= 1
+            if holders[page] == 0:
+                self.owned[tenant] -= 1
+                if indexed[page]:
+                    self.cached[tenant] += 1
+                else:
+                    self.pool.give_back(page)
+
+    def _index(self, task: Task) -> None:
+        """Lead the task's path on over its newly full pages; where a node exists it keeps its page."""
+        full = task.computed // self.spec.page_tokens
+        node = task.path or self.index.root(task.tenant)
+        for key, page in zip(self._keys(task.tokens, task.indexed, full), task.pages[task.indexed : full]):
+            child = node.children.get(key)
+            if child is None:
+                child = self.index.insert(node, key, page)
+                self.indexed[page] = 1
+            self.index.pin(child)
+            node = child
+        task.indexed, task.path = full, node
+
+    def index_restored(self, task: Task, sharing: Mapping[int, int]) -> None:
+        """Lead a restored task's path from the root: a node keeps the page that several tasks share."""
+        if task.computed >= self.spec.page_tokens:
+            self._index(task)
+        node = task.path
+        for page in reversed(task.pages[: task.indexed]):
+            assert node is not None
+            if sharing[page] > 1 and node.page != page and not self.indexed[page]:
+                self.indexed[page], self.indexed[node.page] = 1, 0
+                node.page = page
+            node = node.parent
+
+
+def restore(message: messages.Restore) -> Arena:
+    """An arena in which tasks hold what their scheduler says they hold; all else is free.
+
+    Raises InvalidArgument where that cannot be: a page out of range, held twice by one task, or held by two
+    that do not share the tokens up to it.
+    """
+    arena = Arena(message.arena)
+    sharing = Counter(page for holding in message.tasks for page in holding.pages)
+    for holding in message.tasks:
+        _check_holding(arena, holding)
+        task = Task(holding.tenant, 0, _pack(holding.tokens), list(holding.pages))
+        task.computed = holding.computed
+        for page in task.pages:
+            if arena.pool.is_free(page):
+                arena.pool.claim(page)
+        arena.hold(task.tenant, task.pages)
+        arena.tasks[holding.task] = task
+    for task in arena.tasks.values():
+        arena.index_restored(task, sharing)
+    pages = [node.page for node in arena.index.nodes()]
+    if len(set(pages)) < len(pages):
+        raise InvalidArgument("a page is held for different tokens")
+    for id, task in arena.tasks.items():
+        for page in set(task.pages) - _on_path(task):
+            if sharing[page] > 1:
+                raise InvalidArgument(
+                    f"page {page} of task {id} is held by another that has other tokens there"
+                )
+    return arena
+
+
+def _on_path(task: Task) -> set[int]:
+    """The pages that a task holds at their own place in the index."""
+    node, found = task.path, set()
+    for page in reversed(task.pages[: task.indexed]):
+        assert node is not None
+        if node.page == page:
+            found.add(page)
+        node = node.parent
+    return found
+
+
+def _check_holding(arena: Arena, holding: Holding) -> None:
+    spec = arena.spec
+    if holding.task in arena.tasks:
+        raise InvalidArgument(f"task {holding.task} is named twice")
+    if len(set(holding.pages)) < len(holding.pages) or any(not 0 <= p < spec.pages for p in holding.pages):
+        raise InvalidArgument(
+            f"task {holding.task} holds pages that are not {len(holding.pages)} different ones"
+        )
+    if not 0 <= holding.computed <= min(len(holding.tokens), len(holding.pages) * spec.page_tokens):
+        raise InvalidArgument(
+            f"task {holding.task}: {holding.computed} tokens cannot be computed in its pages"
+        )
+
+
+def _pack(tokens: Sequence[int]) -> array[int]:
+    try:
+        return array("I", tokens)
+    except (OverflowError, TypeError):
+        raise InvalidArgument(f"a token is an integer from 0 to {MAX_TOKEN}") from None

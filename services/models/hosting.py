@@ -1,0 +1,128 @@
+"""Which model of the manifest is where, and in what state. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
+from llmos.ipc.errors import IOFailure, LLMOSError, NotFound
+from llmos.services.manifest import ModelSpec
+from llmos.services.models.messages import ModelLine
+from llmos.services.models.template import ChatTemplate
+from llmos.services.models.tokenizer import ModelTokenizer
+
+Waiter = Callable[[LLMOSError | None], None]
+
+
+class Model:
+    """One model: its files, its tokenizer, the driver that has it or is loading it, and whether the
+    scheduler knows. Whoever waits is told once it is ready, or told the error that keeps it from being so.
+    """
+
+    def __init__(self, spec: ModelSpec, source: Path | None) -> None:
+        self.spec = spec
+        self.source = source
+        self.tokenizer: ModelTokenizer | None = None
+        self.template: ChatTemplate | None = None
+        self.loaded: LoadedModel | None = None
+        self.loading = False
+        self.hosted = False
+        self.wanted = True
+        self.error: LLMOSError | None = None
+        self.progress = LoadProgress("read", 0, 0)
+        self._waiters: list[tuple[Waiter, bool]] = []
+
+    @property
+    def ready(self) -> bool:
+        return self.hosted and self.tokenizer is not None
+
+    def trouble(self) -> LLMOSError | None:
+        """Why waiting would be in vain."""
+        name = self.spec.name
+        if self.source is None:
+            return NotFound(f"the files of model {name!r} are missing: llmos pull {name}")
+        if not self.wanted:
+            return NotFound(f"model {name!r} is not loaded: llmos load {name}")
+        if self.error is not None:
+            return IOFailure(f"model {name!r} could not be loaded: {self.error}")
+        return None
+
+    def wait(self, waiter: Waiter, *, for_driver: bool = True) -> None:
+        """Tell ``waiter`` once, maybe at once; without ``for_driver`` as soon as there is a tokenizer."""
+        self._waiters.append((waiter, for_driver))
+        self.settle()
+
+    def settle(self) -> None:
+        """Tell those who wait for what has been decided by now."""
+        trouble = self.trouble()
+        told: list[tuple[Waiter, bool]] = []
+        kept: list[tuple[Waiter, bool]] = []
+        for waiter, for_driver in self._waiters:
+            decided = trouble or self.ready or (self.tokenizer is not None and not for_driver)
+            (told if decided else kept).append((waiter, for_driver))
+        self._waiters = kept
+        for waiter, _ in told:
+            waiter(trouble)
+
+    def forget(self, waiter: Waiter) -> None:
+        """Tell ``waiter`` nothing any more."""
+        self._waiters = [entry for entry in self._waiters if entry[0] is not waiter]
+
+    def lost(self) -> None:
+        """The driver is gone, and with it whatever it had loaded."""
+        self.loaded = None
+        self.loading = self.hosted = False
+        self.progress = LoadProgress("read", 0, 0)
+
+    def line(self) -> ModelLine:
+        """The model as it is listed."""
+        loaded, progress = self.loaded, self.progress
+        return ModelLine(
+            name=self.spec.name,
+            state=self._state(),
+            driver=self.spec.driver,
+            family=loaded.family if loaded else "",
+            parameters=loaded.parameters if loaded else 0,
+            context=loaded.max_context if loaded else 0,
+            created=_created(self.source),
+            progress=1.0 if loaded else progress.done / progress.total if progress.total else 0.0,
+            phase=progress.phase if self.loading else "",
+            error=str(self.error or ""),
+            phases=loaded.phases if loaded else {},
+        )
+
+    def _state(self) -> Literal["missing", "unloaded", "loading", "ready", "failed"]:
+        if self.source is None:
+            return "missing"
+        if self.error is not None:
+            return "failed"
+        if not self.wanted:
+            return "unloaded"
+        return "ready" if self.ready else "loading"
+
+
+def _created(source: Path | None) -> int:
+    try:
+        return int(source.stat().st_mtime) if source else 0
+    except OSError:
+        return 0
+
+
+def load_request(model: Model, cache: Path) -> LoadRequest:
+    """What the driver is asked to load."""
+    spec = model.spec
+    return LoadRequest(
+        model=spec.name,
+        source=str(model.source),
+        cache=str(cache / "converted"),
+        dtype=spec.dtype,
+        kv_dtype=spec.kv_dtype,
+        page_tokens=spec.page_tokens,
+        pages=spec.pages,
+        slots=spec.slots,
+        max_context=spec.max_context,
+        chunk_tokens=spec.chunk_tokens,
+        mesh=spec.mesh,
+    )

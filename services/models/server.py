@@ -1,0 +1,176 @@
+"""The message handlers of the models service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from llmos.ipc import paths
+from llmos.ipc.errors import LLMOSError
+from llmos.ipc.grant import Origin
+from llmos.ipc.server import Incoming, Later, Server, method
+from llmos.services import manifest
+from llmos.services.models import requests
+from llmos.services.models.detokenizer import detokenizer
+from llmos.services.models.generation import Answer
+from llmos.services.models.hosting import Model
+from llmos.services.models.loader import Loader
+from llmos.services.models.messages import (
+    Chat,
+    Complete,
+    Detokenize,
+    Generation,
+    Load,
+    ModelList,
+    TokenIds,
+    Tokenize,
+    Unload,
+)
+from llmos.services.models.streams import Streams
+
+Tokens = list[int]
+
+SYSTEM = "system"  # the tenant of the services themselves
+
+
+class ModelsServer(Server):
+    """From text to tasks and from tokens to text; keeps the manifest's models loaded."""
+
+    name = "models"
+    watch = True
+
+    def __init__(self, run: Path | None = None, cache: Path | None = None) -> None:
+        super().__init__(run)
+        self._loader = Loader(self, manifest.read_running(run), cache or paths.cache_dir())
+        self._streams = Streams(self)
+
+    def start(self) -> None:
+        self._loader.start()
+
+    def stop(self) -> None:
+        self._loader.close()
+
+    def on_up(self, name: str, connection: int) -> None:
+        if name == "scheduler":
+            self._streams.attach()
+        self._loader.on_up(name, connection)
+
+    def on_down(self, name: str, connection: int) -> None:
+        self._loader.on_down(name, connection)
+
+    def on_kernel_restart(self) -> None:
+        self._loader.forget_all()
+
+    @method
+    def chat(self, request: Chat, call: Incoming) -> Later:
+        """A stream of ``Text``, ended by ``Done``."""
+        requests.check_messages(request.messages)
+        messages = [requests.template_message(message) for message in request.messages]
+
+        def prompt(model: Model) -> Tokens:
+            assert model.template is not None
+            return _encode(model, model.template.render(messages, request.tools), template=True)
+
+        return self._generate(request.model, request.generation, prompt, call)
+
+    @method
+    def complete(self, request: Complete, call: Incoming) -> Later:
+        """A stream of ``Text``, ended by ``Done``."""
+
+        def prompt(model: Model) -> Tokens:
+            if not isinstance(request.prompt, str):
+                return request.prompt
+            return _encode(model, request.prompt, template=False)
+
+        return self._generate(request.model, request.generation, prompt, call)
+
+    @method
+    def list(self, request: None, call: Incoming) -> ModelList:
+        """The models that the caller may use; services see all."""
+        lines = [model.line() for model in self._loader.models.values()]
+        return ModelList([line for line in lines if _may_see(call.origin, line.name)])
+
+    @method
+    def load(self, request: Load, call: Incoming) -> Later:
+        """Chunks are ``LoadProgress``, the end is ``ModelLine``."""
+        call.origin.check_model(request.model)
+        self._loader.load(self._loader.model(request.model), call)
+        return Later()
+
+    @method
+    def unload(self, request: Unload, call: Incoming) -> Later:
+        call.origin.check_model(request.model)
+        self._loader.unload(self._loader.model(request.model), call)
+        return Later()
+
+    @method
+    def tokenize(self, request: Tokenize, call: Incoming) -> Later:
+        """``TokenIds``, with the special tokens that begin a text."""
+
+        def reply(model: Model) -> None:
+            assert model.tokenizer is not None
+            call.reply(TokenIds(model.tokenizer.encode(request.text)))
+
+        return self._when(request.model, call, reply, for_driver=False)
+
+    @method
+    def detokenize(self, request: Detokenize, call: Incoming) -> Later:
+        """The text as a string."""
+
+        def reply(model: Model) -> None:
+            assert model.tokenizer is not None
+            call.reply(model.tokenizer.decode(request.tokens))
+
+        return self._when(request.model, call, reply, for_driver=False)
+
+    def _generate(
+        self, name: str, generation: Generation, prompt: Callable[[Model], Tokens], call: Incoming
+    ) -> Later:
+        requests.check_generation(generation)
+        requests.check_grant(call.origin.grant, generation)
+
+        def begin(model: Model) -> None:
+            assert model.loaded is not None
+            assert model.tokenizer is not None
+            tokens, grant = prompt(model), call.origin.grant
+            stop = model.tokenizer.info.stop
+            submit = requests.to_submit(
+                generation, tokens, model.loaded, grant, stop=stop, label=call.head.method
+            )
+            text = detokenizer(model.tokenizer, tokens)
+            answer = Answer(submit, generation.stop, text, time.monotonic())
+            self._streams.begin(call, submit, answer, stream=generation.stream)
+
+        return self._when(name, call, begin)
+
+    def _when(
+        self, name: str, call: Incoming, act: Callable[[Model], None], *, for_driver: bool = True
+    ) -> Later:
+        """Act once the model is ready, or fail the call with what keeps it from being so."""
+        call.origin.check_model(name)
+        model = self._loader.model(name)
+
+        def told(error: LLMOSError | None) -> None:
+            call.on_cancel = None
+            try:
+                if error is not None:
+                    raise error
+                act(model)
+            except LLMOSError as failure:
+                call.fail(failure)
+
+        call.on_cancel = lambda: model.forget(told)
+        model.wait(told, for_driver=for_driver)
+        return Later()
+
+
+def _encode(model: Model, text: str, *, template: bool) -> Tokens:
+    assert model.loaded is not None
+    assert model.tokenizer is not None
+    requests.check_length(text, model.tokenizer.longest, model.loaded)
+    return model.tokenizer.encode(text, template=template)
+
+
+def _may_see(origin: Origin, model: str) -> bool:
+    return origin.grant.tenant == SYSTEM or origin.grant.may_use(model)

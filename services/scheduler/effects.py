@@ -1,0 +1,127 @@
+"""The core's effects as messages: calls to memory and the drivers, answers to those who submitted."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from llmos.drivers.sdk.messages import Preempt, Quantum, QuantumDone, Step
+from llmos.ipc import codec
+from llmos.ipc.calls import Answer
+from llmos.ipc.errors import HostDown, LLMOSError, NoMemory
+from llmos.ipc.header import Kind
+from llmos.ipc.server import Incoming
+from llmos.services.memory.messages import Arena, Commit, Free, Grow, Grown, Reserve, Reserved
+from llmos.services.scheduler.host import Host, Produced
+from llmos.services.scheduler.messages import Emitted, Finished, Reason, Tokens
+from llmos.services.scheduler.task import Place, Task
+
+if TYPE_CHECKING:
+    from llmos.services.scheduler.server import Scheduler
+
+RETRY_SECONDS = 0.05
+now = time.monotonic
+
+
+class MessageEffects:
+    """Implements ``core.Effects``; the answers of memory and drivers go back to the core as events."""
+
+    def __init__(self, server: Scheduler, attached: dict[int, Incoming]) -> None:
+        self._server = server
+        self._attached = attached
+
+    def reserve(self, host: Host, task: Task, extra: int) -> None:
+        def answered(answer: Answer) -> None:
+            if answer.error is None:
+                body = codec.decode(answer.body, Reserved)
+                self._server.core.reserved(host, task, body.pages, body.cached, now())
+            elif isinstance(answer.error, NoMemory):
+                self._server.core.refused(host, task, now())
+            elif isinstance(answer.error, HostDown):
+                self._server.after(RETRY_SECONDS, lambda: self.reserve(host, task, extra))
+            else:
+                self._server.core.kill(task, answer.error, now())
+
+        if task.place is Place.RESERVING:
+            body = Reserve(host.arena, task.id, task.tokens, extra)
+            self._server.call("memory.reserve", body, answered, acting=task.call)
+
+    def grow(self, host: Host, wants: list[tuple[Task, int]]) -> None:
+        asked = {task.id: (task, task.residence) for task, _ in wants}
+
+        def answered(answer: Answer) -> None:
+            if answer.error is not None:
+                # Memory is being restarted: ask again with the next quantum.
+                for task, _ in wants:
+                    task.growing = False
+                return
+            gets = codec.decode(answer.body, Grown).gets
+            self._server.core.grown(host, [(*asked[id], pages) for id, pages in gets], now())
+
+        self._server.call(
+            "memory.grow", Grow(host.arena, [(task.id, pages) for task, pages in wants]), answered
+        )
+
+    def free(self, host: Host, tasks: list[Task]) -> None:
+        self._server.cast("memory.free", Free(host.arena, [task.id for task in tasks]))
+
+    def commit(self, host: Host, tasks: list[Task]) -> None:
+        lines = [(task.id, task.tokens[task.committed :], task.computed) for task in tasks]
+        for task in tasks:
+            task.committed = len(task.tokens)
+        self._server.cast("memory.commit", Commit(host.arena, lines))
+
+    def execute(self, host: Host, quantum: Quantum) -> None:
+        def answered(answer: Answer) -> None:
+            if self._server.core.hosts.get(host.arena) is not host:
+                return
+            if answer.error is not None:
+                self._server.quantum_failed(host, answer.error)
+            elif answer.kind == Kind.CHUNK:
+                self._server.core.step(host, codec.decode(answer.body, Step), now())
+            else:
+                self._server.core.done(host, codec.decode(answer.body, QuantumDone), now())
+
+        self._server.call(f"driver.{host.driver}.execute", quantum, answered)
+
+    def preempt(self, host: Host, quantum: int) -> None:
+        self._server.cast(f"driver.{host.driver}.preempt", Preempt(quantum))
+
+    def emit(self, produced: list[Produced]) -> None:
+        streams: dict[int, list[Tokens]] = {}
+        for item in produced:
+            call: Incoming = item.task.call
+            tokens = Tokens(call.head.id, item.task.produced - len(item.tokens), item.tokens)
+            if call.origin.connection in self._attached:
+                streams.setdefault(call.origin.connection, []).append(tokens)
+            else:
+                call.chunk(tokens)
+        for connection, batch in streams.items():
+            self._attached[connection].chunk(Emitted(batch))
+
+    def finish(self, task: Task, reason: Reason, error: LLMOSError | None) -> None:
+        call: Incoming = task.call
+        if error is not None:
+            call.fail(error)
+            return
+        ended = now()
+        call.end(
+            Finished(
+                task=task.id,
+                reason=reason,
+                prompt_tokens=task.prompt,
+                cached_tokens=max(0, task.first_cached),
+                completion_tokens=task.produced,
+                queued=task.started_at - task.arrived,
+                first_token=task.first_token_at - task.arrived,
+                total=ended - task.arrived,
+            )
+        )
+
+
+def arena_of(host: Host) -> Arena:
+    """A host's arena as memory wants it declared."""
+    model = host.model
+    return Arena(
+        arena=host.arena, pages=model.pages, page_tokens=model.page_tokens, page_bytes=model.page_bytes
+    )

@@ -1,0 +1,136 @@
+"""One model on one driver: who is in which slot, which quanta are in flight, and what they produced. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, QuantumDone, Step
+from llmos.services.scheduler.task import Place, Task
+
+QUANTA_IN_FLIGHT = 2
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A quantum that was sent, and who sat in the slots it names."""
+
+    quantum: Quantum
+    tasks: dict[int, Task]
+    received: int = 0
+
+
+@dataclass(slots=True)
+class Produced:
+    """What a step gave one task."""
+
+    task: Task
+    tokens: list[int]
+    finished: FinishReason | None
+
+
+@dataclass(eq=False)
+class Host:
+    """The scheduler's picture of a driver's batch; changed by composing and by results, never by I/O."""
+
+    driver: str
+    model: LoadedModel
+    ready: bool = False
+    slots: list[Task | None] = field(default_factory=list)
+    starting: list[Task] = field(default_factory=list)
+    releasing: list[int] = field(default_factory=list)
+    growth: dict[int, list[int]] = field(default_factory=dict)
+    flight: deque[InFlight] = field(default_factory=deque)
+    draining: bool = False
+    short_of_pages: bool = False
+    steps: int = 0
+    tokens: int = 0
+    step_micros: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.slots = [None] * self.model.slots
+
+    @property
+    def arena(self) -> str:
+        """The name of this host's KV pages at memory."""
+        return f"{self.driver}/{self.model.model}"
+
+    @property
+    def running(self) -> list[Task]:
+        return [task for task in self.slots if task is not None]
+
+    @property
+    def can_compose(self) -> bool:
+        return self.ready and not self.draining and len(self.flight) < QUANTA_IN_FLIGHT
+
+    def capacity(self, task: Task) -> int:
+        """How many tokens fit in a task's pages."""
+        return len(task.pages) * self.model.page_tokens
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.model.page_tokens)
+
+    def free_slot(self) -> int | None:
+        return next((i for i, task in enumerate(self.slots) if task is None), None)
+
+    def seat(self, task: Task, slot: int) -> None:
+        """Give a task a slot; it starts with the next quantum once it is READY."""
+        task.slot = slot
+        self.slots[slot] = task
+
+    def leave(self, task: Task) -> None:
+        """Take a task out of its slot; the next quantum empties it on the device, if it ever got there."""
+        slot, task.slot = task.slot, -1
+        self.slots[slot] = None
+        if task in self.starting:
+            self.starting.remove(task)
+        elif task.place is Place.RUNNING:
+            self.releasing.append(slot)
+            self.growth.pop(slot, None)
+
+    def begin(self, task: Task, pages: list[int], cached: int) -> None:
+        """A seated task has its pages."""
+        task.pages = pages
+        task.enter(cached)
+        task.place = Place.READY
+        self.starting.append(task)
+
+    def grow(self, task: Task, pages: list[int]) -> None:
+        """A running task was given more pages; the driver learns of them with the next quantum."""
+        task.pages.extend(pages)
+        if task.place is Place.RUNNING:
+            self.growth.setdefault(task.slot, []).extend(pages)
+
+    def sent(self, quantum: Quantum) -> None:
+        """A quantum is on its way."""
+        self.flight.append(InFlight(quantum, {i: t for i, t in enumerate(self.slots) if t is not None}))
+
+    def apply(self, step: Step) -> list[Produced]:
+        """Record what a step produced; tasks that are no longer in their slot get nothing."""
+        flight = next(f for f in self.flight if f.quantum.id == step.quantum)
+        flight.received += 1
+        self.steps += 1
+        self.step_micros += 0.1 * (step.micros - self.step_micros) if self.step_micros else step.micros
+        for chunk in flight.quantum.chunks:
+            if chunk.step == step.index and (task := flight.tasks.get(chunk.slot)):
+                task.computed = max(task.computed, chunk.start + chunk.length)
+        ends = dict(step.finished)
+        produced: dict[int, Produced] = {}
+        for slot, token in zip(step.slots, step.tokens, strict=True):
+            task = flight.tasks.get(slot)
+            if task is None or task.slot != slot or task.place is not Place.RUNNING:
+                continue
+            task.computed = len(task.tokens)
+            task.tokens.append(token)
+            produced.setdefault(slot, Produced(task, [], ends.get(slot))).tokens.append(token)
+            self.tokens += 1
+        return list(produced.values())
+
+    def done(self, done: QuantumDone) -> None:
+        """A quantum ended. Once none is in flight, plans give way to what really happened."""
+        self.flight = deque(f for f in self.flight if f.quantum.id != done.quantum)
+        if not self.flight:
+            self.draining = False
+            for task in self.running:
+                if task.place is Place.RUNNING:
+                    task.settle()

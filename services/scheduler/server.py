@@ -1,0 +1,277 @@
+"""The scheduler's messages, and its calls to memory and the drivers. What to do is decided in ``core``."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+from llmos.drivers.sdk.messages import Reset
+from llmos.ipc.calls import Answer
+from llmos.ipc.errors import (
+    AccessDenied,
+    Busy,
+    Canceled,
+    HostDown,
+    InvalidArgument,
+    LLMOSError,
+    NotFound,
+)
+from llmos.ipc.link import now as wall_now
+from llmos.ipc.server import Incoming, Later, Server, log, method
+from llmos.services import manifest
+from llmos.services.memory.messages import (
+    DropArena,
+    Holding,
+    Restore,
+)
+from llmos.services.scheduler.core import Core
+from llmos.services.scheduler.effects import MessageEffects, arena_of
+from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.messages import Host as HostRequest
+from llmos.services.scheduler.messages import (
+    HostLine,
+    Kill,
+    SchedulerStats,
+    Submit,
+    TaskLine,
+    Tasks,
+    Unhost,
+)
+from llmos.services.scheduler.task import Place, Task
+
+RETRY_SECONDS = 0.05
+now = time.monotonic
+
+
+class Scheduler(Server):
+    """Thin handlers; every effect of the core is one message."""
+
+    name = "scheduler"
+    watch = True
+
+    def start(self) -> None:
+        spec = manifest.read_running().scheduler
+        self._queue_limit = spec.queue
+        self._attached: dict[int, Incoming] = {}
+        self.core = Core(MessageEffects(self, self._attached), spec.steps)
+        self._ids = itertools.count(1)
+        self._memory = 0
+
+    # --- calls served ---
+
+    @method
+    def submit(self, request: Submit, call: Incoming) -> Later:
+        """Chunks are ``Tokens`` unless the connection has an ``attach`` stream; the end is ``Finished``."""
+        task = self._admissible(request, call)
+        call.on_cancel = lambda: self.core.kill(task, Canceled("the caller withdrew the task"), now())
+        self.core.submit(task, now())
+        return Later()
+
+    @method
+    def attach(self, request: None, call: Incoming) -> Later:
+        """One stream of ``Emitted`` for all tasks that this connection submits."""
+        connection = call.origin.connection
+        self._attached[connection] = call
+        call.on_cancel = lambda: self._attached.pop(connection, None)
+        return Later()
+
+    @method
+    def tasks(self, request: None, call: Incoming) -> Tasks:
+        return Tasks([_line(task, self.core.hosts.get(task.arena)) for task in self.core.tasks.values()])
+
+    @method
+    def kill(self, request: Kill, call: Incoming) -> None:
+        task = self.core.tasks.get(request.task)
+        if task is None:
+            raise NotFound(f"there is no task {request.task}")
+        if task.tenant != call.origin.grant.tenant:
+            raise AccessDenied(f"task {request.task} belongs to another tenant")
+        self.core.kill(task, Canceled("the task was killed"), now())
+
+    @method
+    def stats(self, request: None, call: Incoming) -> SchedulerStats:
+        core = self.core
+        running = sum(len(host.running) for host in core.hosts.values())
+        return SchedulerStats(
+            waiting=len(core.tasks) - running,
+            running=running,
+            finished=core.finished,
+            displaced=core.displaced,
+            tokens=sum(host.tokens for host in core.hosts.values()),
+            served=dict(core.counters.served),
+            hosts=[_host_line(host) for host in core.hosts.values()],
+        )
+
+    @method
+    def host(self, request: HostRequest, call: Incoming) -> Later:
+        """Answered once the driver's slots are empty and memory knows the arena."""
+        host = Host(request.driver, request.model)
+        previous = self.core.hosts.get(host.arena)
+        if previous is not None:
+            self.core.lose_host(previous, now())
+
+        self._open(host, lambda error: call.fail(error) if error else call.reply())
+        return Later()
+
+    @method
+    def unhost(self, request: Unhost, call: Incoming) -> None:
+        host = self.core.hosts.get(f"{request.driver}/{request.model}")
+        if host is None:
+            raise NotFound(f"{request.driver} does not host {request.model!r}")
+        self.core.lose_host(host, now())
+        self.cast("memory.drop_arena", DropArena(host.arena))
+
+    # --- what watching brings ---
+
+    def on_down(self, name: str, connection: int) -> None:
+        for host in list(self.core.hosts.values()):
+            if name == f"driver.{host.driver}":
+                log.warning("%s went down; its %d tasks wait for it", name, len(host.running))
+                self.core.lose_host(host, now())
+
+    def on_up(self, name: str, connection: int) -> None:
+        if name != "memory":
+            return
+        if self._memory:
+            log.warning("memory was started anew; telling it what is held")
+            for host in self.core.hosts.values():
+                self.cast("memory.restore", self._holdings(host))
+        self._memory = connection
+
+    def on_kernel_restart(self) -> None:
+        # Every caller's connection is gone, so nobody is left to read the answers.
+        self._attached.clear()
+        for task in list(self.core.tasks.values()):
+            self.core.kill(task, HostDown("the kernel went down"), now())
+        for host in list(self.core.hosts.values()):
+            self.core.lose_host(host, now())
+
+    # --- helpers ---
+
+    def _open(self, host: Host, then: Callable[[LLMOSError | None], None]) -> None:
+        """Empty the driver's slots, declare the arena, and let the host take work."""
+
+        def declared(answer: Answer) -> None:
+            if answer.error is None:
+                self.core.add_host(host, now())
+            then(answer.error)
+
+        def emptied(answer: Answer) -> None:
+            if answer.error is None:
+                self.call("memory.arena", arena_of(host), declared, timeout=10)
+            else:
+                then(answer.error)
+
+        self.call(f"driver.{host.driver}.reset", Reset(host.model.model), emptied, timeout=60)
+
+    def quantum_failed(self, host: Host, error: LLMOSError) -> None:
+        """A driver died, or refused a quantum: then its slots and ours may differ, and both start empty."""
+        if isinstance(error, HostDown):
+            self.core.lose_host(host, now())
+            return
+        log.error("%s refused a quantum: %s", host.driver, error)
+        self.core.fail_host(host, error, now())
+
+        def opened(error: LLMOSError | None) -> None:
+            if error is not None:
+                log.error("%s stays without work: %s", host.driver, error)
+
+        self._open(Host(host.driver, host.model), opened)
+
+    def _admissible(self, request: Submit, call: Incoming) -> Task:
+        """A task for a request that can be served, now or later; every check comes before any effect."""
+        grant = call.origin.grant
+        call.origin.check_model(request.model)
+        if not grant.may_run_in(request.band):
+            raise AccessDenied(f"this capability does not reach band {request.band!r}, only {grant.band!r}")
+        if request.model not in self.core.queues:
+            raise NotFound(f"no driver serves the model {request.model!r} yet")
+        hosts = [h for h in self.core.hosts.values() if h.model.model == request.model]
+        limit = len(request.tokens) + request.max_tokens
+        for host in hosts[:1]:
+            _check_fit(host, request, limit)
+        if grant.max_tokens and request.max_tokens > grant.max_tokens:
+            raise AccessDenied(f"this capability allows {grant.max_tokens} tokens, not {request.max_tokens}")
+        waiting = sum(len(queue) for queue in self.core.queues.values())
+        if waiting >= self._queue_limit:
+            raise Busy(f"{waiting} tasks are waiting; try again later")
+        if grant.max_queued and self._waiting_of(grant.tenant) >= grant.max_queued:
+            raise Busy(f"{grant.max_queued} tasks of this tenant are waiting; try again later")
+        return Task(
+            id=next(self._ids),
+            tenant=grant.tenant,
+            principal=grant.principal,
+            model=request.model,
+            band=request.band,
+            tokens=list(request.tokens),
+            prompt=len(request.tokens),
+            limit=limit,
+            arrived=now(),
+            sampling=request.sampling,
+            stop=request.stop,
+            deadline=now() + (call.deadline - wall_now()) / 1e6 if call.deadline else 0.0,
+            weight=grant.weight,
+            max_running=grant.max_running,
+            label=request.label[:80],
+            call=call,
+        )
+
+    def _waiting_of(self, tenant: str) -> int:
+        return sum(t.tenant == tenant and t.place is Place.WAITING for t in self.core.tasks.values())
+
+    def _holdings(self, host: Host) -> Restore:
+        holdings = [
+            Holding(task.id, task.tenant, task.pages, task.tokens, task.computed)
+            for task in self.core.tasks.values()
+            if task.pages and task.arena == host.arena
+        ]
+        return Restore(arena=arena_of(host), tasks=holdings)
+
+
+def _check_fit(host: Host, request: Submit, limit: int) -> None:
+    """Refuse what this model or its arena could never hold."""
+    model = host.model
+    if not request.tokens or request.max_tokens < 1:
+        raise InvalidArgument("a task needs at least one prompt token and max_tokens of at least 1")
+    if limit > model.max_context:
+        raise InvalidArgument(
+            f"{len(request.tokens)} prompt tokens and {request.max_tokens} more exceed the context of "
+            f"{model.max_context}",
+            limit=model.max_context,
+            tokens=limit,
+        )
+    if host.pages_for(limit) > model.pages:
+        raise InvalidArgument(f"{limit} tokens need {host.pages_for(limit)} pages; there are {model.pages}")
+    if not all(0 <= token < model.vocab_size for token in (*request.tokens, *request.stop)):
+        raise InvalidArgument(f"a token id is not below the vocabulary size {model.vocab_size}")
+
+
+def _line(task: Task, host: Host | None) -> TaskLine:
+    return TaskLine(
+        task=task.id,
+        tenant=task.tenant,
+        principal=task.principal,
+        model=task.model,
+        driver=host.driver if host else "",
+        band=task.band,
+        state="running" if task.place is Place.RUNNING else "waiting",
+        prompt_tokens=task.prompt,
+        completion_tokens=task.produced,
+        max_tokens=task.limit - task.prompt,
+        pages=len(task.pages),
+        age=now() - task.arrived,
+        label=task.label,
+    )
+
+
+def _host_line(host: Host) -> HostLine:
+    return HostLine(
+        driver=host.driver,
+        model=host.model.model,
+        running=len(host.running),
+        slots=host.model.slots,
+        steps=host.steps,
+        tokens=host.tokens,
+        step_micros=host.step_micros,
+    )

@@ -1,0 +1,89 @@
+"""One task, as plain state: what was asked, what was produced, where it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from llmos.drivers.sdk.messages import Sampling
+from llmos.ipc.grant import BANDS, Band
+
+GREEDY = Sampling()
+
+
+class Place(Enum):
+    """Where a task is in its life."""
+
+    WAITING = "waiting"  # in the queue, perhaps with pages it kept when it was displaced
+    RESERVING = "reserving"  # chosen for a slot; memory has been asked for pages
+    READY = "ready"  # has its pages and a slot; starts with the next quantum
+    RUNNING = "running"  # on the device
+    ENDED = "ended"
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """A request as the scheduler sees it. Times are in seconds on a monotonic clock.
+
+    ``tokens`` is the prompt and everything produced. While it is on a device: ``base`` tokens were known
+    when it started there, ``prefilled`` of them will be computed when the quanta in flight are done, and it
+    will then have at most ``planned`` tokens. ``residence`` counts how often its pages were given up.
+    """
+
+    id: int
+    tenant: str
+    principal: str
+    model: str
+    band: Band
+    tokens: list[int]
+    prompt: int
+    limit: int
+    arrived: float
+    sampling: Sampling = GREEDY
+    stop: list[int] = field(default_factory=list)
+    deadline: float = 0.0
+    weight: float = 1.0
+    max_running: int = 0
+    label: str = ""
+    call: Any = None
+
+    place: Place = Place.WAITING
+    arena: str = ""
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0
+    base: int = 0
+    prefilled: int = 0
+    planned: int = 0
+    computed: int = 0
+    committed: int = 0
+    shared_pages: int = 0
+    growing: bool = False
+    residence: int = 0
+    queued_at: float = 0.0
+    started_at: float = 0.0
+    first_token_at: float = 0.0
+    first_cached: int = -1
+    displaced: int = 0
+
+    @property
+    def rank(self) -> int:
+        """0 for realtime, 1 for interactive, 2 for batch: lower goes first."""
+        return BANDS.index(self.band)
+
+    @property
+    def produced(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.tokens) - self.prompt
+
+    def enter(self, cached: int) -> None:
+        """Begin residence on a device, with the KV of ``cached`` tokens in place."""
+        self.base = len(self.tokens)
+        self.cached = self.prefilled = self.computed = cached
+        self.planned = self.base
+
+    def settle(self) -> None:
+        """Nothing is in flight any more: what was planned is what happened."""
+        self.planned = len(self.tokens)
+        self.prefilled = min(self.base, self.computed)

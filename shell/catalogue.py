@@ -1,0 +1,71 @@
+"""``llmos models`` and ``llmos pull``: what there is, and getting more."""
+
+from __future__ import annotations
+
+import argparse
+
+from llmos.ipc import paths
+from llmos.ipc.client import Client
+from llmos.ipc.errors import HostDown
+from llmos.services.models import catalog, store
+from llmos.services.models.messages import ModelLine, ModelList
+from llmos.services.models.store import PullProgress
+from llmos.shell import session
+from llmos.shell.output import count, say, table
+from llmos.shell.progress import Bar
+
+COLUMNS = ("MODEL", "STATE", "DRIVER", "FAMILY", "PARAMETERS", "CONTEXT", "NOTE")
+
+
+def models(options: argparse.Namespace) -> int:
+    """What is served, then what was pulled, then what could be."""
+    try:
+        with session.connect() as client:
+            served = list_models(client)
+    except HostDown:
+        served = []
+        say("no system is up, so none is served; these are the models on disk")
+    rows = [_served(line) for line in served]
+    names = {line.name for line in served}
+    pulled = [line for line in store.stored() if line.name not in names]
+    rows += [(line.name, "pulled", "", "", "", "", line.reference) for line in pulled]
+    names.update(line.name for line in pulled)
+    rows += [
+        (name, "known", "", "", "", "", f"llmos pull {name}") for name in catalog.CATALOG if name not in names
+    ]
+    print(table(COLUMNS, rows, right=("PARAMETERS", "CONTEXT")))
+    return 0
+
+
+def list_models(client: Client) -> list[ModelLine]:
+    """The models that the running system serves."""
+    return client.call("models.list", None, ModelList, timeout=session.ANSWER_SECONDS).models
+
+
+def _served(line: ModelLine) -> tuple[str, ...]:
+    note = line.error
+    if line.state == "loading":
+        note = f"{line.phase} {100 * line.progress:.0f}%"
+    elif line.state == "missing":
+        note = f"llmos pull {line.name}"
+    parameters = count(line.parameters) if line.parameters else ""
+    return line.name, line.state, line.driver, line.family, parameters, str(line.context or ""), note
+
+
+def pull(options: argparse.Namespace) -> int:
+    """Fetch one model, and say where it is."""
+    path = pull_with_bar(options.reference, name=options.name, again=options.again)
+    print(path)
+    return 0
+
+
+def pull_with_bar(reference: str, *, name: str = "", again: bool = False) -> str:
+    """Fetch a model while a bar shows how far it is; the path where it lies."""
+    cache = paths.cache_dir()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with Bar(f"pull {reference}", bytes=True) as bar:
+
+        def show(progress: PullProgress) -> None:
+            bar.update(progress.phase, progress.done, progress.total)
+
+        return str(store.pull(reference, show, name=name, again=again))
