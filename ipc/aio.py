@@ -135,16 +135,18 @@ class AsyncClient:
         body: object = None,
         type: Any = None,
         *,
+        end: Any = None,
         timeout: float | None = None,
         handle: int = 0,
         trace: int = 0,
     ) -> Stream:
         """Call, to iterate over each chunk as it comes, then the body of the end; leaving early cancels.
 
-        ``type`` is the type, or the union of types, of chunks and end; without it they are plain values.
-        ``timeout`` in seconds bounds the whole call (default: the client's).
+        ``type`` is the type of the chunks, and of the end unless ``end`` says otherwise; without it they are
+        plain values. ``timeout`` in seconds bounds the whole call (default: the client's).
         """
-        return Stream(self, target, codec.encode(body), type, self._deadline(timeout), handle, trace)
+        types = (type, type if end is None else end)
+        return Stream(self, target, codec.encode(body), types, self._deadline(timeout), handle, trace)
 
     async def present(self, token: str) -> int:
         """Exchange a token for a handle, to make calls under another capability."""
@@ -203,7 +205,8 @@ class AsyncClient:
             origin = decode_origin(frames[-1])
             reply = header.encode(Header(VERSION, Kind.ERROR, origin.connection, "", head.id))
             error = NotSupported(f"{head.peer} has no method {head.method!r}")
-            self.session.link.socket.send_multipart([reply, codec.encode_error(error)])
+            self.session.check_room()
+            self.session.link.wire.send([reply, codec.encode_error(error)])
 
 
 class Stream:
@@ -218,14 +221,14 @@ class Stream:
         client: AsyncClient,
         target: str,
         frame: bytes,
-        type: Any,
+        types: tuple[Any, Any],
         deadline: int,
         handle: int,
         trace: int,
     ) -> None:
         self._client = client
         self._request = (target, frame, deadline)
-        self._type = type
+        self._types = types
         self._deadline = deadline
         self._handle = handle
         self._trace = trace
@@ -282,9 +285,8 @@ class Stream:
         self._ended = answer.kind in FINAL
         if answer.error is not None:
             raise answer.error
-        if self._type is not None:
-            return codec.decode(answer.body, self._type)
-        return codec.decode_any(answer.body)
+        type = self._types[self._ended]
+        return codec.decode_any(answer.body) if type is None else codec.decode(answer.body, type)
 
     async def _wait(self) -> None:
         """Wait for an answer that is not a reason to try again."""

@@ -143,6 +143,8 @@ class Client:
     def _stream(
         self, target: str, frame: bytes, type: Any, deadline: int, handle: int, trace: int
     ) -> Iterator[Any]:
+        if self._link.lost():
+            self._link.hello(max(0.0, (deadline - now()) / 1e6))
         answers: deque[Answer] = deque()
         id = self._link.call(target, frame, deadline, answers.append, handle=handle, trace=trace)
         ended = False

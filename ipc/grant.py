@@ -66,5 +66,5 @@ def decode_origin(frame: bytes) -> Origin:
     """The origin in a frame; cached, since a connection stamps the same bytes on all its calls."""
     try:
         return _decoder.decode(frame)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed origin: {error}") from None

@@ -60,7 +60,7 @@ def decode(frame: bytes) -> Header:
         raise ProtocolError(f"a header of {len(frame)} bytes exceeds {limits.HEADER_BYTES}")
     try:
         header = _decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed header: {error}") from None
     if header.version != VERSION:
         raise ProtocolError(f"protocol version {header.version} is not spoken here; use {VERSION}")

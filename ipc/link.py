@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import zmq
 
@@ -13,6 +14,8 @@ from llmos.ipc.errors import HostDown, LLMOSError
 from llmos.ipc.header import VERSION, Header, Kind
 from llmos.ipc.sockets import CurveClient, Wire, to_bytes
 from llmos.kernel.messages import Hello, Welcome
+
+POLL_MS = 50
 
 
 def now() -> int:
@@ -38,14 +41,19 @@ class Link:
         self.calls = CallTable()
         self._hello = Hello(token, control)
 
-    def hello(self, timeout: float) -> Welcome:
-        """Present the token and wait; HostDown if no kernel answers within ``timeout`` seconds."""
+    def hello(self, timeout: float, wanted: Callable[[], bool] = lambda: True) -> Welcome:
+        """Present the token and wait; HostDown if no kernel answers within ``timeout`` seconds, or if the
+        answer is ``wanted`` no more."""
         answers: deque[Answer] = deque()
         deadline = now() + int(timeout * 1e6)
         self.verb("hello", self._hello, deadline, answers.append)
         while not answers:
-            if not self.socket.poll(max(0, (deadline - now()) // 1000)):
-                raise HostDown(f"no kernel answered within {timeout:g} s: is the system up? try: llmos up")
+            if not self.socket.poll(POLL_MS):
+                if now() > deadline or not wanted():
+                    raise HostDown(
+                        f"no kernel answered within {timeout:g} s: is the system up? try: llmos up"
+                    )
+                continue
             frames = to_bytes(self.wire.receive())
             self.deliver(header.decode(frames[0]), frames)
         answer = answers.popleft()

@@ -23,7 +23,7 @@ import zmq
 
 from llmos.ipc import codec, header, limits, paths, sockets
 from llmos.ipc.calls import Answer
-from llmos.ipc.errors import Canceled, LLMOSError, NotSupported, ProtocolError
+from llmos.ipc.errors import Canceled, HostDown, LLMOSError, NotSupported, ProtocolError
 from llmos.ipc.grant import Origin, decode_origin
 from llmos.ipc.header import VERSION, Header, Kind
 from llmos.ipc.link import Link, now
@@ -224,8 +224,8 @@ class Server:
         self.data.calls.expire(now())
 
     def _register(self) -> None:
-        self.control.hello(HELLO_SECONDS)
-        self.data.hello(HELLO_SECONDS)
+        for link in (self.control, self.data):
+            link.hello(HELLO_SECONDS, lambda: self._running)
         if self.watch:
             self.control.verb("watch", None)
 
@@ -234,7 +234,12 @@ class Server:
         log.warning("the kernel went down; registering again")
         self.data.calls.fail_all("the kernel went down before the answer came")
         self.serving.clear()
-        self._register()
+        try:
+            self._register()
+        except HostDown:
+            if self._running:
+                raise
+            return
         self.data.lost()
         self.control.verb("ready", None)
         self.on_kernel_restart()

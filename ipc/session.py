@@ -132,15 +132,15 @@ class Session:
         self._kicked = False
         if self._closed:
             return
-        for _ in range(BATCH):
+        count = 0
+        for message in self.link.wire.drain(BATCH):
+            count += 1
             try:
-                frames = sockets.receive(self.link.socket)
-                if frames is None:
-                    break
+                frames = sockets.to_bytes(message)
                 self._switch(header.decode(frames[0]), frames)
             except ProtocolError as error:
                 log.warning("dropped a message: %s", error)
-        else:
+        if count == BATCH:
             self.kick()
             return
         # After the messages: what the kernel said before it went still counts.

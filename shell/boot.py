@@ -153,7 +153,7 @@ def _follow_loads(client: Client, supervisor: subprocess.Popen[bytes]) -> list[M
 
 def address(manifest: Manifest) -> str:
     """Where HTTP is served: what the gateway wrote, since a port of 0 means any, else the manifest's word."""
-    published = paths.run_dir() / "http"
+    published = paths.run_dir() / "gateway.url"
     with suppress(OSError):
         return published.read_text().strip()
     return f"http://{manifest.gateway.host}:{manifest.gateway.port}"

@@ -20,7 +20,7 @@ def cap(options: argparse.Namespace) -> int:
     """Have security make a key, and print it and nothing else."""
     with session.connect() as client:
         grant = Grant(
-            principal=f"key of {_user()}",
+            principal=f"{_user()}/key",
             tenant=options.tenant or client.grant.tenant,
             calls=CALLS,
             models=[name.strip() for name in options.models.split(",") if name.strip()],
@@ -43,7 +43,8 @@ def _expiry(ttl: str, now: float) -> int:
 
 
 def _user() -> str:
+    """Who is at the keyboard, in the letters that a principal may have."""
     try:
-        return getpass.getuser()
+        return re.sub(r"[^A-Za-z0-9._@-]", "-", getpass.getuser())[:64]
     except (KeyError, OSError):
-        return "the local user"
+        return "local"

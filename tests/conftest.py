@@ -100,9 +100,8 @@ class System:
             server.finish()
             thread.join(5)
             assert not thread.is_alive(), f"{server.service} does not stop"
-        for process in reversed(self.processes.values()):
+        for name, process in reversed(self.processes.items()):
             process.terminate()
-        for name, process in self.processes.items():
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:

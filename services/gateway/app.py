@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -55,7 +55,7 @@ class Gateway:
             HTTPException: _on_http_error,
             ClientDisconnect: _on_gone,
         }
-        return Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+        return Starlette(routes=routes, exception_handlers=handlers)
 
     async def _root(self, request: Request) -> Response:
         return PlainTextResponse(POINTER)
@@ -114,7 +114,7 @@ class Gateway:
         key: str,
         shape: Shape,
         method: str,
-        bodies: list[Chat] | list[Complete],
+        bodies: Sequence[Chat | Complete],
         stream: bool,
     ) -> Response:
         """Run the choices; errors before the first word become the status of the response."""
@@ -124,7 +124,7 @@ class Gateway:
         batches = choices.run(self._client, method, bodies, handle=handle, timeout=timeout)
         try:
             if stream:
-                first = await until_gone(request.receive, anext(batches))  # type: ignore[arg-type]
+                first = await until_gone(request.receive, anext(batches))
                 return EventStream(events(shape, len(bodies), first, batches))
             ends = await until_gone(request.receive, _ends(batches, len(bodies)))
             return Json(shape.whole(ends))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from llmos.ipc.aio import AsyncClient
 from llmos.ipc.errors import LLMOSError
@@ -14,14 +14,14 @@ Batch = list[tuple[int, Item]]
 
 
 async def run(
-    client: AsyncClient, method: str, bodies: list[Chat] | list[Complete], *, handle: int, timeout: float
+    client: AsyncClient, method: str, bodies: Sequence[Chat | Complete], *, handle: int, timeout: float
 ) -> AsyncGenerator[Batch, None]:
     """What all choices say, in batches of (choice, text or end), each as soon as it is there.
 
     Leaving early, or an error of any choice, withdraws all of them.
     """
     if len(bodies) == 1:
-        async with client.stream(method, bodies[0], Item, handle=handle, timeout=timeout) as stream:
+        async with client.stream(method, bodies[0], Text, end=Done, handle=handle, timeout=timeout) as stream:
             while items := await stream.batch():
                 yield [(0, item) for item in items]
         return
@@ -29,7 +29,7 @@ async def run(
 
     async def read(choice: int, body: Chat | Complete) -> None:
         try:
-            async with client.stream(method, body, Item, handle=handle, timeout=timeout) as stream:
+            async with client.stream(method, body, Text, end=Done, handle=handle, timeout=timeout) as stream:
                 while items := await stream.batch():
                     queue.put_nowait([(choice, item) for item in items])
             queue.put_nowait(None)

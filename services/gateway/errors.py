@@ -70,6 +70,5 @@ def from_error(error: LLMOSError) -> ApiError:
         param = "model"
     if isinstance(error, HostDown) and not error.details.get("delivered", True):
         status = 503
-    return ApiError(
-        status, error.message, type=type, param=param if isinstance(param, str) else None, code=code
-    )
+    param = param if isinstance(param, str) else None
+    return ApiError(status, error.message, type=type, param=param, code=code)

@@ -1,7 +1,7 @@
 """How an asyncio process is a service: ready, beats and stop on the control connection.
 
-The twin of the control side of ``llmos.ipc.server.Server``; the data connection is an ``AsyncClient`` under the
-same token.
+The twin of the control side of ``llmos.ipc.server.Server``; the data connection is an ``AsyncClient`` under
+the same token.
 """
 
 from __future__ import annotations

@@ -69,9 +69,8 @@ class Shape:
 
     def piece(self, index: int, text: Text) -> bytes:
         """A piece of the text of a choice."""
-        return self._piece(
-            index, {"delta": {"content": text.text}} if self.chat else {"text": text.text}, None
-        )
+        said = {"delta": {"content": text.text}} if self.chat else {"text": text.text}
+        return self._piece(index, said, None)
 
     def last(self, index: int, end: Done) -> bytes:
         """What closes a choice."""

@@ -15,7 +15,6 @@ from llmos.services.monitor.messages import Health
 from llmos.services.scheduler.messages import SchedulerStats
 
 STALL_SECONDS = 30.0
-BEAT_SECONDS = 5.0
 
 
 class Progress(NamedTuple):
@@ -30,10 +29,13 @@ def advance(before: Progress | None, stats: SchedulerStats | None, now: float) -
     if stats is None:
         return before
     work = stats.tokens, stats.finished, sum(host.steps for host in stats.hosts)
-    idle = stats.running == 0 and stats.waiting == 0
-    if before is None or idle or work != before.work:
+    if before is None or not _is_busy(stats) or work != before.work:
         return Progress(work, now)
     return before
+
+
+def _is_busy(stats: SchedulerStats) -> bool:
+    return stats.running > 0 or stats.waiting > 0
 
 
 def judge(
@@ -47,7 +49,7 @@ def judge(
     reasons = _services(names)
     if stats is None:
         reasons.append("scheduler does not answer")
-    elif progress is not None and now - progress.since > STALL_SECONDS:
+    elif progress is not None and _is_busy(stats) and now - progress.since > STALL_SECONDS:
         seconds = now - progress.since
         reasons.append(
             f"{stats.running} tasks run and {stats.waiting} wait, but no token for {seconds:.0f} s"
@@ -67,10 +69,7 @@ def _service(line: Name) -> str:
         return f"{line.name} is not running"
     if not line.ready:
         return f"{line.name} is not ready"
-    if line.busy > line.limit:
-        return f"{line.name} is stuck: one piece of work for {line.busy:.0f} s, over its limit of {line.limit:.0f}"
-    # One that is busy within its limit may be too busy to beat.
-    if line.beat_age > max(BEAT_SECONDS, line.limit if line.busy else 0.0):
+    if line.beat_age > line.limit:
         return f"{line.name} is stuck: no sign of life for {line.beat_age:.0f} s"
     return ""
 

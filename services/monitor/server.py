@@ -25,7 +25,7 @@ class MonitorServer(Server):
     watch: ClassVar[bool] = True
 
     def start(self) -> None:
-        self._poller = Poller()
+        self._answers = Poller()
         self._progress: health.Progress | None = None
         self._polled = time.monotonic()
         self._said: list[str] = []
@@ -33,48 +33,48 @@ class MonitorServer(Server):
         self.every(POLL_SECONDS, self._poll)
 
     def on_down(self, name: str, connection: int) -> None:
-        self._poller.forget(name)
+        self._answers.forget(name)
         self._poll()
 
     def on_up(self, name: str, connection: int) -> None:
         self._poll()
 
     def on_kernel_restart(self) -> None:
-        self._poller.reset()
+        self._answers.reset()
         self._poll()
 
     @method
     def snapshot(self, request: None, call: Incoming) -> Snapshot:
-        poller = self._poller
+        answers = self._answers
         return Snapshot(
             age=time.monotonic() - self._polled,
             health=self._health(),
-            kernel=poller.kernel,
-            services=poller.names.names if poller.names else [],
-            scheduler=poller.scheduler,
-            arenas=poller.memory.arenas if poller.memory else [],
-            models=poller.models.models if poller.models else [],
+            kernel=answers.kernel,
+            services=answers.names.names if answers.names else [],
+            scheduler=answers.scheduler,
+            arenas=answers.memory.arenas if answers.memory else [],
+            models=answers.models.models if answers.models else [],
         )
 
     def _poll(self) -> None:
-        for question in self._poller.ask():
+        for question in self._answers.ask():
             self.call(question.target, None, partial(self._take, question), timeout=ANSWER_SECONDS)
 
     def _take(self, question: Question, answer: Answer) -> None:
-        self._poller.take(question, answer)
+        self._answers.take(question, answer)
         now = time.monotonic()
         if question.target == "scheduler.stats":
-            self._progress = health.advance(self._progress, self._poller.scheduler, now)
-        if self._poller.complete:
+            self._progress = health.advance(self._progress, self._answers.scheduler, now)
+        if self._answers.complete:
             self._polled = now
             self._say(self._health())
 
     def _health(self) -> Health:
-        poller = self._poller
+        answers = self._answers
         return health.judge(
-            poller.names.names if poller.names else None,
-            poller.scheduler,
-            poller.models.models if poller.models else None,
+            answers.names.names if answers.names else None,
+            answers.scheduler,
+            answers.models.models if answers.models else None,
             self._progress,
             time.monotonic(),
         )

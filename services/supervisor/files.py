@@ -13,7 +13,17 @@ from llmos.services.supervisor import grants as granting
 from llmos.services.supervisor import status
 
 SOCKETS = ("kernel", "control")
-REMOVED = ("*.sock", "boot", "manifest", "http", status.FILE, f".{status.FILE}", ".boot.*", ".manifest.*")
+REMOVED = (
+    "*.sock",
+    "boot",
+    "manifest",
+    "gateway.url",
+    status.FILE,
+    f".{status.FILE}",
+    ".boot.*",
+    ".manifest.*",
+    ".gateway.url.*",
+)
 
 
 def prepare(run: Path, manifest: Manifest, grants: Mapping[str, Grant]) -> str:

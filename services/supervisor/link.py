@@ -8,13 +8,15 @@ from typing import Any
 
 import zmq
 
-from llmos.ipc import codec, header, paths, sockets
+from llmos.ipc import codec, header, paths
 from llmos.ipc.calls import Answer
 from llmos.ipc.errors import ProtocolError, TimedOut
 from llmos.ipc.link import Link, now
+from llmos.ipc.sockets import to_bytes
 from llmos.kernel.messages import Hello, Name, Names, Stop
 
 ANSWER_SECONDS = 5.0
+BATCH = 64
 HELLO_SECONDS = 600.0
 
 
@@ -52,7 +54,8 @@ class KernelLink:
     def turn(self) -> None:
         """Take in what has come."""
         try:
-            while (frames := sockets.receive(self._link.socket)) is not None:
+            for message in self._link.wire.drain(BATCH):
+                frames = to_bytes(message)
                 self._link.deliver(header.decode(frames[0]), frames)
         except ProtocolError:
             self._link.calls.fail_all("the kernel sent nonsense")

@@ -48,12 +48,13 @@ class System:
     def wait(self, condition: Callable[[Status], bool]) -> Status:
         """Wait until the status is as it should be."""
         end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
+        while time.monotonic() < end and self.supervisor.poll() is None:
             current = status.read(self.run)
             if current is not None and current.pid == self.supervisor.pid and condition(current):
                 return current
             time.sleep(0.02)
-        raise AssertionError(f"not within {PATIENCE} s: {status.read(self.run)}")
+        words = self.supervisor.communicate()[1] if self.supervisor.poll() is not None else "still running"
+        raise AssertionError(f"it did not come to that: {status.read(self.run)}; the supervisor: {words}")
 
     def ready(self) -> Status:
         return self.wait(lambda current: current.state == "ready")
