@@ -101,7 +101,7 @@ class Client:
         trace: int = 0,
     ) -> Any:
         """Call ``target`` ("service.method") and wait for its reply; raises the error it answers with."""
-        *_, last = self.stream(target, body, type, timeout=timeout, handle=handle, trace=trace)
+        *_, last = self.stream(target, body, None, type, timeout=timeout, handle=handle, trace=trace)
         return last
 
     def stream(
@@ -109,6 +109,7 @@ class Client:
         target: str,
         body: object = None,
         type: Any = None,
+        end: Any = None,
         *,
         timeout: float | None = None,
         handle: int = 0,
@@ -116,14 +117,14 @@ class Client:
     ) -> Iterator[Any]:
         """Call and yield each chunk as it comes, then the body of the end; leaving the loop early cancels.
 
-        ``type`` is the type, or the union of types, of chunks and end; without it they are plain values.
+        ``type`` is the type of the chunks, ``end`` of the end; without one they are plain values.
         ``timeout`` in seconds bounds the whole call (default: the client's).
         """
         deadline = now() + int((self._timeout if timeout is None else timeout) * 1e6)
         frame = codec.encode(body)
         while True:
             try:
-                yield from self._stream(target, frame, type, deadline, handle, trace)
+                yield from self._stream(target, frame, (type, end), deadline, handle, trace)
                 return
             except (HostDown, AccessDenied) as error:
                 if error.details.get("delivered", True) or now() + RETRY_MS * 1000 > deadline:
@@ -141,7 +142,7 @@ class Client:
         self._verb("release", Release(handle))
 
     def _stream(
-        self, target: str, frame: bytes, type: Any, deadline: int, handle: int, trace: int
+        self, target: str, frame: bytes, types: tuple[Any, Any], deadline: int, handle: int, trace: int
     ) -> Iterator[Any]:
         if self._link.lost():
             self._link.hello(max(0.0, (deadline - now()) / 1e6))
@@ -154,7 +155,7 @@ class Client:
                 while answers and not ended:
                     answer = answers.popleft()
                     ended = answer.kind in FINAL
-                    yield _value(answer, type)
+                    yield _value(answer, types[ended])
         finally:
             if not ended:
                 self._link.cancel(id)

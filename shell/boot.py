@@ -128,7 +128,7 @@ def wait_models(supervisor: subprocess.Popen[bytes]) -> bool:
             phases = ", ".join(f"{name} {span:.1f} s" for name, span in line.phases.items())
             say(f"model {line.name} is ready on {line.driver}" + (f" ({phases})" if phases else ""))
         else:
-            say(f"model {line.name} is {line.state}" + (f": {line.error}" if line.error else ""))
+            say(_trouble(line))
     return all(line.state == "ready" for line in lines)
 
 
@@ -195,6 +195,13 @@ def _attend(supervisor: subprocess.Popen[bytes]) -> int:
     if supervisor.returncode != 0:
         raise IOFailure(f"the supervisor ended: {_last_words('supervisor')}")
     return 0
+
+
+def _trouble(line: ModelLine) -> str:
+    """Why a model cannot be used."""
+    if line.state == "missing":
+        return f"model {line.name} is missing: llmos pull {line.name}, then llmos down and llmos up"
+    return f"model {line.name} could not be loaded: {line.error or line.state} (llmos doctor says more)"
 
 
 def _ready_line(process: ProcessStatus) -> str:

@@ -27,7 +27,11 @@ by side if these differ. exit status: 0 done, 1 failed, 2 wrong usage.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status. An expected error is one line on stderr."""
-    options = parser().parse_args(arguments)
+    command_line = parser()
+    options = command_line.parse_args(arguments)
+    if options.verb is None:
+        command_line.print_help(sys.stderr)
+        return USAGE
     module, function = options.run.split(":")
     from llmos.ipc.errors import LLMOSError
 
@@ -53,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
     _system_verbs(verbs)
     _generation_verbs(verbs)
     _model_verbs(verbs)

@@ -8,13 +8,13 @@ from typing import Any
 
 from llmos.shell.output import is_terminal, say
 
-LINE_SECONDS = 2.0
+LINE_SECONDS = 5.0
 
 
 class Bar:
     """One activity: phases that each have a total, known or not.
 
-    On a terminal a bar that is redrawn; elsewhere a line at each new phase and every two seconds.
+    On a terminal a bar that is redrawn; elsewhere a line at each new phase and every five seconds.
     ``bytes`` shows amounts as sizes with a rate.
     """
 

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Protocol
 
+import msgspec
+
 from llmos.drivers.sdk.driver import Driver, PendingStep
 from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
 from llmos.ipc.errors import LLMOSError
@@ -71,8 +73,6 @@ class Executor:
     def _dispatch(self, run: _Run) -> None:
         """Dispatch one step, or find that the quantum has no more."""
         try:
-            if run.steps is None:
-                run.steps = iter(self._driver.execute(run.quantum))
             pending = self._next(run)
         except LLMOSError as error:
             self._queue.popleft()
@@ -86,21 +86,13 @@ class Executor:
             self._pending.append((run, pending))
 
     def _next(self, run: _Run) -> PendingStep | None:
-        assert run.steps is not None
-        if run.preempted and run.dispatched:
+        if run.steps is None:
+            # Preempted before it began: its slots change hands, but it runs no step.
+            quantum = _without_steps(run.quantum) if run.preempted else run.quantum
+            run.steps = iter(self._driver.execute(quantum))
+        elif run.preempted:
             _close(run.steps)
             return None
-        if run.preempted:
-            # Not begun yet: let it change the slots, but run no step.
-            held = Quantum(
-                id=run.quantum.id,
-                model=run.quantum.model,
-                steps=0,
-                release=run.quantum.release,
-                start=run.quantum.start,
-                grow=run.quantum.grow,
-            )
-            run.steps = iter(self._driver.execute(held))
         return next(run.steps, None)
 
     def _deliver(self, run: _Run, pending: PendingStep | None) -> None:
@@ -118,6 +110,10 @@ class Executor:
         self._pending = deque(entry for entry in self._pending if entry[0] is not failed)
         if self._queue and self._queue[0] is failed:
             self._queue.popleft()
+
+
+def _without_steps(quantum: Quantum) -> Quantum:
+    return msgspec.structs.replace(quantum, steps=0, chunks=[], decode=[])
 
 
 def _close(steps: Iterator[PendingStep]) -> None:

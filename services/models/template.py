@@ -6,6 +6,7 @@ The dialect is that of Hugging Face (https://huggingface.co/docs/transformers/ch
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -26,6 +27,8 @@ MAX_TEMPLATE = 1 << 20
 MAX_OUTPUT = 8 << 20
 MAX_REPEAT = 1 << 20
 MAX_SECONDS = 1.0
+
+_WIDE = re.compile(r"\{[^}]*\d{5}")
 
 
 class ChatTemplate:
@@ -104,6 +107,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._check_clock()
         if any(isinstance(a, int) and abs(a) > MAX_REPEAT for a in (*args, *kwargs.values())):
             raise InvalidArgument("the chat template calls with a number that is too large")
+        if isinstance(text := getattr(obj, "__self__", None), str) and _WIDE.search(text):
+            raise InvalidArgument("the chat template formats to a width that is too large")
         return super().call(context, obj, *args, **kwargs)
 
 

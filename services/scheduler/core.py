@@ -206,7 +206,7 @@ class Core:
                 task = host.slots[start.slot]
                 if task is not None:
                     self.counters.charge(task, len(start.tokens) - start.cached, 0)
-            self._grow(host)
+        self._grow(host)
 
     def _worth_preempting(self, host: Host) -> bool:
         urgent = any(task.rank < 2 for task in host.starting)

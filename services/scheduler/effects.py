@@ -51,9 +51,10 @@ class MessageEffects:
 
         def answered(answer: Answer) -> None:
             if answer.error is not None:
-                # Memory is being restarted: ask again with the next quantum.
+                # Memory is being started anew; ask again when it may be back.
                 for task, _ in wants:
                     task.growing = False
+                self._server.after(RETRY_SECONDS, lambda: self._server.core.grown(host, [], now()))
                 return
             gets = codec.decode(answer.body, Grown).gets
             self._server.core.grown(host, [(*asked[id], pages) for id, pages in gets], now())

@@ -2,8 +2,8 @@
 
 A block may hold checks and nothing else. Facts and rules cannot widen a token, and nor can a block that a
 third party signed, but they make evaluation as expensive as their author likes: a join over a few dozen facts
-runs for minutes and no time limit of the engine interrupts it. The same goes for closures and regular
-expressions. Without them every evaluation is linear in the size of the token.
+runs for minutes and no time limit of the engine interrupts it. The same goes for closures, regular
+expressions and long sums of strings. Without them an evaluation is linear in the size of the token.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from llmos.ipc.errors import AccessDenied
 
 MAX_BLOCKS = 16
+MAX_OPERATIONS = 512
+MAX_ADDITIONS = 8
+MAX_DEPTH = 8
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 # Field numbers of schema.proto: of the token, a signed block, a block, a check, a rule, ...
@@ -25,7 +28,7 @@ RULE_BODY, RULE_EXPRESSION = 2, 3
 PREDICATE_TERM = 2
 OP_VALUE, OP_BINARY, OP_CLOSURE = 1, 3, 4
 BINARY_KIND = 1
-KIND_REGEX = 8
+KIND_REGEX, KIND_ADD = 8, 9
 TERM_INTEGER, TERM_DATE, TERM_SET, TERM_ARRAY, TERM_MAP = 2, 4, 7, 9, 10
 
 
@@ -37,6 +40,8 @@ class Appended:
     strings: list[str] = field(default_factory=list)
     integers: set[int] = field(default_factory=set)
     dates: set[int] = field(default_factory=set)
+    operations: int = 0
+    additions: int = 0
 
 
 def read(token: bytes) -> Appended:
@@ -83,13 +88,25 @@ def _read_op(op: bytes, found: Appended) -> None:
             raise AccessDenied("a check with a closure is not accepted: name what is allowed in a set")
         if number == OP_VALUE:
             _read_term(_bytes(value), found)
-        elif number == OP_BINARY and (BINARY_KIND, KIND_REGEX) in _fields(_bytes(value)):
-            raise AccessDenied(
-                "a check with a regular expression is not accepted: name what is allowed in a set"
-            )
+        elif number == OP_BINARY:
+            _read_binary(_bytes(value), found)
+    found.operations += 1
+    if found.operations > MAX_OPERATIONS or found.additions > MAX_ADDITIONS:
+        raise AccessDenied(
+            f"checks of over {MAX_OPERATIONS} operations or {MAX_ADDITIONS} sums are not accepted"
+        )
 
 
-def _read_term(term: bytes, found: Appended) -> None:
+def _read_binary(binary: bytes, found: Appended) -> None:
+    for number, kind in _fields(binary):
+        if number == BINARY_KIND and kind == KIND_REGEX:
+            raise AccessDenied("a regular expression is not accepted: name what is allowed in a set")
+        found.additions += number == BINARY_KIND and kind == KIND_ADD
+
+
+def _read_term(term: bytes, found: Appended, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise AccessDenied(f"sets nested over {MAX_DEPTH} deep are not accepted")
     for number, value in _fields(term):
         if number == TERM_INTEGER and isinstance(value, int):
             found.integers.add(value - (1 << 64) if value >> 63 else value)
@@ -97,7 +114,7 @@ def _read_term(term: bytes, found: Appended) -> None:
             found.dates.add(value)
         elif number in (TERM_SET, TERM_ARRAY):
             for inner in _all(_bytes(value), 1):
-                _read_term(inner, found)
+                _read_term(inner, found, depth + 1)
         elif number == TERM_MAP:
             raise AccessDenied("a check with a map is not accepted")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ stop_lists = st.lists(st.text("abc", min_size=1, max_size=5), max_size=4)
 
 def split(text: str, cuts: list[int]) -> list[str]:
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    return [text[a:b] for a, b in zip(places, places[1:])]
+    return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
 def expected(text: str, stops: list[str]) -> tuple[str, bool]:

@@ -243,6 +243,20 @@ def test_a_join_that_never_ends_is_refused_at_once() -> None:
     assert time.monotonic() - started < 1
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "check if true" + " || true" * 600,
+        'check if operation($o), ($o + "' + "x" * 4000 + '"' + " + $o" * 9 + ') != ""',
+        "; ".join(["check if 1 + 1 == 2"] * 9),
+    ],
+    ids=["operations", "one long sum", "many sums"],
+)
+def test_checks_that_are_long_to_evaluate_are_refused(source: str) -> None:
+    with pytest.raises(AccessDenied, match="not accepted"):
+        verified(appended(minted(), source))
+
+
 def test_many_blocks_are_refused() -> None:
     with pytest.raises(AccessDenied, match="over 16 blocks"):
         verified(appended(minted(), *["check if true"] * 16))

@@ -1,0 +1,254 @@
+"""The scheduler with real memory, a real kernel and the null driver: tokens come out right, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from llmos.drivers.null.driver import next_token
+from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
+from llmos.ipc.client import Client
+from llmos.ipc.errors import AccessDenied, Canceled, InvalidArgument, NotFound
+from llmos.ipc.grant import Grant
+from llmos.services.manifest import DriverSpec, Manifest
+from llmos.services.memory.messages import Usage
+from llmos.services.scheduler.messages import Emitted, Finished, Host, SchedulerStats, Submit, Tasks, Tokens
+from tests.conftest import System, wait_until
+
+GRANTS = {
+    "memory": Grant(principal="memory", tenant="system", serves="memory"),
+    "scheduler": Grant(
+        principal="scheduler", tenant="system", serves="scheduler", calls=["memory.*", "driver.null0.*"]
+    ),
+    "driver.null0": Grant(principal="driver.null0", tenant="system", serves="driver.null0"),
+    "user": Grant(
+        principal="user",
+        tenant="a",
+        models=["*"],
+        band="realtime",
+        calls=["scheduler.*", "kernel.*", "memory.usage", "driver.null0.load"],
+    ),
+    "batch": Grant(principal="batch", tenant="b", models=["m"], band="batch", calls=["scheduler.submit"]),
+}
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    """What the null driver generates after a prompt."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class Bench:
+    """The system under test, and the ways to use it."""
+
+    def __init__(self, system: System, slots: int = 4, pages: int = 256, step_ms: float = 0.0) -> None:
+        self.system = system
+        self.load = LoadRequest(
+            model="m", source="", slots=slots, pages=pages, page_tokens=4, max_context=512, chunk_tokens=16
+        )
+        driver = DriverSpec(name="null0", kind="null", options={"step_ms": step_ms})
+        system.write_manifest(Manifest(drivers=[driver], models=[]))
+        system.kernel()
+        self.start("memory")
+        self.start("scheduler")
+        self.start("driver.null0")
+        system.wait_ready("memory", "scheduler", "driver.null0")
+        self.user = system.client()
+        self.host()
+
+    def start(self, name: str) -> None:
+        if name.startswith("driver."):
+            self.system.spawn(name, "llmos.drivers.sdk", name.removeprefix("driver."))
+        else:
+            self.system.spawn(name, f"llmos.services.{name}")
+
+    def host(self) -> None:
+        """What the models service does when a driver comes up."""
+        loaded = self.user.call("driver.null0.load", self.load, LoadedModel)
+        self.user.call("scheduler.host", Host("null0", loaded))
+
+    def kill(self, name: str) -> None:
+        process = self.system.processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def generate(self, prompt: list[int], count: int, client: Client | None = None, **more: Any) -> list[int]:
+        """Submit a task and read its stream to the end; offsets must be gapless."""
+        return list(self.stream(prompt, count, client, **more))
+
+    def stream(
+        self, prompt: list[int], count: int, client: Client | None = None, **more: Any
+    ) -> Iterator[int]:
+        submit = Submit(model="m", tokens=prompt, max_tokens=count, **more)
+        seen = 0
+        for message in (client or self.user).stream("scheduler.submit", submit, Tokens):
+            if isinstance(message, Tokens):
+                assert message.offset == seen, "a token was lost or sent twice"
+                seen += len(message.tokens)
+                yield from message.tokens
+
+    def usage(self) -> Any:
+        (arena,) = self.user.call("memory.usage", None, Usage).arenas
+        return arena
+
+
+@pytest.fixture
+def bench(system: Callable[[dict[str, Grant]], System]) -> Callable[..., Bench]:
+    return lambda **options: Bench(system(GRANTS), **options)
+
+
+def test_a_task_gets_exactly_the_tokens_of_its_prompt(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    for prompt, count in (([1], 1), ([1, 2, 3], 20), (list(range(100)), 50), (list(range(200)), 300)):
+        assert b.generate(prompt, count) == expected(prompt, count)
+
+
+def test_a_stop_token_ends_a_task(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    whole = expected([5, 6], 30)
+    stop = whole[10]
+    got = b.generate([5, 6], 30, stop=[stop])
+    assert got == whole[: whole.index(stop) + 1]
+
+
+def test_pages_come_back_and_prefixes_stay(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    prompt = list(range(64))
+    b.generate(prompt, 8)
+    wait_until(lambda: b.usage().owned == 0, what="pages given back")
+    usage = b.usage()
+    assert usage.free + usage.cached + usage.owned == usage.total
+    assert usage.cached >= 16
+    *_, last = b.user.stream(
+        "scheduler.submit", Submit(model="m", tokens=prompt, max_tokens=2), Tokens | dict
+    )
+    assert last["cached_tokens"] == 60
+
+
+def test_many_tasks_share_slots_and_pages_and_all_end_right(bench: Callable[..., Bench]) -> None:
+    b = bench(slots=4, pages=64)
+    attach = b.user._link
+    got: dict[int, list[int]] = {}
+    ended: dict[int, Finished] = {}
+    from llmos.ipc import codec
+    from llmos.ipc.calls import Answer
+    from llmos.ipc.header import Kind
+
+    def tokens(answer: Answer) -> None:
+        for item in codec.decode(answer.body, Emitted).tokens:
+            assert item.offset == len(got.setdefault(item.call, []))
+            got[item.call].extend(item.tokens)
+
+    def done(call: int, answer: Answer) -> None:
+        assert answer.kind == Kind.END, answer.error
+        ended[call] = codec.decode(answer.body, Finished)
+
+    attach.call("scheduler.attach", codec.EMPTY, 0, tokens)
+    prompts: dict[int, tuple[list[int], int]] = {}
+    for number in range(60):
+        prompt, count = [number, *range(number % 37)], 1 + number % 50
+        calls: list[int] = []
+        call = attach.call(
+            "scheduler.submit",
+            codec.encode(
+                Submit(model="m", tokens=prompt, max_tokens=count, band=("batch", "interactive")[number % 2])
+            ),
+            0,
+            lambda answer, calls=calls: done(calls[0], answer),
+        )
+        calls.append(call)
+        prompts[call] = (prompt, count)
+    wait_until(lambda: bool(b.user.call("kernel.stats")) and len(ended) == 60, what="60 tasks")
+    for call, (prompt, count) in prompts.items():
+        assert got[call] == expected(prompt, count)
+    wait_until(lambda: b.usage().owned == 0, what="pages given back")
+
+
+def test_a_higher_band_takes_the_slot_of_a_lower_one_which_continues_exactly(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench(slots=1, step_ms=2)
+    batch = b.system.client("batch")
+    low = b.stream([1, 2], 200, batch, band="batch")
+    first = next(low)
+    assert b.generate([9, 9], 5) == expected([9, 9], 5)
+    assert b.user.call("scheduler.stats", None, SchedulerStats).running == 1, "the batch task is still there"
+    assert [first, *low] == expected([1, 2], 200)
+    assert b.user.call("scheduler.stats", None, SchedulerStats).displaced >= 1
+
+
+def test_tasks_continue_by_themselves_when_the_driver_is_killed(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=2)
+    reader = b.system.client()
+    stream = b.stream([3, 4], 150, reader)
+    first = next(stream)
+    b.kill("driver.null0")
+    b.start("driver.null0")
+    b.system.wait_ready("driver.null0")
+    b.host()
+    assert [first, *stream] == expected([3, 4], 150)
+
+
+def test_tasks_continue_by_themselves_when_memory_is_killed(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=2)
+    reader = b.system.client()
+    stream = b.stream([3, 4], 200, reader)
+    first = next(stream)
+    b.kill("memory")
+    b.start("memory")
+    assert [first, *stream] == expected([3, 4], 200)
+    wait_until(lambda: b.usage().owned == 0, what="pages given back")
+    assert b.generate([1, 2, 3], 40) == expected([1, 2, 3], 40)
+
+
+def test_a_new_scheduler_finds_the_driver_clean(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=2, slots=1)
+    stream = b.stream([3, 4], 200, b.system.client())
+    next(stream)
+    b.kill("scheduler")
+    b.start("scheduler")
+    b.system.wait_ready("scheduler")
+    b.host()
+    assert b.generate([1, 2, 3], 10) == expected([1, 2, 3], 10)
+    assert b.usage().owned == 0
+
+
+def test_killing_a_task_ends_its_stream_and_frees_its_pages(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=2)
+    stream = b.stream([3, 4], 400, b.system.client())
+    next(stream)
+    (line,) = b.user.call("scheduler.tasks", None, Tasks).tasks
+    assert (line.tenant, line.state, line.prompt_tokens) == ("a", "running", 2)
+    b.user.call("scheduler.kill", {"task": line.task})
+    with pytest.raises(Canceled):
+        list(stream)
+    wait_until(lambda: b.usage().owned == 0, what="pages given back")
+
+
+def test_leaving_a_stream_kills_the_task(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=2)
+    stream = b.stream([3, 4], 400)
+    next(stream)
+    stream.close()
+    wait_until(lambda: not b.user.call("scheduler.tasks", None, Tasks).tasks, what="the task's end")
+
+
+def test_what_can_never_be_served_is_refused_at_once(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    batch = b.system.client("batch")
+    with pytest.raises(InvalidArgument, match="context of 512"):
+        b.generate([1] * 500, 100)
+    with pytest.raises(InvalidArgument, match="at least one prompt token"):
+        b.generate([], 5)
+    with pytest.raises(InvalidArgument, match="vocabulary"):
+        b.generate([256], 5)
+    with pytest.raises(AccessDenied, match="band"):
+        b.generate([1], 5, batch, band="interactive")
+    with pytest.raises(AccessDenied, match="does not allow the model"):
+        list(batch.stream("scheduler.submit", Submit(model="other", tokens=[1], max_tokens=1, band="batch")))
+    with pytest.raises(NotFound, match="no driver serves"):
+        list(b.user.stream("scheduler.submit", Submit(model="other", tokens=[1], max_tokens=1)))
