@@ -124,7 +124,9 @@ class AsyncClient:
     ) -> Any:
         """Call ``target`` ("service.method") and wait for its reply; raises the error it answers with."""
         last = None
-        async with self.stream(target, body, type, timeout=timeout, handle=handle, trace=trace) as answers:
+        async with self.stream(
+            target, body, None, type, timeout=timeout, handle=handle, trace=trace
+        ) as answers:
             async for answer in answers:
                 last = answer
         return last
@@ -134,19 +136,18 @@ class AsyncClient:
         target: str,
         body: object = None,
         type: Any = None,
-        *,
         end: Any = None,
+        *,
         timeout: float | None = None,
         handle: int = 0,
         trace: int = 0,
     ) -> Stream:
         """Call, to iterate over each chunk as it comes, then the body of the end; leaving early cancels.
 
-        ``type`` is the type of the chunks, and of the end unless ``end`` says otherwise; without it they are
-        plain values. ``timeout`` in seconds bounds the whole call (default: the client's).
+        ``type`` is the type of the chunks and ``end`` that of the end; without one they are plain values.
+        ``timeout`` in seconds bounds the whole call (default: the client's).
         """
-        types = (type, type if end is None else end)
-        return Stream(self, target, codec.encode(body), types, self._deadline(timeout), handle, trace)
+        return Stream(self, target, codec.encode(body), (type, end), self._deadline(timeout), handle, trace)
 
     async def present(self, token: str) -> int:
         """Exchange a token for a handle, to make calls under another capability."""

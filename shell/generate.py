@@ -94,7 +94,7 @@ def chat(options: argparse.Namespace) -> int:
 def stream(client: Client, request: Chat | Complete, answer: Answer) -> Iterator[str]:
     """The pieces of an answer as they come; leaving early cancels the request."""
     method = "models.chat" if isinstance(request, Chat) else "models.complete"
-    for chunk in client.stream(method, request, Text | Done, timeout=ANSWER_SECONDS):
+    for chunk in client.stream(method, request, Text, end=Done, timeout=ANSWER_SECONDS):
         yield answer.take(chunk, time.monotonic())
 
 

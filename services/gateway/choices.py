@@ -21,7 +21,7 @@ async def run(
     Leaving early, or an error of any choice, withdraws all of them.
     """
     if len(bodies) == 1:
-        async with client.stream(method, bodies[0], Text, end=Done, handle=handle, timeout=timeout) as stream:
+        async with client.stream(method, bodies[0], Text, Done, handle=handle, timeout=timeout) as stream:
             while items := await stream.batch():
                 yield [(0, item) for item in items]
         return
@@ -29,7 +29,7 @@ async def run(
 
     async def read(choice: int, body: Chat | Complete) -> None:
         try:
-            async with client.stream(method, body, Text, end=Done, handle=handle, timeout=timeout) as stream:
+            async with client.stream(method, body, Text, Done, handle=handle, timeout=timeout) as stream:
                 while items := await stream.batch():
                     queue.put_nowait([(choice, item) for item in items])
             queue.put_nowait(None)

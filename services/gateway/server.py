@@ -41,10 +41,10 @@ class _HttpServer(uvicorn.Server):
 def bind(host: str, port: int) -> socket.socket:
     """A listening address; InvalidArgument for one that means every interface, IOFailure if it is taken."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host or "*", port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise InvalidArgument(f"gateway.host {host!r} is no address: {error.strerror}") from None
-    if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_unspecified:
+    if host in ("", "*") or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_unspecified:
         raise InvalidArgument(f"gateway.host {host!r} means every interface: name one address")
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -106,12 +106,15 @@ class Arena:
     def commit(self, tasks: Sequence[tuple[int, list[int], int]]) -> None:
         """Note tokens appended and KV computed: (task, new tokens, number of tokens computed in all).
 
-        Pages that are full of computed tokens become shareable at once. Raises NotFound for an unknown
-        task, InvalidArgument where more is computed than there are tokens or pages for.
+        Pages that are full of computed tokens become shareable at once. A task that holds nothing is passed
+        over: it was freed while its last step ran. Raises InvalidArgument, for all of them, where more is
+        computed than there are tokens or pages for.
         """
         size = self.spec.page_tokens
         for id, new, computed in tasks:
-            task = self._task(id)
+            task = self.tasks.get(id)
+            if task is None:
+                continue
             if new and not 0 <= min(new) <= max(new) <= MAX_TOKEN:
                 raise InvalidArgument(f"task {id}: a token is an integer from 0 to {MAX_TOKEN}")
             limit = min(len(task.tokens) + len(new), len(task.pages) * size)
@@ -120,7 +123,9 @@ class Arena:
         if len({entry[0] for entry in tasks}) < len(tasks):
             raise InvalidArgument("a task is named twice in one commit")
         for id, new, computed in tasks:
-            task = self.tasks[id]
+            task = self.tasks.get(id)
+            if task is None:
+                continue
             task.tokens.extend(new)
             task.computed = computed
             if computed // size > task.indexed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import ClassVar
 
-from llmos.ipc.errors import NotFound
+from llmos.ipc.errors import LLMOSError, NotFound
 from llmos.ipc.server import Incoming, Server, method
 from llmos.services.memory import arena as policy
 from llmos.services.memory.messages import (
@@ -68,7 +68,12 @@ class MemoryServer(Server):
 
     @method
     def commit(self, request: Commit, call: Incoming) -> None:
-        self._arena(request.arena).commit(request.tasks)
+        try:
+            self._arena(request.arena).commit(request.tasks)
+        except LLMOSError as error:
+            # The scheduler casts its commits, so it would never learn of this.
+            log.warning("a commit of %d tasks was refused: %s", len(request.tasks), error)
+            raise
 
     @method
     def free(self, request: Free, call: Incoming) -> None:

@@ -86,6 +86,7 @@ class Model:
             family=loaded.family if loaded else "",
             parameters=loaded.parameters if loaded else 0,
             context=loaded.max_context if loaded else 0,
+            attention=loaded.attention if loaded else "",
             created=_created(self.source),
             progress=1.0 if loaded else progress.done / progress.total if progress.total else 0.0,
             phase=progress.phase if self.loading else "",

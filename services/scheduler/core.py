@@ -82,7 +82,7 @@ class Core:
         if self.hosts.pop(host.arena, None) is None:
             return
         for task in sorted(host.running, key=lambda t: t.arrived, reverse=True):
-            task.slot = -1
+            host.leave(task)
             self._requeue(task)
         for task in [*self.queues[host.model.model]]:
             if task.arena == host.arena:
@@ -92,8 +92,7 @@ class Core:
 
     def fail_host(self, host: Host, error: LLMOSError, now: float) -> None:
         """A quantum failed on the device: its tasks end with the error, the others start again."""
-        at_fault = [t for flight in host.flight for t in flight.tasks.values() if t.place is Place.RUNNING]
-        for task in set(at_fault):
+        for task in {task for flight in host.flight for task in flight.tasks}:
             self._finish(task, "error", IOFailure(f"the driver failed: {error}"))
         self.lose_host(host, now)
 
@@ -125,6 +124,7 @@ class Core:
 
     def grown(self, host: Host, gets: list[tuple[Task, int, list[int]]], now: float) -> None:
         """Memory's answer to ``grow``: (task, its residence when asked, pages)."""
+        failed = False
         for task, residence, pages in gets:
             if task.residence != residence or task.place is Place.ENDED:
                 continue
@@ -132,8 +132,12 @@ class Core:
             if pages:
                 host.grow(task, pages)
             elif task.place is Place.RUNNING:
+                failed = True
                 self._take_pages(host, self._page_victim(host, task) or task)
+        # Nobody new is let in before those who run have what they need: they would take it from each other.
+        host.short_of_pages = failed
         self._run(host, now)
+        self._admit(host, now)
 
     # --- events: the driver ---
 
@@ -151,9 +155,9 @@ class Core:
 
     def done(self, host: Host, done: QuantumDone, now: float) -> None:
         """A quantum ended."""
-        took_part = next(f.tasks for f in host.flight if f.quantum.id == done.quantum)
+        flight = next(f for f in host.flight if f.quantum.id == done.quantum)
         host.done(done)
-        full = [t for t in took_part.values() if t.place is Place.RUNNING and self._filled_page(host, t)]
+        full = [task for task in flight.tasks if self._filled_page(host, task)]
         if full:
             self._effects.commit(host, full)
         self._pump(host.model.model, now)
@@ -170,7 +174,8 @@ class Core:
         """Seat waiting tasks while there are slots, or tasks of a lower band in them."""
         queue = self.queues[host.model.model]
         while (task := queue.peek(now, self._eligible)) is not None:
-            if host.short_of_pages and not task.pages and not self._page_victim_exists(host, task):
+            crowded = host.short_of_pages and host.running
+            if crowded and not task.pages and not self._page_victim_exists(host, task):
                 return
             slot = host.free_slot()
             if slot is None:

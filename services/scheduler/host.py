@@ -13,11 +13,21 @@ QUANTA_IN_FLIGHT = 2
 
 @dataclass(slots=True)
 class InFlight:
-    """A quantum that was sent, and who sat in the slots it names."""
+    """A quantum that was sent, and who sat in the slots: (task, which of its stays on a device this is)."""
 
     quantum: Quantum
-    tasks: dict[int, Task]
+    seats: dict[int, tuple[Task, int]]
     received: int = 0
+
+    def sitter(self, slot: int) -> Task | None:
+        """Who sat in a slot and sits there still; None if that stay is over."""
+        task, stay = self.seats.get(slot, (None, 0))
+        return task if task is not None and task.stay == stay and task.place is Place.RUNNING else None
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Those of the tasks that are still there."""
+        return [task for slot in self.seats if (task := self.sitter(slot)) is not None]
 
 
 @dataclass(slots=True)
@@ -81,6 +91,7 @@ class Host:
     def leave(self, task: Task) -> None:
         """Take a task out of its slot; the next quantum empties it on the device, if it ever got there."""
         slot, task.slot = task.slot, -1
+        task.stay += 1
         self.slots[slot] = None
         if task in self.starting:
             self.starting.remove(task)
@@ -103,22 +114,23 @@ class Host:
 
     def sent(self, quantum: Quantum) -> None:
         """A quantum is on its way."""
-        self.flight.append(InFlight(quantum, {i: t for i, t in enumerate(self.slots) if t is not None}))
+        seats = {i: (task, task.stay) for i, task in enumerate(self.slots) if task is not None}
+        self.flight.append(InFlight(quantum, seats))
 
     def apply(self, step: Step) -> list[Produced]:
-        """Record what a step produced; tasks that are no longer in their slot get nothing."""
+        """Record what a step produced; a task whose stay is over gets nothing."""
         flight = next(f for f in self.flight if f.quantum.id == step.quantum)
         flight.received += 1
         self.steps += 1
         self.step_micros += 0.1 * (step.micros - self.step_micros) if self.step_micros else step.micros
         for chunk in flight.quantum.chunks:
-            if chunk.step == step.index and (task := flight.tasks.get(chunk.slot)):
+            if chunk.step == step.index and (task := flight.sitter(chunk.slot)):
                 task.computed = max(task.computed, chunk.start + chunk.length)
         ends = dict(step.finished)
         produced: dict[int, Produced] = {}
         for slot, token in zip(step.slots, step.tokens, strict=True):
-            task = flight.tasks.get(slot)
-            if task is None or task.slot != slot or task.place is not Place.RUNNING:
+            task = flight.sitter(slot)
+            if task is None:
                 continue
             task.computed = len(task.tokens)
             task.tokens.append(token)

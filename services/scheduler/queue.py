@@ -9,7 +9,6 @@ counter of those that are active, so that idleness saves up no credit.
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -18,6 +17,7 @@ from llmos.services.scheduler.task import Place, Task
 PROMPT_CHARGE = 1.0
 OUTPUT_CHARGE = 2.0
 AGING_SECONDS = 30.0
+REALTIME_LOOKAHEAD = 8  # how many are passed over whose tenants are at a limit
 
 Eligible = Callable[[Task], bool]
 
@@ -51,8 +51,7 @@ class TaskQueue:
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
-        self._order = itertools.count()
-        self._realtime: list[tuple[float, int, Task]] = []
+        self._realtime: list[tuple[float, float, int, Task]] = []
         self._fair: dict[int, dict[str, deque[Task]]] = {1: {}, 2: {}}
         self._size = 0
 
@@ -60,7 +59,7 @@ class TaskQueue:
         return self._size
 
     def __iter__(self) -> Iterator[Task]:
-        yield from (task for _, _, task in sorted(self._realtime, key=lambda e: e[:2]) if _waits(task))
+        yield from (task for *_, task in sorted(self._realtime, key=_due) if _waits(task))
         for band in self._fair.values():
             for tasks in band.values():
                 yield from (task for task in tasks if _waits(task))
@@ -71,7 +70,7 @@ class TaskQueue:
         self._size += 1
         if task.rank == 0:
             due = task.deadline or float("inf")
-            heapq.heappush(self._realtime, (due, -1 if front else next(self._order), task))
+            heapq.heappush(self._realtime, (due, task.arrived, task.id, task))
             return
         line = self._fair[task.rank].setdefault(task.tenant, deque())
         line.appendleft(task) if front else line.append(task)
@@ -84,7 +83,7 @@ class TaskQueue:
     def peek(self, now: float, eligible: Eligible = lambda task: True) -> Task | None:
         """The task to serve next; ``eligible`` passes over tenants that are at a limit."""
         self._drop_gone()
-        for _, _, task in heapq.nsmallest(8, self._realtime, key=lambda e: e[:2]):
+        for *_, task in heapq.nsmallest(REALTIME_LOOKAHEAD, self._realtime, key=_due):
             if _waits(task) and eligible(task):
                 return task
         aged = [line[0] for line in self._fair[2].values() if now - line[0].queued_at > AGING_SECONDS]
@@ -98,6 +97,9 @@ class TaskQueue:
         """Take out a task that ``peek`` named."""
         task.place = Place.RESERVING
         self._size -= 1
+        if task.rank == 0:
+            self._realtime = [entry for entry in self._realtime if entry[-1] is not task]
+            heapq.heapify(self._realtime)
         self._drop_gone()
 
     def _turn(self, task: Task) -> tuple[float, float, int]:
@@ -107,7 +109,7 @@ class TaskQueue:
         return [line[0] for line in self._fair[rank].values()]
 
     def _drop_gone(self) -> None:
-        while self._realtime and not _waits(self._realtime[0][2]):
+        while self._realtime and not _waits(self._realtime[0][-1]):
             heapq.heappop(self._realtime)
         for band in self._fair.values():
             for tenant in list(band):
@@ -116,6 +118,10 @@ class TaskQueue:
                     line.popleft()
                 if not line:
                     del band[tenant]
+
+
+def _due(entry: tuple[float, float, int, Task]) -> tuple[float, float, int]:
+    return entry[:3]
 
 
 def _waits(task: Task) -> bool:

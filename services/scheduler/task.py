@@ -28,7 +28,8 @@ class Task:
 
     ``tokens`` is the prompt and everything produced. While it is on a device: ``base`` tokens were known
     when it started there, ``prefilled`` of them will be computed when the quanta in flight are done, and it
-    will then have at most ``planned`` tokens. ``residence`` counts how often its pages were given up.
+    will then have at most ``planned`` tokens. ``residence`` counts how often it gave up its pages, ``stay``
+    how often it left a slot.
     """
 
     id: int
@@ -61,6 +62,7 @@ class Task:
     shared_pages: int = 0
     growing: bool = False
     residence: int = 0
+    stay: int = 0
     queued_at: float = 0.0
     started_at: float = 0.0
     first_token_at: float = 0.0

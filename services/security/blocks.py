@@ -16,7 +16,7 @@ from llmos.ipc.errors import AccessDenied
 MAX_BLOCKS = 16
 MAX_OPERATIONS = 512
 MAX_ADDITIONS = 8
-MAX_DEPTH = 8
+MAX_DEPTH = 16
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 # Field numbers of schema.proto: of the token, a signed block, a block, a check, a rule, ...
@@ -28,6 +28,7 @@ RULE_BODY, RULE_EXPRESSION = 2, 3
 PREDICATE_TERM = 2
 OP_VALUE, OP_BINARY, OP_CLOSURE = 1, 3, 4
 BINARY_KIND = 1
+CLOSURE_OP = 2
 KIND_REGEX, KIND_ADD = 8, 9
 TERM_INTEGER, TERM_DATE, TERM_SET, TERM_ARRAY, TERM_MAP = 2, 4, 7, 9, 10
 
@@ -82,11 +83,13 @@ def _read_query(query: bytes, found: Appended) -> None:
             _read_op(op, found)
 
 
-def _read_op(op: bytes, found: Appended) -> None:
+def _read_op(op: bytes, found: Appended, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise AccessDenied(f"checks nested over {MAX_DEPTH} deep are not accepted")
     for number, value in _fields(op):
         if number == OP_CLOSURE:
-            raise AccessDenied("a check with a closure is not accepted: name what is allowed in a set")
-        if number == OP_VALUE:
+            _read_closure(_bytes(value), found, depth)
+        elif number == OP_VALUE:
             _read_term(_bytes(value), found)
         elif number == OP_BINARY:
             _read_binary(_bytes(value), found)
@@ -95,6 +98,14 @@ def _read_op(op: bytes, found: Appended) -> None:
         raise AccessDenied(
             f"checks of over {MAX_OPERATIONS} operations or {MAX_ADDITIONS} sums are not accepted"
         )
+
+
+def _read_closure(closure: bytes, found: Appended, depth: int) -> None:
+    """The right-hand side of "&&" and "||" is a closure without parameters, evaluated once at most."""
+    for number, value in _fields(closure):
+        if number != CLOSURE_OP:
+            raise AccessDenied("a check with a closure is not accepted: name what is allowed in a set")
+        _read_op(_bytes(value), found, depth + 1)
 
 
 def _read_binary(binary: bytes, found: Appended) -> None:

@@ -30,9 +30,11 @@ Facts = Mapping[str, str | int]
 Passes = Callable[[Facts], bool]
 Pair = tuple[str | None, str | None]
 
+DIMENSIONS = ("operation", "model", "band", "time", *LIMITS)
 NO_LIMIT = (1 << 63) - 1
 MAX_NAMES = 256
 MAX_TESTS = 1024
+MAX_STEPS = 1 << 16  # tests times operations in the checks
 LAST_DATE = 253_402_300_799  # the end of the year 9999, in seconds
 
 
@@ -42,41 +44,40 @@ def narrow(grant: Grant, text: str, appended: Appended, now: int, passes: Passes
     ``text`` is the source of the appended blocks, ``now`` in seconds since the Unix epoch; ``passes`` says
     whether a request with these facts passes all checks.
     """
-    mentioned = {name for name in ("operation", "model", "band", "time", *LIMITS) if f"{name}(" in text}
-    test = _Budget(passes)
+    mentioned = {name for name in DIMENSIONS if f"{name}(" in text}
+    test = _Budget(passes, appended.operations)
     calls = _calls(grant, appended) if "operation" in mentioned else [None]
     models = _models(grant, appended) if "model" in mentioned else [None]
     choices = {name: _ceilings(name, grant, appended) for name in mentioned if name in ("band", *LIMITS)}
     lowest: dict[str, str | int] = {name: values[-1] for name, values in choices.items()}
-    pairs = [pair for pair in product(calls, models) if test(_facts(pair, lowest, now))]
-    if not pairs:
+    witness = next((pair for pair in product(calls, models) if test(_facts(pair, lowest, now))), None)
+    if witness is None:
         raise AccessDenied("the checks in this token leave nothing that it allows")
-    ceilings = _raise(choices, lowest, lambda chosen: test(_facts(pairs[0], chosen, now)))
+    ceilings = _raise(choices, lowest, lambda chosen: test(_facts(witness, chosen, now)))
     times = _times(grant, appended, now) if "time" in mentioned else [now]
-    expires = next((t for t in times if not test(_facts(pairs[0], ceilings, t))), 0)
+    expires = next((t for t in times if not test(_facts(witness, ceilings, t))), 0)
     valid = [t for t in times if not expires or t < expires]
-    left_models = list(dict.fromkeys(model for _, model in pairs))
-    left_calls = [
-        call
-        for call in dict.fromkeys(call for call, _ in pairs)
-        if all(test(_facts((call, model), ceilings, t)) for model in left_models for t in valid)
-    ]
-    if not left_calls or not valid:
-        raise AccessDenied("the checks in this token leave nothing that it allows")
+
+    def always(call: str | None, model: str | None) -> bool:
+        return all(test(_facts((call, model), ceilings, t)) for t in valid)
+
+    left_models = [model for model in models if always(witness[0], model)]
+    left_calls = [c for c in calls if always(c, witness[1]) and all(always(c, m) for m in left_models)]
     return _result(grant, left_calls, left_models, ceilings, expires)
 
 
 class _Budget:
     """Remembers what was tested, and bounds how much is."""
 
-    def __init__(self, passes: Passes) -> None:
+    def __init__(self, passes: Passes, operations: int) -> None:
         self._passes = passes
+        self._left = min(MAX_TESTS, MAX_STEPS // max(1, operations))
         self._known: dict[frozenset[tuple[str, str | int]], bool] = {}
 
     def __call__(self, facts: Facts) -> bool:
         key = frozenset(facts.items())
         if key not in self._known:
-            if len(self._known) >= MAX_TESTS:
+            if len(self._known) >= self._left:
                 raise AccessDenied(
                     "the checks in this token are too many to evaluate: name fewer calls or models"
                 )
@@ -100,7 +101,8 @@ def _calls(grant: Grant, appended: Appended) -> list[str | None]:
 
 
 def _models(grant: Grant, appended: Appended) -> list[str | None]:
-    names = dict.fromkeys((*grant.models, *appended.strings))
+    others = {*grant.calls, *DIMENSIONS}
+    names = dict.fromkeys((*grant.models, *(text for text in appended.strings if text not in others)))
     # "" stands for no model at all: where none can be allowed, calls that need none are tested without one.
     return _bounded([n for n in names if n != "*" and covers_model(grant.models, n)]) or [""]
 

@@ -36,6 +36,7 @@ from llmos.ipc import limits
 from llmos.ipc.errors import AccessDenied, InvalidArgument
 from llmos.ipc.grant import ANY, BANDS, Band, Grant
 from llmos.services.security import blocks, narrowing
+from llmos.services.security.blocks import Appended
 from llmos.services.security.rights import LIMITS, covers_call, covers_model
 
 T = TypeVar("T")
@@ -65,11 +66,12 @@ class Token(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """A token whose signatures are good: what its authority block says, and its revocation ids."""
+    """A token whose signatures are good: its authority block's grant, its ids, and what was appended."""
 
     biscuit: Biscuit
     authority: Grant
     ids: list[str]
+    appended: Appended
 
 
 def mint(grant: Grant, root: KeyPair) -> Token:
@@ -96,11 +98,14 @@ def mint(grant: Grant, root: KeyPair) -> Token:
 
 
 def parse(text: str, root: PublicKey) -> Parsed:
-    """A token's authority and ids, whether it has expired or not; AccessDenied unless we signed it."""
+    """A token that we signed, whether it has expired or not; AccessDenied for one that is not ours, or holds
+    more than checks of the kinds that are evaluated here."""
     if len(text) > limits.TOKEN_BYTES:
         raise AccessDenied(f"a token of over {limits.TOKEN_BYTES} characters is not accepted")
     biscuit = _guarded(lambda: Biscuit.from_base64(text, root), "this is not a token of this system")
-    return Parsed(biscuit, _authority(biscuit), list(biscuit.revocation_ids))
+    # Before anything of it is evaluated: reading the authority's fact runs the rules of every block.
+    appended = blocks.read(bytes(biscuit.to_bytes()))
+    return Parsed(biscuit, _authority(biscuit), list(biscuit.revocation_ids), appended)
 
 
 def verify(parsed: Parsed, now: int, revoked: Container[str]) -> Grant:
@@ -115,9 +120,10 @@ def verify(parsed: Parsed, now: int, revoked: Container[str]) -> Grant:
         raise AccessDenied("this token has expired")
     if len(parsed.ids) == 1:
         return grant
-    appended = blocks.read(bytes(parsed.biscuit.to_bytes()))
     source = "".join(parsed.biscuit.block_source(number) for number in range(1, len(parsed.ids)))
-    return narrowing.narrow(grant, source, appended, now // 1_000_000, lambda f: allows(parsed.biscuit, f))
+    return narrowing.narrow(
+        grant, source, parsed.appended, now // 1_000_000, lambda f: allows(parsed.biscuit, f)
+    )
 
 
 def allows(biscuit: Biscuit, facts: narrowing.Facts) -> bool:

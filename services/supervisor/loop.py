@@ -154,6 +154,8 @@ class Supervisor:
                 self._link.forget()
             if self._leaving is not None:
                 entry.child, entry.state, entry.exit = None, "stopped", how
+                asked = self._asked.get(entry.name)
+                log.info("%s left (%s) after %.2f s", entry.name, how, now - asked[0] if asked else 0.0)
                 continue
             self._on_exit(entry, how, now)
 

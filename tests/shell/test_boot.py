@@ -70,7 +70,8 @@ def test_a_detached_system_is_seen_and_stopped(llmos: Llmos, folder: Path) -> No
     code, table, words = done(llmos("ps"))
     assert code == 0, words
     assert {line.split()[0] for line in table.splitlines() if " ready " in line} == {
-        "supervisor", "kernel", "security", "memory", "scheduler", "models", "monitor", "gateway", "driver.null0",
+        "supervisor", "kernel", "security", "memory", "scheduler", "models", "monitor", "gateway",
+        "driver.null0",
     }  # fmt: skip
     assert "no tasks" in table
     code, key, _ = done(llmos("cap", "--ttl", "1h", "--models", "m"))

@@ -81,10 +81,12 @@ class SafetensorsSource:
 
 
 def _header(path: Path) -> dict[str, _Tensor]:
+    if path.stat().st_size < 8:
+        raise InvalidArgument(f"{path.name} is not a sound safetensors file: its header is cut off")
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > min(_MAX_HEADER, len(data) - 8):
+    if size > min(_MAX_HEADER, len(data) - 8):
         raise InvalidArgument(f"{path.name} is not a sound safetensors file: its header is cut off")
     try:
         entries = json.loads(data[8 : 8 + size])

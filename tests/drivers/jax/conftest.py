@@ -182,7 +182,7 @@ class Task:
     cached: int = 0
     pages: list[int] = field(default_factory=list)
     stop: list[int] = field(default_factory=list)
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     chunk: int = 0
 
 
@@ -271,9 +271,29 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tensors: Tensors)
 
 
 @pytest.fixture(scope="session")
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled programs of all tests are kept, so that each is compiled once."""
-    return tmp_path_factory.mktemp("cache")
+def programs_folder(pytestconfig: pytest.Config) -> Path:
+    """Compiled programs of all tests, kept from one run of pytest to the next."""
+    assert pytestconfig.cache is not None
+    return Path(pytestconfig.cache.mkdir("jax-programs"))
+
+
+def make_cache(folder: Path, programs: Path) -> Path:
+    """A driver's cache folder without weights, but with the programs that other tests have compiled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "programs").symlink_to(programs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, programs_folder: Path) -> Path:
+    """A cache folder that tests share, weights included."""
+    return make_cache(tmp_path_factory.mktemp("shared"), programs_folder)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, programs_folder: Path) -> Path:
+    """A cache folder without weights."""
+    return make_cache(tmp_path / "cache", programs_folder)
 
 
 @pytest.fixture(scope="session")

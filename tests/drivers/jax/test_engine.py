@@ -1,4 +1,4 @@
-"""One model's batch: whatever the company, the chunks, the pages or the interruptions, tokens are the same."""
+"""One model's batch: tokens do not depend on company, chunks, pages or interruptions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from llmos.ipc.errors import InvalidArgument, NotFound
 PROMPTS = [[5, 9, 77, 31], list(range(3, 60)), [88] * 17, list(range(100, 30, -1)), [7], list(range(40, 73))]
 SAMPLED = Sampling(temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, seed=1234)
 PENALISED = Sampling(
-    temperature=0.8, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2, seed=7, logit_bias={9: 2.0}
+    temperature=0.8,
+    repetition_penalty=1.2,
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    seed=7,
+    logit_bias={9: 2.0},
 )
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:4], ids=["short", "pages", "repeats", "chunks"])
-def test_greedy_equals_a_dense_decoder(runner: Any, helpers: Any, tiny_tensors: Any, prompt: list[int]) -> None:
+def test_greedy_equals_a_dense_decoder(
+    runner: Any, helpers: Any, tiny_tensors: Any, prompt: list[int]
+) -> None:
     (tokens,) = runner.run(helpers.Task(prompt, 24))
     assert tokens == helpers.dense_greedy(helpers.TINY, tiny_tensors, prompt, 24)
 

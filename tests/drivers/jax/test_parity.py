@@ -21,13 +21,13 @@ IDS = [case["name"] for case in CASES]
 
 
 @pytest.fixture(scope="module")
-def real(helpers: Any, model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def real(helpers: Any, model_file: Path, cache_folder: Path) -> Any:
     assert hashlib.sha256(model_file.read_bytes()).hexdigest() == RECORD["model_sha256"]
     driver = JaxDriver("cpu")
     request = LoadRequest(
         model="real",
         source=str(model_file),
-        cache=str(tmp_path_factory.mktemp("real")),
+        cache=str(cache_folder),
         slots=16,
         pages=16 * 88,
         max_context=1400,
@@ -63,7 +63,9 @@ def test_in_a_mixed_batch_of_sixteen(real: Any, helpers: Any) -> None:
 
 def test_beside_sampled_neighbours(real: Any, helpers: Any) -> None:
     noisy = [
-        helpers.Task(case["prompt"], 40, sampling=Sampling(temperature=1.0, top_p=0.9, seed=i, presence_penalty=0.5))
+        helpers.Task(
+            case["prompt"], 40, sampling=Sampling(temperature=1.0, top_p=0.9, seed=i, presence_penalty=0.5)
+        )
         for i, case in enumerate(CASES[3:6])
     ]
     outputs = real.run(*(task(helpers, case) for case in CASES[:3]), *noisy)

@@ -129,6 +129,10 @@ class World(System):
     def __init__(self) -> None:
         super().__init__(Path(tempfile.mkdtemp(prefix="llmos-t")), GRANTS)
         self.write_manifest(Manifest(gateway=GatewaySpec(port=0, max_body=100_000)))
+        self._http: list[httpx.Client] = []
+        self._gateway = threading.Thread(target=lambda: asyncio.run(gateway_server.serve(self.run)))
+
+    def start(self) -> None:
         self.kernel()
         self.models = FakeModels(self.run)
         self.security = FakeSecurity(self.run)
@@ -136,11 +140,9 @@ class World(System):
         for server in (self.models, self.security, self.monitor):
             self.serve(server)
         self.wait_ready("models", "security", "monitor")
-        self._gateway = threading.Thread(target=lambda: asyncio.run(gateway_server.serve(self.run)))
         self._gateway.start()
         self.wait_ready("gateway")
         self.url = (self.run / "gateway.url").read_text()
-        self._http: list[httpx.Client] = []
 
     def http(self) -> httpx.Client:
         client = httpx.Client(base_url=self.url, trust_env=False, timeout=20)
@@ -153,20 +155,26 @@ class World(System):
     def close(self) -> None:
         for client in self._http:
             client.close()
-        self.client().call("kernel.stop", Stop("gateway"))
-        self._gateway.join(10)
-        assert not self._gateway.is_alive(), "the gateway does not stop when told to"
-        assert not (self.run / "gateway.url").exists()
-        super().close()
+        try:
+            if self._gateway.is_alive():
+                self.client().call("kernel.stop", Stop("gateway"))
+                self._gateway.join(10)
+                assert not self._gateway.is_alive(), "the gateway does not stop when told to"
+                assert not (self.run / "gateway.url").exists()
+        finally:
+            super().close()
 
 
 @pytest.fixture(scope="package")
 def world() -> Iterator[Any]:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     world = World()
-    yield world
-    world.close()
-    shutil.rmtree(world.run, ignore_errors=True)
+    try:
+        world.start()
+        yield world
+    finally:
+        world.close()
+        shutil.rmtree(world.run, ignore_errors=True)
 
 
 __all__ = ["wait_until"]

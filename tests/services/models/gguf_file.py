@@ -1,10 +1,25 @@
-"""Writes small GGUF files."""
+"""Small GGUF files."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
 from typing import Any
+
+from llmos.services.models.tokenizer import BYTES
+
+# A vocabulary of all bytes, three merges, two special tokens and one that is only added.
+TOKENS = [*BYTES, "he", "hel", "lo", "<s>", "</s>", "<own>"]
+METADATA: dict[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.merges": ["h e", "he l", "l o"],
+    "tokenizer.ggml.token_type": [1] * 259 + [3, 3, 4],
+    "tokenizer.ggml.bos_token_id": 259,
+    "tokenizer.ggml.eos_token_id": 260,
+    "tokenizer.chat_template": "T",
+}
 
 
 def _string(text: str) -> bytes:

@@ -144,7 +144,7 @@ def test_files_of_this_machine_are_linked_once_they_are_known_to_be_models(tmp_p
 def test_folders_need_a_config_and_whole_tensors(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(InvalidArgument, match="config.json"):
+    with pytest.raises(InvalidArgument, match="no config"):
         store.pull(f"file:{folder}")
     (folder / "config.json").write_text("{}")
     with pytest.raises(InvalidArgument, match="safetensors"):
@@ -183,9 +183,7 @@ def hub_double(folder: Path, fail: Exception | None = None) -> types.ModuleType:
             return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename="config.json", size=2)])
 
     def snapshot_download(repository: str, *, local_dir: Path, allow_patterns: list[str], **_: Any) -> None:
-        assert not any(
-            pattern.endswith((".bin", ".py", "*")) for pattern in allow_patterns if pattern[0] == "*"
-        )
+        assert not {"*", "*.bin", "*.py"}.intersection(allow_patterns)
         shutil.copytree(folder, local_dir)
 
     errors.HfHubHTTPError = HfHubHTTPError  # type: ignore[attr-defined]

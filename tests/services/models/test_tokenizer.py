@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.services.models.gguf_file import write_gguf
+from tests.services.models.gguf_file import METADATA, write_gguf
 from tokenizers import Tokenizer
 from tokenizers import decoders as tokenizer_decoders
 from tokenizers import models as tokenizer_models
@@ -18,17 +18,6 @@ from llmos.services.models import tokenizer as module
 from llmos.services.models.tokenizer import ModelTokenizer, load
 
 RECORDED = json.loads((Path(__file__).parent / "tokens.json").read_text())
-TOKENS = [*module.BYTES, "he", "hel", "lo", "<s>", "</s>", "<own>"]
-METADATA: dict[str, Any] = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": TOKENS,
-    "tokenizer.ggml.merges": ["h e", "he l", "l o"],
-    "tokenizer.ggml.token_type": [1] * 259 + [3, 3, 4],
-    "tokenizer.ggml.bos_token_id": 259,
-    "tokenizer.ggml.eos_token_id": 260,
-    "tokenizer.chat_template": "T",
-}
 
 
 def made(tmp_path: Path, **changes: Any) -> ModelTokenizer:

@@ -1,4 +1,4 @@
-"""The scheduler with real memory, a real kernel and the null driver: tokens come out right, whatever happens."""
+"""The scheduler with real memory, a real kernel and the null driver: tokens come out right whatever dies."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.conftest import System, wait_until
 
 from llmos.drivers.null.driver import next_token
 from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
+from llmos.ipc import codec
+from llmos.ipc.calls import Answer
 from llmos.ipc.client import Client
 from llmos.ipc.errors import AccessDenied, Canceled, InvalidArgument, NotFound
 from llmos.ipc.grant import Grant
+from llmos.ipc.header import Kind
 from llmos.services.manifest import DriverSpec, Manifest
 from llmos.services.memory.messages import Usage
 from llmos.services.scheduler.messages import Emitted, Finished, Host, SchedulerStats, Submit, Tasks, Tokens
-from tests.conftest import System, wait_until
 
 GRANTS = {
     "memory": Grant(principal="memory", tenant="system", serves="memory"),
@@ -134,9 +137,6 @@ def test_many_tasks_share_slots_and_pages_and_all_end_right(bench: Callable[...,
     attach = b.user._link
     got: dict[int, list[int]] = {}
     ended: dict[int, Finished] = {}
-    from llmos.ipc import codec
-    from llmos.ipc.calls import Answer
-    from llmos.ipc.header import Kind
 
     def tokens(answer: Answer) -> None:
         for item in codec.decode(answer.body, Emitted).tokens:

@@ -262,6 +262,16 @@ def test_many_blocks_are_refused() -> None:
         verified(appended(minted(), *["check if true"] * 16))
 
 
+def test_reading_a_token_runs_no_rule_of_a_holder() -> None:
+    facts = "".join(f"f({number});" for number in range(60))
+    started = time.monotonic()
+    with pytest.raises(AccessDenied, match="may hold checks only"):
+        tokens.parse(
+            appended(minted(), f"{facts} g($a, $b, $c, $d) <- f($a), f($b), f($c), f($d)"), ROOT.public_key
+        )
+    assert time.monotonic() - started < 1
+
+
 def test_a_token_that_takes_long_to_weigh_is_refused() -> None:
     calls = [f"models.call{number}" for number in range(60)]
     models = ", ".join(f'"m{number}"' for number in range(60))
@@ -282,7 +292,7 @@ def test_a_token_that_takes_long_to_weigh_is_refused() -> None:
         ('check if model($m), $m.starts_with("x")', GRANT.calls, ["x"]),
         ('reject if operation("models.chat")', ["models.list", "scheduler.submit"], ["*"]),
         ('reject if operation("models.chat"), model("x"); check if model($m), {"x", "y"}.contains($m)',
-         ["models.list", "scheduler.submit"], ["x", "y"]),
+         GRANT.calls, ["y"]),
         ('check if tenant("local")', GRANT.calls, ["*"]),
         ("check if true", GRANT.calls, ["*"]),
     ],
@@ -296,8 +306,7 @@ def test_where_calls_and_models_depend_on_each_other_every_pair_left_passes() ->
     """Any model may be listed, only "x" may be used: a grant cannot say that, so it says less."""
     text = appended(minted(models=["*"]), 'check if operation("models.list") or model("x")')
     grant = verified(text)
-    assert grant.calls == ["models.list"]
-    assert "*" not in grant.models
+    assert (grant.calls, grant.models) == (GRANT.calls, ["x"])
 
 
 @pytest.mark.parametrize(
@@ -386,11 +395,11 @@ def requests(grant: Grant) -> Iterator[dict[str, str | int]]:
 
 
 @given(AUTHORITIES, st.lists(st.lists(CHECKS, min_size=1, max_size=3).map("; ".join), min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_block_widens(authority: Grant, sources: list[str]) -> None:
     text = appended(tokens.mint(authority, ROOT).text, *sources)
-    parsed = tokens.parse(text, ROOT.public_key)
     try:
+        parsed = tokens.parse(text, ROOT.public_key)
         grant = tokens.verify(parsed, NOW * 1_000_000, set())
     except AccessDenied:
         assume(False)

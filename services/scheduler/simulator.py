@@ -1,0 +1,260 @@
+"""A discrete-event simulator: the real core and the real memory policy against a model of the device's time.
+
+Weeks of traffic run in seconds, and a policy is compared with others on the same trace. Nothing is mocked
+but time: messages take ``latency`` seconds, steps take what ``StepTime`` says, two steps are in flight as in
+the driver SDK, and tokens are those of the null driver, so that every task's output can be checked.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from llmos.drivers.null.driver import next_token
+from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, QuantumDone, Step
+from llmos.ipc.errors import LLMOSError, NoMemory
+from llmos.services.memory.arena import Arena
+from llmos.services.memory.messages import Arena as ArenaSpec
+from llmos.services.scheduler.core import Core
+from llmos.services.scheduler.host import Host, Produced
+from llmos.services.scheduler.messages import Reason
+from llmos.services.scheduler.task import Task
+
+IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step: ``base``, plus for each decoding row, each token of context read, each prefilled
+    token. The defaults are a 8B model in bfloat16 on one H200."""
+
+    base: float = 4.6e-3
+    row: float = 7.0e-6
+    context: float = 4.2e-8
+    prefill: float = 2.1e-5
+
+    def of(self, rows: int, context: int, prefilled: int) -> float:
+        return self.base + self.row * rows + self.context * context + self.prefill * prefilled
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of a task: times of its tokens, and how it ended."""
+
+    task: Task
+    times: list[float] = field(default_factory=list)
+    ended: float = 0.0
+    reason: Reason | None = None
+    error: LLMOSError | None = None
+
+    @property
+    def first_token(self) -> float:
+        """Seconds from arrival to the first token."""
+        return self.times[0] - self.task.arrived
+
+
+class Simulator:
+    """One model on one device. Feed it with ``submit`` at any time, then ``run``."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        step_time: StepTime,
+        *,
+        max_steps: int = 8,
+        latency: float = 2.5e-4,
+        make_core: Callable[[Simulator, int], Core] = Core,
+    ) -> None:
+        self.now = 0.0
+        self.records: dict[int, Record] = {}
+        self.busy = 0.0
+        self.host = Host("sim", model)
+        self.core = make_core(self, max_steps)
+        self._step_time = step_time
+        self._latency = latency
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        spec = ArenaSpec(
+            arena=self.host.arena,
+            pages=model.pages,
+            page_tokens=model.page_tokens,
+            page_bytes=model.page_bytes,
+        )
+        self.memory = Arena(spec)
+        self._device = _Device(self)
+        self.core.add_host(self.host, 0.0)
+
+    def submit(self, tasks: Iterable[Task]) -> None:
+        """Let tasks arrive at their ``arrived`` times."""
+        for task in tasks:
+            self.records[task.id] = Record(task)
+            self.at(task.arrived, lambda task=task: self.core.submit(task, self.now))  # type: ignore[misc]
+
+    def at(self, time: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._order), event))
+
+    def run(self, until: float = float("inf")) -> None:
+        """Run until nothing is left to happen, or until a time."""
+        while self._events and self._events[0][0] <= until:
+            self.now, _, event = heapq.heappop(self._events)
+            event()
+
+    def soon(self, event: Callable[[], None]) -> None:
+        """A message arrives after its latency; messages keep their order."""
+        self.at(self.now + self._latency, event)
+
+    # --- the core's effects ---
+
+    def reserve(self, host: Host, task: Task, extra: int) -> None:
+        def answer() -> None:
+            try:
+                pages, cached = self.memory.reserve(task.id, task.tenant, list(task.tokens), extra)
+            except NoMemory:
+                self.soon(lambda: self.core.refused(host, task, self.now))
+            else:
+                self.soon(lambda: self.core.reserved(host, task, pages, cached, self.now))
+
+        self.soon(answer)
+
+    def grow(self, host: Host, wants: list[tuple[Task, int]]) -> None:
+        asked = {task.id: (task, task.residence) for task, _ in wants}
+
+        def answer() -> None:
+            # A task that gave its pages back meanwhile is unknown to memory by now.
+            gets = self.memory.grow([(t.id, n) for t, n in wants if t.id in self.memory.tasks])
+            self.soon(lambda: self.core.grown(host, [(*asked[i], pages) for i, pages in gets], self.now))
+
+        self.soon(answer)
+
+    def free(self, host: Host, tasks: list[Task]) -> None:
+        self.soon(lambda: self.memory.free([task.id for task in tasks]))
+
+    def commit(self, host: Host, tasks: list[Task]) -> None:
+        lines = [(task.id, task.tokens[task.committed :], task.computed) for task in tasks]
+        for task in tasks:
+            task.committed = len(task.tokens)
+        self.soon(lambda: self.memory.commit([line for line in lines if line[0] in self.memory.tasks]))
+
+    def execute(self, host: Host, quantum: Quantum) -> None:
+        self.soon(lambda: self._device.submit(quantum))
+
+    def preempt(self, host: Host, quantum: int) -> None:
+        self.soon(lambda: self._device.preempt(quantum))
+
+    def emit(self, produced: list[Produced]) -> None:
+        for item in produced:
+            self.records[item.task.id].times += [self.now] * len(item.tokens)
+
+    def finish(self, task: Task, reason: Reason, error: LLMOSError | None) -> None:
+        record = self.records[task.id]
+        record.ended, record.reason, record.error = self.now, reason, error
+
+    def step_seconds(self, rows: int, context: int, prefilled: int) -> float:
+        return self._step_time.of(rows, context, prefilled)
+
+
+@dataclass(slots=True)
+class _Seat:
+    tokens: list[int]
+    computed: int
+    stop: list[int]
+    limit: int
+    known: int
+    finished: bool = False
+
+
+class _Device:
+    """A driver in simulated time: dispatches two steps ahead, and looks for a preempt in between."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._sim = simulator
+        self._queue: deque[Quantum] = deque()
+        self._seats: dict[int, _Seat] = {}
+        self._next_step = 0
+        self._entered = False
+        self._preempted = 0
+        self._in_flight = 0
+        self._free_at = 0.0
+
+    def submit(self, quantum: Quantum) -> None:
+        self._queue.append(quantum)
+        self._dispatch()
+
+    def preempt(self, quantum: int) -> None:
+        self._preempted = max(self._preempted, quantum)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self._queue and self._in_flight < IN_FLIGHT:
+            quantum = self._queue[0]
+            if not self._entered:
+                self._enter(quantum)
+            cut = quantum.id <= self._preempted
+            step = None if cut or self._next_step >= quantum.steps else self._step(quantum)
+            if step is None:
+                self._queue.popleft()
+                done = QuantumDone(quantum.id, self._next_step, cut)
+                self._at_end(lambda done=done: self._sim.core.done(self._sim.host, done, self._sim.now))  # type: ignore[misc]
+                self._next_step, self._entered = 0, False
+            else:
+                self._next_step += 1
+                self._in_flight += 1
+                self._at_end(self._landed)
+                self._at_end(lambda step=step: self._sim.core.step(self._sim.host, step, self._sim.now))  # type: ignore[misc]
+
+    def _landed(self) -> None:
+        self._in_flight -= 1
+        self._dispatch()
+
+    def _at_end(self, event: Callable[[], None]) -> None:
+        """When what was dispatched so far is computed: our own event at once, the scheduler's by message."""
+        delay = 0.0 if event == self._landed else self._sim._latency
+        self._sim.at(max(self._free_at, self._sim.now) + delay, event)
+
+    def _enter(self, quantum: Quantum) -> None:
+        self._entered = True
+        for slot in quantum.release:
+            del self._seats[slot]
+        for start in quantum.start:
+            assert start.slot not in self._seats, f"slot {start.slot} is taken"
+            self._seats[start.slot] = _Seat(
+                list(start.tokens), start.cached, start.stop, start.limit, len(start.tokens)
+            )
+
+    def _step(self, quantum: Quantum) -> Step | None:
+        """Compute a step's tokens now, and book the device's time for it."""
+        seats, index = self._seats, self._next_step
+        ready = [s for s in quantum.decode if _decodes(seats[s])]
+        prefilled = 0
+        for chunk in quantum.chunks:
+            if chunk.step == index:
+                seat = seats[chunk.slot]
+                assert chunk.start == seat.computed, f"slot {chunk.slot}: a chunk is out of order"
+                seat.computed += chunk.length
+                prefilled += chunk.length
+                if seat.computed == seat.known:
+                    ready.append(chunk.slot)
+        if not ready and not prefilled:
+            return None
+        tokens, finished = [], list[tuple[int, FinishReason]]()
+        context = sum(len(seats[slot].tokens) for slot in ready)
+        for slot in ready:
+            seat = seats[slot]
+            token = next_token(seat.tokens)
+            seat.computed = len(seat.tokens)
+            seat.tokens.append(token)
+            tokens.append(token)
+            if token in seat.stop or len(seat.tokens) >= seat.limit:
+                finished.append((slot, "stop" if token in seat.stop else "length"))
+                seat.finished = True
+        seconds = self._sim.step_seconds(len(ready), context, prefilled)
+        self._free_at = max(self._free_at, self._sim.now) + seconds
+        self._sim.busy += seconds
+        return Step(quantum.id, index, ready, tokens, finished, round(seconds * 1e6))
+
+
+def _decodes(seat: _Seat) -> bool:
+    return not seat.finished and len(seat.tokens) > seat.known

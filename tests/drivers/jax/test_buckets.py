@@ -1,0 +1,41 @@
+"""Shape buckets: few, and with little padding."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmos.drivers.jax.buckets import bucket, chunk_buckets, decode_buckets, split
+
+
+def test_decode_sizes_are_a_factor_apart_and_end_with_all_slots() -> None:
+    assert decode_buckets(16) == [1, 4, 16]
+    assert decode_buckets(24, factor=2) == [1, 2, 4, 8, 16, 24]
+    assert decode_buckets(1) == [1]
+
+
+def test_a_smallest_size_replaces_those_below_it() -> None:
+    assert decode_buckets(16, smallest=2) == [2, 4, 16]
+    assert decode_buckets(1, smallest=2) == [2]
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(256, [64, 256]), (2048, [32, 128, 512, 2048]), (16, [16])])
+def test_chunk_sizes(limit: int, sizes: list[int]) -> None:
+    assert chunk_buckets(limit) == sizes
+
+
+@pytest.mark.parametrize(
+    ("length", "calls"),
+    [(256, [256]), (30, [30]), (100, [64, 36]), (200, [200]), (300, [256, 44]), (600, [256, 256, 64, 24])],
+)
+def test_split_prefers_small_calls_where_a_large_one_is_mostly_padding(length: int, calls: list[int]) -> None:
+    assert split(length, [64, 256]) == calls
+
+
+@given(st.integers(1, 5000), st.sampled_from([[64, 256], [32, 128, 512], [7], [3, 100]]))
+def test_split_covers_every_token_with_calls_that_fit(length: int, sizes: list[int]) -> None:
+    calls = split(length, sizes)
+    assert sum(calls) == length
+    assert all(0 < call <= sizes[-1] for call in calls)
+    assert sum(bucket(call, sizes) for call in calls) <= length + max(sizes)
