@@ -55,6 +55,11 @@ class JaxDriver(Driver):
         steps: Iterator[PendingStep] = engine.execute(quantum)
         return steps
 
+    def reset(self, model: str) -> None:
+        if model not in self._engines:
+            raise NotFound(f"model {model} is not loaded")
+        self._engines[model].reset()
+
     def unload(self, model: str) -> None:
         if self._engines.pop(model, None) is None:
             raise NotFound(f"model {model} is not loaded")

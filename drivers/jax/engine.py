@@ -68,6 +68,10 @@ class Engine:
         self._grow(quantum)
         return self._steps(quantum)
 
+    def reset(self) -> None:
+        """Empty all slots; what is on the device is overwritten when a slot is taken again."""
+        self.ledger = Ledger(self.limits)
+
     def _steps(self, quantum: Quantum) -> Iterator[PendingStep]:
         chunks: dict[int, list[Chunk]] = {}
         for chunk in quantum.chunks:

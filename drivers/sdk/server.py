@@ -9,6 +9,7 @@ from llmos.drivers.sdk.driver import Driver
 from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.messages import (
     DriverInfo,
+    LoadedModel,
     LoadProgress,
     LoadRequest,
     Preempt,
@@ -51,6 +52,7 @@ class DriverServer(Server):
         self._driver = driver
         self._executor = Executor(driver)
         self._limit = STEP_LIMIT
+        self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
 
     def work(self) -> bool:
         return self._executor.advance()
@@ -67,7 +69,14 @@ class DriverServer(Server):
 
     @method
     def load(self, request: LoadRequest, call: Incoming) -> Later:
-        """Chunks are ``LoadProgress``, the end is ``LoadedModel``."""
+        """Chunks are ``LoadProgress``, the end is ``LoadedModel``. What is loaded already is not loaded
+        again: whoever asked before may have been started anew."""
+        known = self._loaded.get(request.model)
+        if known is not None and known[0] == request:
+            call.end(known[1])
+            return Later()
+        if known is not None:
+            self._forget(request.model)
         told = 0.0
 
         def progress(state: LoadProgress) -> None:
@@ -81,9 +90,11 @@ class DriverServer(Server):
         self._limit = LOAD_LIMIT
         self.control.verb("beat", self.beat())
         try:
-            call.end(self._driver.load(request, progress))
+            loaded = self._driver.load(request, progress)
         finally:
             self._limit = STEP_LIMIT
+        self._loaded[request.model] = request, loaded
+        call.end(loaded)
         return Later()
 
     @method
@@ -103,4 +114,9 @@ class DriverServer(Server):
 
     @method
     def unload(self, request: Unload, call: Incoming) -> None:
-        self._driver.unload(request.model)
+        self._forget(request.model)
+
+    def _forget(self, model: str) -> None:
+        self._executor.abandon()
+        self._driver.unload(model)
+        self._loaded.pop(model, None)
