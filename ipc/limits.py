@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 HEADER_BYTES = 512
-NAME_CHARS = 64
 BODY_BYTES = 8 << 20
 FRAME_BYTES = 32 << 20
 FRAMES = 16

@@ -295,9 +295,11 @@ class Server:
             (self.on_up if head.method == "up" else self.on_down)(event.name, event.connection)
 
     def answer(self, incoming: Incoming, kind: Kind, body: bytes) -> None:
-        """Send one message that answers a call."""
+        """Send one message that answers a call; one that is too large ends it with an error."""
         if len(body) > limits.BODY_BYTES:
-            raise ProtocolError(f"an answer of {len(body)} bytes exceeds {limits.BODY_BYTES}")
+            self.serving.pop(incoming.key, None)
+            error = ProtocolError(f"an answer of {len(body)} bytes exceeds {limits.BODY_BYTES}")
+            kind, body = Kind.ERROR, codec.encode_error(error)
         connection, id = incoming.key
         head = header.encode(Header(VERSION, kind, connection, "", id, 0, incoming.head.trace))
         self.data.wire.send([head, body])

@@ -28,6 +28,9 @@ CALL, CAST, CHUNK, CANCEL, KERNEL = map(int, (Kind.CALL, Kind.CAST, Kind.CHUNK, 
 ANSWERS = frozenset(map(int, (Kind.REPLY, Kind.CHUNK, Kind.END, Kind.ERROR)))
 
 
+GREETING_MICROS = 30_000_000  # how long a peer may take to say a hello that is accepted
+
+
 class Sent(Enum):
     OK = "ok"
     FULL = "full"
@@ -185,6 +188,9 @@ class Dispatcher:
     def tick(self, now: int) -> None:
         """Deliver what a full queue held up, and end the calls whose deadline has passed."""
         for connection in list(self.table.connections.values()):
+            if 0 not in connection.handles and connection.opened + GREETING_MICROS < now:
+                self.on_gone(connection)
+                continue
             while connection.unsent and self.send(connection, connection.unsent[0]) is Sent.OK:
                 connection.unsent.popleft()
             for call in [c for c in connection.calls.values() if 0 < c.deadline <= now]:

@@ -13,7 +13,6 @@ import select
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
@@ -22,7 +21,7 @@ from zmq.utils import z85
 from llmos.ipc import limits, paths, sockets
 from llmos.ipc.sockets import Wire
 from llmos.kernel.dispatcher import Dispatcher, Sent
-from llmos.kernel.messages import BootFile
+from llmos.kernel.messages import BootFile, Tcp
 from llmos.kernel.methods import Methods
 from llmos.kernel.table import Connection, Lane, Table
 from llmos.kernel.verbs import Verbs
@@ -32,20 +31,10 @@ TICK_MS = 50
 AUTO_ID = 0  # the first byte of a routing id made by libzmq; a peer cannot choose one that starts with it
 
 
-@dataclass(frozen=True)
-class TcpConfig:
-    """Where to listen for peers on other hosts, our CURVE secret, and the folder of keys we admit."""
-
-    address: str
-    secret: bytes
-    public: bytes
-    authorized: Path
-
-
 class KernelLoop:
     """Reads messages, hands them to the dispatcher, and sends what it says."""
 
-    def __init__(self, run: Path, boot: BootFile, tcp: TcpConfig | None = None) -> None:
+    def __init__(self, run: Path, boot: BootFile) -> None:
         boot_id = secrets.token_hex(8)
         names = ["security", *(e.grant.serves for e in boot.entries if e.grant.serves)]
         self.table = Table(list(dict.fromkeys(names)))
@@ -56,8 +45,8 @@ class KernelLoop:
         self._sockets = {
             lane: self._bind(lane, paths.socket_address(name, run)) for lane, name in LANES.items()
         }
-        self._zap = self._bind_tcp(tcp) if tcp else None
-        self._authorized = tcp.authorized if tcp else None
+        self._authorized = Path(boot.tcp.authorized) if boot.tcp else None
+        self._zap = self._bind_tcp(boot.tcp) if boot.tcp else None
         self._wires = {lane: Wire(socket) for lane, socket in self._sockets.items()}
         self._deaths = select.epoll()
         self._processes: dict[int, tuple[int, list[Connection]]] = {}
@@ -108,14 +97,14 @@ class KernelLoop:
         socket.set(zmq.ROUTER_MANDATORY, 1)
         return socket
 
-    def _bind_tcp(self, tcp: TcpConfig) -> zmq.Socket[bytes]:
+    def _bind_tcp(self, tcp: Tcp) -> zmq.Socket[bytes]:
         """Listen on tcp with CURVE; the returned ZAP socket must answer before any peer is admitted."""
         sockets.check_address(tcp.address)
         zap = self._context.socket(zmq.REP)
         zap.bind("inproc://zeromq.zap.01")
         socket = self._router()
         socket.curve_server = True
-        socket.curve_secretkey = tcp.secret
+        socket.curve_secretkey = tcp.secret.encode()
         socket.set(zmq.ZAP_DOMAIN, b"llmos")
         socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         socket.set(zmq.HEARTBEAT_IVL, 5000)
@@ -139,8 +128,8 @@ class KernelLoop:
         for rid, *message in self._wires[lane].drain(BATCH):
             sender = connections.get((lane, rid.bytes)) or self._admit(lane, rid.bytes, message)
             if sender is not None:
-                # Too many frames is as bad as none, and is answered in the same way.
-                few = len(message) <= limits.FRAMES
+                # Too many frames is as bad as none, and answered in the same way; the origin needs one.
+                few = len(message) < limits.FRAMES
                 dispatch(sender, [frame.bytes for frame in message] if few else [], now)
 
     def _admit(self, lane: Lane, rid: bytes, message: list[zmq.Frame]) -> Connection | None:
@@ -148,7 +137,7 @@ class KernelLoop:
         if rid[0] != AUTO_ID or not message or len(self.table.connections) >= limits.CONNECTIONS:
             return None
         peer, pid = _identify(message[0], lane)
-        connection = self.table.open(lane, rid, pid, peer)
+        connection = self.table.open(lane, rid, pid, peer, _now())
         if pid:
             self._watch(connection)
         return connection

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from llmos.ipc.grant import Grant
@@ -141,8 +139,18 @@ class BootEntry(msgspec.Struct, frozen=True):
     grant: Grant
 
 
+class Tcp(msgspec.Struct, frozen=True):
+    """Where to listen for peers on other hosts, our CURVE keys (Z85), and the folder of the public keys of
+    those we admit: files that end in ``.pub``."""
+
+    address: str
+    public: str
+    secret: str
+    authorized: str
+
+
 class BootFile(msgspec.Struct, frozen=True):
     """What the supervisor hands the kernel: the grants of the processes it starts. Nobody else has any."""
 
     entries: list[BootEntry]
-    peers: dict[str, Any] = {}
+    tcp: Tcp | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -62,11 +63,14 @@ class Connection:
     pid: int
     peer: str
     handles: dict[int, Held]
-    next_handle: int = 1
+    opened: int
+    # Not from 1: a number that an earlier kernel gave out must not name another capability here.
+    next_handle: int = field(default_factory=lambda: secrets.randbelow(1 << 30) + 1)
     calls: dict[int, Call] = field(default_factory=dict)
     serving: dict[tuple[int, int], Call] = field(default_factory=dict)
     unsent: deque[list[bytes]] = field(default_factory=deque)
     service: str = ""
+    greeting: bool = False
 
     @property
     def principal(self) -> str:
@@ -98,12 +102,12 @@ class Table:
         self.hops: deque[Hop] = deque(maxlen=TRACE_HOPS)
         self._number = 0
 
-    def open(self, lane: Lane, rid: bytes, pid: int, peer: str) -> Connection:
-        """Enter a peer that has said hello; it holds no grant yet."""
+    def open(self, lane: Lane, rid: bytes, pid: int, peer: str, now: int = 0) -> Connection:
+        """Enter a peer that sent its first message; it holds no grant yet."""
         if len(self.connections) >= limits.CONNECTIONS:
             raise Busy(f"the kernel serves {limits.CONNECTIONS} connections already")
         self._number += 1
-        connection = Connection(rid, lane, self._number, pid, peer, {})
+        connection = Connection(rid, lane, self._number, pid, peer, {}, now)
         self.connections[lane, rid] = connection
         return connection
 

@@ -39,7 +39,7 @@ class Verbs:
         self._verifying: dict[int, tuple[Connection, Header, Granted]] = {}
         self._next_id = 0
         # The kernel's own seat in the table: the caller of security.verify, with connection number 0.
-        self.own = Connection(b"", Lane.CONTROL, 0, 0, "kernel", {0: Held(0, KERNEL_GRANT)})
+        self.own = Connection(b"", Lane.CONTROL, 0, 0, "kernel", {0: Held(0, KERNEL_GRANT)}, 0)
         table.connections[Lane.CONTROL, b""] = self.own
         dispatcher.on_verb = self.on_verb
         dispatcher.on_gone = self.close
@@ -58,18 +58,24 @@ class Verbs:
 
     def _hello(self, sender: Connection, head: Header, body: bytes, now: int) -> None:
         hello = codec.decode(body, Hello)
-        if 0 in sender.handles:
+        if sender.greeting or 0 in sender.handles:
             raise ProtocolError("this connection has said hello already")
-        if hello.control and sender.lane is not Lane.CONTROL:
-            raise ProtocolError("a control connection uses the control socket")
+        if hello.control != (sender.lane is Lane.CONTROL):
+            raise ProtocolError("a control connection, and no other, uses the control socket")
 
         def welcome(grant: Grant) -> None:
+            sender.greeting = False
             self._table.grant(sender, 0, grant)
             if grant.serves:
                 self._register(sender, grant.serves, hello.control)
             self._dispatcher.reply(sender, head, Welcome(sender.number, self._boot_id, grant))
 
-        self._verify(sender, head, hello.token, now, welcome)
+        sender.greeting = True
+        try:
+            self._verify(sender, head, hello.token, now, welcome)
+        except LLMOSError:
+            sender.greeting = False
+            raise
 
     def _present(self, sender: Connection, head: Header, body: bytes, now: int) -> None:
         present = codec.decode(body, Present)
@@ -195,7 +201,11 @@ class Verbs:
             if answer.kind != Kind.REPLY:
                 raise codec.decode_error(frames[1])
             granted(codec.decode(frames[1], Verified).grant)
+        except HostDown as error:
+            sender.greeting = False
+            self._dispatcher.refuse(sender, head, HostDown(error.message, delivered=False))
         except LLMOSError as error:
+            sender.greeting = False
             self._dispatcher.refuse(sender, head, error)
 
 

@@ -19,14 +19,13 @@ from llmos.drivers.jax.ledger import Ledger, Limits, Slot
 from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Programs
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
 from llmos.drivers.jax.state import (
-    BIAS_LIMIT,
-    STOP_LIMIT,
     Admission,
     BatchState,
     Tallies,
     empty_tallies,
     pack_choices,
 )
+from llmos.drivers.sdk.checks import BIAS_LIMIT, STOP_LIMIT
 from llmos.drivers.sdk.driver import PendingStep
 from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Sampling, Start, Step
 

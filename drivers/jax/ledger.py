@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from llmos.drivers.jax.sampling import Variant, variant_of
-from llmos.drivers.jax.state import BIAS_LIMIT, STOP_LIMIT
-from llmos.drivers.sdk.messages import Chunk, Quantum, Sampling, Start
+from llmos.drivers.sdk.checks import STOP_LIMIT, check_sampling
+from llmos.drivers.sdk.messages import Chunk, Quantum, Start
 from llmos.ipc.errors import InvalidArgument
 
 MAX_STEPS = 1024
@@ -60,8 +60,8 @@ class Ledger:
 
     def check(self, quantum: Quantum) -> None:
         """Refuse with InvalidArgument whatever in ``quantum`` could not be executed; changes nothing."""
-        if not 1 <= quantum.steps <= MAX_STEPS:
-            raise InvalidArgument(f"a quantum has 1 to {MAX_STEPS} steps, not {quantum.steps}")
+        if not 0 <= quantum.steps <= MAX_STEPS:
+            raise InvalidArgument(f"a quantum has at most {MAX_STEPS} steps, not {quantum.steps}")
         trial = Ledger(self.limits, {number: replace(slot, table=[]) for number, slot in self.slots.items()})
         trial.enter(quantum)
         chunks = _by_step(quantum)
@@ -164,29 +164,6 @@ class Ledger:
         slot.held += len(pages)
         if (slot.held - 1) * self.limits.page_tokens >= self.limits.max_context:
             raise InvalidArgument(f"slot {number} has more pages than {self.limits.max_context} tokens need")
-
-
-def check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    """Refuse sampling parameters that are out of range, not finite, or too many."""
-    ranges = {
-        "temperature": (0.0, 1e4),
-        "top_p": (0.0, 1.0),
-        "min_p": (0.0, 1.0),
-        "repetition_penalty": (1e-3, 1e3),
-        "presence_penalty": (-100.0, 100.0),
-        "frequency_penalty": (-100.0, 100.0),
-        "top_k": (0, 2**31 - 1),
-        "seed": (0, 2**32 - 1),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(sampling, name)
-        if not low <= value <= high:
-            raise InvalidArgument(f"{name} is {value}, not in {low}..{high}")
-    if len(sampling.logit_bias) > BIAS_LIMIT:
-        raise InvalidArgument(f"at most {BIAS_LIMIT} logit biases, not {len(sampling.logit_bias)}")
-    for token, value in sampling.logit_bias.items():
-        if not 0 <= token < vocab_size or not -1e4 <= value <= 1e4:
-            raise InvalidArgument(f"logit bias {value} of token {token} is out of range")
 
 
 def _by_step(quantum: Quantum) -> dict[int, list[Chunk]]:

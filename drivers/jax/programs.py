@@ -23,6 +23,7 @@ from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
 from llmos.drivers.jax.sampling import Variant
+from llmos.drivers.sdk.checks import BIAS_LIMIT
 
 ADMIT_ROWS = 8
 GROW_ROWS = 64
@@ -124,7 +125,7 @@ class Programs:
             case ("grow",):
                 return state.grow, (0,), (spec.batch, *(_ints(GROW_ROWS) for _ in range(3)))
             case ("tally",):
-                bias = (_ints(state.BIAS_LIMIT), struct((state.BIAS_LIMIT,), jnp.float32))
+                bias = (_ints(BIAS_LIMIT), struct((BIAS_LIMIT,), jnp.float32))
                 tokens = (_ints(), _ints(spec.max_context), _ints(), _ints())
                 return state.tally, (0,), (self._tallies(), *tokens, *bias)
             case ("scrub",):

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmos.drivers.sdk.checks import BIAS_LIMIT, STOP_LIMIT
 from llmos.drivers.sdk.messages import Sampling
-
-STOP_LIMIT = 16
-BIAS_LIMIT = 512
 
 
 class Choice(NamedTuple):

@@ -73,6 +73,8 @@ class NullDriver(Driver):
         return loaded
 
     def reset(self, model: str) -> None:
+        if model not in self._models:
+            raise NotFound(f"no model {model!r} is loaded here")
         self._slots[model] = {}
 
     def unload(self, model: str) -> None:

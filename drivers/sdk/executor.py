@@ -10,7 +10,7 @@ import msgspec
 
 from llmos.drivers.sdk.driver import Driver, PendingStep
 from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
-from llmos.ipc.errors import LLMOSError
+from llmos.ipc.errors import Canceled, LLMOSError
 
 IN_FLIGHT = 2
 
@@ -56,10 +56,13 @@ class Executor:
         for run in self._queue:
             if run.steps is not None:
                 _close(run.steps)
-        self._queue.clear()
         for _, pending in self._pending:
             if pending is not None:
                 pending()
+        # A quantum may be queued and pending at once.
+        for run in {*self._queue, *(run for run, _ in self._pending)}:
+            run.sink.fail(Canceled("the driver's slots were emptied"))
+        self._queue.clear()
         self._pending.clear()
 
     def advance(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
+from llmos.drivers.sdk.checks import BIAS_LIMIT as MAX_BIASES
 from llmos.drivers.sdk.messages import LoadedModel, Sampling
 from llmos.ipc.errors import AccessDenied, InvalidArgument
 from llmos.ipc.grant import Grant
@@ -13,7 +14,6 @@ from llmos.services.scheduler.messages import Submit
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
-MAX_BIASES = 1024
 MAX_MESSAGES = 4096
 MAX_TOP_K = 1 << 20
 MAX_SEED = 1 << 32

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from llmos.ipc import calls, codec
 from llmos.ipc.calls import FINAL
-from llmos.ipc.errors import Canceled, IOFailure, LLMOSError
+from llmos.ipc.errors import IOFailure
 from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming, Server
 from llmos.services.models.generation import Answer
@@ -101,21 +101,9 @@ class Streams:
             self._finish(running, codec.decode(answer.body, Finished))
 
     def _finish(self, running: _Running, finished: Finished) -> None:
-        error = _failure(finished)
-        if error is not None:
-            running.call.fail(error)
-            return
         self._say(running, running.answer.finish())
         running.call.end(running.answer.done(finished))
 
     def _say(self, running: _Running, text: Text | None) -> None:
         if text is not None and running.stream:
             running.call.chunk(text)
-
-
-def _failure(finished: Finished) -> LLMOSError | None:
-    if finished.reason == "canceled":
-        return Canceled("the task was ended before it was done", task=finished.task)
-    if finished.reason == "error":
-        return IOFailure("the driver failed to compute this answer", task=finished.task)
-    return None

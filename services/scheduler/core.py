@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from typing import Protocol
 
-from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
+from llmos.drivers.sdk.messages import LoadedModel, Quantum, QuantumDone, Step
 from llmos.ipc.errors import IOFailure, LLMOSError
 from llmos.services.scheduler import displace
 from llmos.services.scheduler.compose import compose
@@ -32,7 +32,7 @@ class Effects(Protocol):
     def execute(self, host: Host, quantum: Quantum) -> None: ...
     def preempt(self, host: Host, quantum: int) -> None: ...
     def emit(self, produced: list[Produced]) -> None: ...
-    def finish(self, task: Task, reason: Reason, error: LLMOSError | None) -> None: ...
+    def finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None: ...
 
 
 class Core:
@@ -45,6 +45,7 @@ class Core:
         self.counters = Counters()
         self.hosts: dict[str, Host] = {}
         self.queues: dict[str, TaskQueue] = {}
+        self.models: dict[str, LoadedModel] = {}
         self.tasks: dict[int, Task] = {}
         self.finished = 0
         self.displaced = 0
@@ -62,7 +63,7 @@ class Core:
     def kill(self, task: Task, error: LLMOSError, now: float) -> None:
         """End a task wherever it is."""
         if task.place is not Place.ENDED:
-            self._finish(task, "canceled", error)
+            self._finish(task, None, error)
             self._pump(task.model, now)
 
     def running_of(self, tenant: str) -> int:
@@ -73,6 +74,7 @@ class Core:
     def add_host(self, host: Host, now: float) -> None:
         """A driver is ready to execute quanta for a model; its pages are empty."""
         host.ready = True
+        self.models[host.model.model] = host.model
         self.hosts[host.arena] = host
         self.queues.setdefault(host.model.model, TaskQueue(self.counters))
         self._pump(host.model.model, now)
@@ -93,7 +95,7 @@ class Core:
     def fail_host(self, host: Host, error: LLMOSError, now: float) -> None:
         """A quantum failed on the device: its tasks end with the error, the others start again."""
         for task in {task for flight in host.flight for task in flight.tasks}:
-            self._finish(task, "error", IOFailure(f"the driver failed: {error}"))
+            self._finish(task, None, IOFailure(f"the driver failed: {error}"))
         self.lose_host(host, now)
 
     # --- events: memory ---
@@ -275,7 +277,7 @@ class Core:
     def _eligible(self, task: Task) -> bool:
         return not task.max_running or self.running_of(task.tenant) < task.max_running
 
-    def _finish(self, task: Task, reason: Reason, error: LLMOSError | None) -> None:
+    def _finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None:
         host = self.hosts.get(task.arena)
         if task.place is Place.WAITING:
             self.queues[task.model].remove(task)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmos.drivers.sdk.messages import Preempt, Quantum, QuantumDone, Step
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
-from llmos.ipc.errors import HostDown, LLMOSError, NoMemory
+from llmos.ipc.errors import HostDown, IOFailure, LLMOSError, NoMemory
 from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming
 from llmos.services.memory.messages import Arena, Commit, Free, Grow, Grown, Reserve, Reserved
@@ -100,10 +100,10 @@ class MessageEffects:
         for connection, batch in streams.items():
             self._attached[connection].chunk(Emitted(batch))
 
-    def finish(self, task: Task, reason: Reason, error: LLMOSError | None) -> None:
+    def finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None:
         call: Incoming = task.call
-        if error is not None:
-            call.fail(error)
+        if error is not None or reason is None:
+            call.fail(error or IOFailure("the task ended without a reason"))
             return
         ended = now()
         call.end(

@@ -9,8 +9,8 @@ import msgspec
 from llmos.drivers.sdk.messages import LoadedModel, Sampling
 from llmos.ipc.grant import Band
 
-State = Literal["waiting", "running", "stopped"]
-Reason = Literal["stop", "length", "canceled", "error"]
+State = Literal["waiting", "running"]
+Reason = Literal["stop", "length"]
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,8 @@ import itertools
 import time
 from collections.abc import Callable
 
-from llmos.drivers.sdk.messages import Reset
+from llmos.drivers.sdk.checks import STOP_LIMIT, check_sampling
+from llmos.drivers.sdk.messages import LoadedModel, Reset
 from llmos.ipc.calls import Answer
 from llmos.ipc.errors import (
     AccessDenied,
@@ -78,14 +79,16 @@ class Scheduler(Server):
 
     @method
     def tasks(self, request: None, call: Incoming) -> Tasks:
-        return Tasks([_line(task, self.core.hosts.get(task.arena)) for task in self.core.tasks.values()])
+        """The caller's tenant's tasks, or everyone's with the right ``scheduler.any_tenant``."""
+        mine = [task for task in self.core.tasks.values() if _may_touch(call, task)]
+        return Tasks([_line(task, self.core.hosts.get(task.arena)) for task in mine])
 
     @method
     def kill(self, request: Kill, call: Incoming) -> None:
         task = self.core.tasks.get(request.task)
         if task is None:
             raise NotFound(f"there is no task {request.task}")
-        if task.tenant != call.origin.grant.tenant:
+        if not _may_touch(call, task):
             raise AccessDenied(f"task {request.task} belongs to another tenant")
         self.core.kill(task, Canceled("the task was killed"), now())
 
@@ -187,10 +190,8 @@ class Scheduler(Server):
             raise AccessDenied(f"this capability does not reach band {request.band!r}, only {grant.band!r}")
         if request.model not in self.core.queues:
             raise NotFound(f"no driver serves the model {request.model!r} yet")
-        hosts = [h for h in self.core.hosts.values() if h.model.model == request.model]
         limit = len(request.tokens) + request.max_tokens
-        for host in hosts[:1]:
-            _check_fit(host, request, limit)
+        _check_fit(self.core.models[request.model], request, limit)
         if grant.max_tokens and request.max_tokens > grant.max_tokens:
             raise AccessDenied(f"this capability allows {grant.max_tokens} tokens, not {request.max_tokens}")
         waiting = sum(len(queue) for queue in self.core.queues.values())
@@ -229,9 +230,13 @@ class Scheduler(Server):
         return Restore(arena=arena_of(host), tasks=holdings)
 
 
-def _check_fit(host: Host, request: Submit, limit: int) -> None:
+def _may_touch(call: Incoming, task: Task) -> bool:
+    grant = call.origin.grant
+    return task.tenant == grant.tenant or "scheduler.any_tenant" in grant.calls
+
+
+def _check_fit(model: LoadedModel, request: Submit, limit: int) -> None:
     """Refuse what this model or its arena could never hold."""
-    model = host.model
     if not request.tokens or request.max_tokens < 1:
         raise InvalidArgument("a task needs at least one prompt token and max_tokens of at least 1")
     if limit > model.max_context:
@@ -241,8 +246,11 @@ def _check_fit(host: Host, request: Submit, limit: int) -> None:
             limit=model.max_context,
             tokens=limit,
         )
-    if host.pages_for(limit) > model.pages:
-        raise InvalidArgument(f"{limit} tokens need {host.pages_for(limit)} pages; there are {model.pages}")
+    if limit > model.pages * model.page_tokens:
+        raise InvalidArgument(f"{limit} tokens do not fit in {model.pages} pages of {model.page_tokens}")
+    if len(request.stop) > STOP_LIMIT:
+        raise InvalidArgument(f"at most {STOP_LIMIT} stop tokens, not {len(request.stop)}")
+    check_sampling(request.sampling, model.vocab_size)
     if not all(0 <= token < model.vocab_size for token in (*request.tokens, *request.stop)):
         raise InvalidArgument(f"a token id is not below the vocabulary size {model.vocab_size}")
 

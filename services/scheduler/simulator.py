@@ -148,7 +148,7 @@ class Simulator:
         for item in produced:
             self.records[item.task.id].times += [self.now] * len(item.tokens)
 
-    def finish(self, task: Task, reason: Reason, error: LLMOSError | None) -> None:
+    def finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None:
         record = self.records[task.id]
         record.ended, record.reason, record.error = self.now, reason, error
 

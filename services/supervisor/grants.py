@@ -21,7 +21,7 @@ TOKEN_BYTES = 32
 
 DRIVER_METHODS: dict[str, tuple[str, ...]] = {
     "scheduler": ("execute", "preempt", "reset"),
-    "models": ("describe", "load", "unload"),
+    "models": ("load", "unload"),
     USER: ("describe",),
 }
 """The methods of every driver that a service, or the local user, may call."""

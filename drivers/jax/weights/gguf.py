@@ -47,7 +47,7 @@ class GGUFSource:
         self._tensors: dict[str, _Tensor] = {}
         try:
             self._parse()
-        except (struct.error, UnicodeDecodeError, ValueError, KeyError) as cause:
+        except (struct.error, ValueError, KeyError, OverflowError) as cause:
             raise InvalidArgument(f"{path.name} is not a sound GGUF file: its header is cut off") from cause
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -57,8 +57,10 @@ class GGUFSource:
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
-        if not tensor.shape or tensor.shape[-1] % block:
-            raise InvalidArgument(f"tensor '{name}' has rows of {tensor.shape[-1:]}, not blocks of {block}")
+        if not prod(tensor.shape) or tensor.shape[-1] % block:
+            raise InvalidArgument(
+                f"tensor '{name}' of shape {list(tensor.shape)} is no rows of {block}-blocks"
+            )
         row_bytes = tensor.shape[-1] // block * block_bytes
         size = prod(tensor.shape[:-1]) * row_bytes
         start = self._start + tensor.offset

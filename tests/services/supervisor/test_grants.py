@@ -28,7 +28,7 @@ def test_every_process_has_a_grant_and_serves_its_own_name_only() -> None:
 
 def test_the_scheduler_and_models_may_call_each_driver_and_nobody_else_may() -> None:
     assert {"driver.a.execute", "driver.b.preempt"} <= set(GRANTS["scheduler"].calls)
-    assert {"driver.a.load", "driver.b.unload", "driver.b.describe"} <= set(GRANTS["models"].calls)
+    assert {"driver.a.load", "driver.b.unload"} <= set(GRANTS["models"].calls)
     allowed = {name for name, grant in GRANTS.items() if any(c.startswith("driver.") for c in grant.calls)}
     assert allowed == {"scheduler", "models", "user"}
     assert [c for c in GRANTS["user"].calls if c.startswith("driver.")] == [

@@ -48,7 +48,9 @@ def test_projections_are_fused_in_order(tiny_folder: Path, tiny_tensors: Any) ->
 
 
 def test_values_are_rounded_to_the_dtype(tiny_folder: Path) -> None:
-    assert {value.dtype for value in converted(tiny_folder, jnp.bfloat16).values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {value.dtype for value in converted(tiny_folder, jnp.bfloat16).values()} == {
+        jnp.dtype(jnp.bfloat16)
+    }
 
 
 @pytest.mark.parametrize(
