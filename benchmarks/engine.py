@@ -84,16 +84,19 @@ def measure_prefill(session: Session, prompt: int, repeats: int) -> float:
 def main() -> None:
     """Measure and print, or write as JSON."""
     parser = argparse.ArgumentParser(description="Speed of the JAX driver's engine alone.")
-    parser.add_argument("--model", required=True, help="GGUF file or safetensors folder")
+    parser.add_argument("--model", required=True, help="GGUF file, safetensors folder, or random:CONFIG_JSON")
     parser.add_argument("--cache", default="", help="folder for converted weights and compiled programs")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--page-tokens", type=int, default=16)
+    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--attention", default="auto", choices=["auto", "xla", "pallas"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    driver = JaxDriver()
+    driver = JaxDriver(attention=options.attention)
     slots = max(options.batch)
     total = max(options.prompt, options.context + WARM_STEPS + DECODE_STEPS * options.repeats) + 16
     request = LoadRequest(
@@ -102,7 +105,9 @@ def main() -> None:
         cache=options.cache,
         dtype=options.dtype,
         kv_dtype=options.dtype,
-        pages=slots * -(-total // 16),
+        pages=slots * -(-total // options.page_tokens),
+        page_tokens=options.page_tokens,
+        chunk_tokens=options.chunk_tokens,
         slots=slots,
         max_context=total,
     )

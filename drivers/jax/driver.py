@@ -24,9 +24,10 @@ class JaxDriver(Driver):
     been applied.
     """
 
-    def __init__(self, platform_name: str | None = None) -> None:
+    def __init__(self, platform_name: str | None = None, attention: str = "auto") -> None:
         platform.prepare_process()
         self._platform = platform_name
+        self._attention = attention
         self._found: list[Any] = []
         self._engines: dict[str, Any] = {}
 
@@ -44,7 +45,7 @@ class JaxDriver(Driver):
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
         from llmos.drivers.jax.loader import Load
 
-        engine, loaded = Load(request, self._devices()[0], progress).run()
+        engine, loaded = Load(request, self._devices()[0], progress, self._attention).run()
         self._engines[request.model] = engine
         return loaded
 

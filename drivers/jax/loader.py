@@ -26,6 +26,7 @@ from llmos.drivers.jax.modules import Decoder, abstract, struct
 from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.convert import convert
+from llmos.drivers.jax.weights.random import PREFIX, RandomSource, fill
 from llmos.drivers.jax.weights.source import Source, open_source
 from llmos.drivers.sdk.driver import Progress
 from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
@@ -54,6 +55,7 @@ class Load:
     request: LoadRequest
     device: Any
     report: Progress
+    attention: str = "auto"
     phases: dict[str, float] = field(default_factory=dict)
     _latest: LoadProgress = field(default_factory=lambda: LoadProgress("read", 0, 0))
 
@@ -68,7 +70,7 @@ class Load:
         graph, shapes, rebuild = parameters(plan.config, DTYPES[request.dtype], self.device)
         weight_bytes = sum(prod(x.shape) * x.dtype.itemsize for x in shapes.values())
         limits, width = self._limits(plan.config, weight_bytes)
-        backend = attention.select(self.device.platform)
+        backend = attention.select(self.attention, self.device.platform, plan.config, request)
         shape = Shape(
             graph=graph,
             backend=backend,
@@ -127,6 +129,8 @@ class Load:
                     raise
                 checkpoint.discard(folder, damage.message)
         source = plan.source or open_source(self.request.source)
+        if isinstance(source, RandomSource):
+            return dict(self._timed("place", lambda: _placed(fill(shapes))))
         place = lambda path, value: jax.device_put(value, shapes[path].sharding)  # noqa: E731
         arguments = (source, plan.family, plan.config, shapes, place, self._note("convert"))
         weights = self._timed("convert", lambda: convert(*arguments))
@@ -230,9 +234,13 @@ def find_weights(request: LoadRequest) -> Plan:
     """A kept checkpoint of the source where there is one, else the source itself."""
     if checkpoint.is_checkpoint(request.source):
         return _kept(Path(request.source), request.dtype)
+    folder = None
+    if request.source.startswith(PREFIX):
+        made = open_source(request.source)
+        family = families.find(made)
+        return Plan(family, family.configure[made.format](made), folder, False, made)
     if not Path(request.source).exists():
         raise NotFound(f"no model at {request.source}")
-    folder = None
     if request.cache:
         folder = Path(request.cache) / "weights" / checkpoint.key_of(request.source, request.dtype)
         try:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.sdk.messages import LoadRequest
+from llmos.ipc.errors import InvalidArgument
 
 
 class DecodePlan(NamedTuple):
@@ -69,8 +71,21 @@ class AttentionBackend(Protocol):
         ...
 
 
-def select(platform: str) -> AttentionBackend:
-    """The backend for a device platform."""
+def select(name: str, platform: str, config: DecoderConfig, request: LoadRequest) -> AttentionBackend:
+    """The backend called ``name``, or with "auto" the fastest that this device and these shapes allow."""
     from llmos.drivers.jax.attention.xla import XlaAttention
 
-    return XlaAttention(tokens_in_flight=2048 if platform == "cpu" else 8192)
+    tileable = all(size & (size - 1) == 0 and size >= 16 for size in (config.head_dim, request.page_tokens))
+    suits = platform in ("gpu", "cuda") and request.dtype == "bfloat16" and tileable
+    if name == "xla" or (name == "auto" and not suits):
+        return XlaAttention(tokens_in_flight=2048 if platform == "cpu" else 8192)
+    if name not in ("auto", "pallas"):
+        raise InvalidArgument(f"no attention backend {name!r}; there is: auto, pallas, xla")
+    if not suits:
+        raise InvalidArgument(
+            "attention backend pallas needs a GPU, bfloat16, and head_dim and page_tokens that are powers of "
+            f"two from 16 on; here: {platform}, {request.dtype}, {config.head_dim}, {request.page_tokens}"
+        )
+    from llmos.drivers.jax.attention.pallas import PallasAttention
+
+    return PallasAttention()

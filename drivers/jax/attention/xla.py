@@ -45,20 +45,20 @@ class XlaAttention:
     def decode(
         self, plan: DecodePlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, PagedCache]:
-        cache = _write(cache, plan.pages, plan.offsets, k, v)
+        cache = write(cache, plan.pages, plan.offsets, k, v)
         visible = plan.lengths[:, None]
-        out = self._attend(plan.tables, visible, plan.lengths, cache, q[:, None])
+        out = self.attend(plan.tables, visible, plan.lengths, cache, q[:, None])
         return out[:, 0], cache
 
     def prefill(
         self, plan: PrefillPlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, PagedCache]:
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        cache = _write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), k, v)
+        cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), k, v)
         visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
-        return self._attend(plan.tables, visible, plan.lengths, cache, q), cache
+        return self.attend(plan.tables, visible, plan.lengths, cache, q), cache
 
-    def _attend(
+    def attend(
         self, tables: jax.Array, visible: jax.Array, lengths: jax.Array, cache: PagedCache, q: jax.Array
     ) -> jax.Array:
         """Attend from q [B, C, heads, head_dim]; query (b, c) sees the first ``visible[b, c]`` tokens."""
@@ -100,7 +100,7 @@ class XlaAttention:
         return block
 
 
-def _write(cache: PagedCache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> PagedCache:
+def write(cache: PagedCache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> PagedCache:
     """Put k and v [n, kv_heads, head_dim] at (page, offset) [n]; pages out of range are dropped."""
     where = (pages[:, None], jnp.arange(k.shape[1])[None], offsets[:, None])
     new = (k, v)

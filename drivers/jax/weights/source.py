@@ -34,8 +34,11 @@ class Source(Protocol):
 def open_source(path: str) -> Source:
     """Open a GGUF file or a folder of safetensors."""
     from llmos.drivers.jax.weights.gguf import GGUFSource
+    from llmos.drivers.jax.weights.random import PREFIX, RandomSource
     from llmos.drivers.jax.weights.safetensors import SafetensorsSource
 
+    if path.startswith(PREFIX):
+        return RandomSource(path.removeprefix(PREFIX))
     where = Path(path)
     if not where.exists():
         raise NotFound(f"no model at {path}")

@@ -71,7 +71,7 @@ def entered(**fields: Any) -> Ledger:
         ({"start": [start(pages=[])], "chunks": [Chunk(0, 0, 0, 3)]}, "grow"),
         ({"start": [LONG], "chunks": [Chunk(0, 0, 0, 17)]}, "exceed 16"),
         ({"start": [TIGHT], "chunks": [Chunk(0, 0, 0, 3)], "decode": [0], "steps": 9}, "grow"),
-        ({"steps": 0}, "steps"),
+        ({"steps": -1}, "steps"),
         ({"steps": 100000}, "steps"),
     ],
 )  # fmt: skip
@@ -124,3 +124,10 @@ def test_a_finished_slot_is_not_asked_for_pages() -> None:
     ledger.fill(Chunk(0, 0, 0, 3))
     ledger.slots[0].finished = True
     ledger.check(quantum(steps=30, decode=[0]))
+
+
+def test_a_quantum_without_steps_may_still_release() -> None:
+    ledger = entered()
+    ledger.check(quantum(steps=0, release=[0]))
+    with pytest.raises(InvalidArgument, match="step 0"):
+        ledger.check(quantum(steps=0, chunks=[Chunk(0, 0, 0, 3)]))

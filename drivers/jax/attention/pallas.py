@@ -1,0 +1,202 @@
+"""Paged attention for NVIDIA GPUs: our own decode kernel in Pallas (Triton), cuDNN for prompts.
+
+Decode is flash decoding (Dao et al., 2023) over pages: one program for each (row, KV head, split) reads the
+pages that its row really has, each key and value byte once, for all query heads of the group; a row's
+splits are joined by their log-sum-exp. Splits keep all multiprocessors busy when rows are few.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
+from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, write
+from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.modules import struct
+
+GROUP_ROWS = 16  # the least rows of a matrix product in Triton; query heads of a group are padded to it
+PROGRAMS = 528  # four for each multiprocessor of an H100 or H200
+_MASKED = -1e30
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class PallasAttention:
+    """``fresh_with_cudnn`` computes a prompt's first chunk, which needs no page, with cuDNN."""
+
+    warps: int = 4
+    stages: int = 3
+    fresh_with_cudnn: bool = True
+    interpret: bool = False
+    name: str = "pallas"
+    _xla: XlaAttention = field(default_factory=lambda: XlaAttention(tokens_in_flight=8192))
+
+    def allocate(self, config: DecoderConfig, pages: int, page_tokens: int, dtype: Any) -> list[PagedCache]:
+        return self._xla.allocate(config, pages, page_tokens, dtype)
+
+    def scrub(self, cache: PagedCache, pages: jax.Array) -> PagedCache:
+        return self._xla.scrub(cache, pages)
+
+    def decode(
+        self, plan: DecodePlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, PagedCache]:
+        cache = write(cache, plan.pages, plan.offsets, k, v)
+        splits = split_count(q.shape[0], cache.k.shape[1], plan.tables.shape[1])
+        out = paged_decode(
+            q,
+            cache.k,
+            cache.v,
+            plan.tables,
+            plan.lengths,
+            splits=splits,
+            warps=self.warps,
+            stages=self.stages,
+            interpret=self.interpret,
+        )
+        return out, cache
+
+    def prefill(
+        self, plan: PrefillPlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, PagedCache]:
+        if not self.fresh_with_cudnn:
+            return self._xla.prefill(plan, cache, q, k, v)
+        flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), flat_k, flat_v)
+
+        def fresh() -> jax.Array:
+            # From position 0 on the chunk attends to itself alone; what pads it comes after all that counts.
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+        def continued() -> jax.Array:
+            visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
+            return self._xla.attend(plan.tables, visible, plan.lengths, cache, q)
+
+        out: jax.Array = jax.lax.cond(jnp.all(plan.starts == 0), fresh, continued)
+        return out, cache
+
+
+def split_count(rows: int, kv_heads: int, pages: int) -> int:
+    """Into how many parts each row's pages are split: a power of two, so that ``PROGRAMS`` run at once."""
+    wanted = max(1, PROGRAMS // (rows * kv_heads))
+    return min(1 << (wanted - 1).bit_length() if wanted > 1 else 1, max(1, pages))
+
+
+def paged_decode(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    splits: int,
+    warps: int = 4,
+    stages: int = 3,
+    interpret: bool = False,
+) -> jax.Array:
+    """One query for each of B rows over its pages.
+
+    q [B, heads, head_dim]; k_pages and v_pages [pages, kv_heads, page_tokens, head_dim]; tables [B, width]
+    of page ids; lengths [B], 0 for a row that is not live, whose output is zero. Returns an array like q.
+    Raises ValueError where the shapes do not fit together.
+    """
+    rows, heads, head_dim = q.shape
+    _, kv_heads, _, cached_dim = k_pages.shape
+    if heads % kv_heads or cached_dim != head_dim or tables.shape[0] != rows or lengths.shape != (rows,):
+        raise ValueError(
+            f"q {q.shape}, pages {k_pages.shape}, tables {tables.shape}, lengths {lengths.shape}"
+        )
+    group = heads // kv_heads
+    padded = -(-group // GROUP_ROWS) * GROUP_ROWS
+    grouped = jnp.pad(
+        q.reshape(rows, kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0))
+    )
+    whole = lambda array: pl.BlockSpec(array.shape, lambda b, h, s: (0,) * array.ndim)  # noqa: E731
+    partial_spec = pl.BlockSpec((None, None, None, padded), lambda b, h, s: (s, b, h, 0))
+    acc, top, total = pl.pallas_call(
+        partial(_decode_kernel, splits=splits, scale=head_dim**-0.5),
+        grid=(rows, kv_heads, splits),
+        in_specs=[
+            pl.BlockSpec((None, tables.shape[1]), lambda b, h, s: (b, 0)),
+            pl.BlockSpec((1,), lambda b, h, s: (b,)),
+            pl.BlockSpec((None, None, padded, head_dim), lambda b, h, s: (b, h, 0, 0)),
+            whole(k_pages),
+            whole(v_pages),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, None, padded, head_dim), lambda b, h, s: (s, b, h, 0, 0)),
+            partial_spec,
+            partial_spec,
+        ],
+        out_shape=[
+            struct((splits, rows, kv_heads, padded, head_dim), jnp.float32),
+            struct((splits, rows, kv_heads, padded), jnp.float32),
+            struct((splits, rows, kv_heads, padded), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name="paged_decode",
+    )(tables, lengths, grouped, k_pages, v_pages)
+    return _join(acc, top, total)[:, :, :group].reshape(q.shape).astype(q.dtype)
+
+
+def _decode_kernel(
+    tables: Any,  # [width]
+    lengths: Any,  # [1]
+    q_ref: Any,  # [padded, head_dim]
+    k_pages: Any,  # [pages, kv_heads, page_tokens, head_dim]
+    v_pages: Any,
+    acc_ref: Any,  # [padded, head_dim]
+    top_ref: Any,  # [padded]
+    total_ref: Any,  # [padded]
+    *,
+    splits: int,
+    scale: float,
+) -> None:
+    head, split = pl.program_id(1), pl.program_id(2)
+    page_tokens = k_pages.shape[2]
+    length = lengths[0]
+    pages = pl.cdiv(length, page_tokens)
+    share = pl.cdiv(pages, splits)
+    first = split * share
+    last = jnp.minimum(first + share, pages)
+    q = q_ref[...]
+    padded, head_dim = q.shape
+
+    def body(index: Any, carry: Any) -> Any:
+        top, total, acc = carry
+        page = tables[index]
+        k = k_pages[page, head]
+        scores = plgpu.dot(q, k.T.astype(q.dtype)) * (scale * _LOG2E)
+        seen = index * page_tokens + jnp.arange(page_tokens) < length
+        scores = jnp.where(seen[None, :], scores, _MASKED)
+        peak = jnp.maximum(top, scores.max(axis=-1))
+        weights = jnp.exp2(scores - peak[:, None])
+        decay = jnp.exp2(top - peak)
+        v = v_pages[page, head]
+        acc = acc * decay[:, None] + plgpu.dot(weights.astype(q.dtype), v.astype(q.dtype))
+        return peak, total * decay + weights.sum(axis=-1), acc
+
+    start = (
+        jnp.full((padded,), _MASKED, jnp.float32),
+        jnp.zeros((padded,), jnp.float32),
+        jnp.zeros((padded, head_dim), jnp.float32),
+    )
+    top, total, acc = jax.lax.fori_loop(first, last, body, start)
+    acc_ref[...] = acc
+    top_ref[...] = top
+    total_ref[...] = total
+
+
+def _join(acc: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
+    """Join the splits, axis 0, by their running maxima (in log2) and sums."""
+    share = jnp.exp2(top - top.max(axis=0))
+    total = (total * share).sum(axis=0)
+    return (acc * share[..., None]).sum(axis=0) / jnp.maximum(total, 1e-30)[..., None]
