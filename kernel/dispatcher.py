@@ -10,15 +10,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from llmos.ipc import codec, header, limits
-from llmos.ipc.errors import (
-    AccessDenied,
-    Busy,
-    HostDown,
-    LLMOSError,
-    NotFound,
-    ProtocolError,
-    TimedOut,
-)
+from llmos.ipc.errors import AccessDenied, Busy, HostDown, LLMOSError, NotFound, ProtocolError, TimedOut
 from llmos.ipc.header import VERSION, Header, Kind
 from llmos.kernel.messages import Hop
 from llmos.kernel.table import Call, Connection, Held, Table
@@ -26,8 +18,6 @@ from llmos.kernel.table import Call, Connection, Held, Table
 # Plain integers: comparing with an enum's members costs more than the look-ups of the fast path.
 CALL, CAST, CHUNK, CANCEL, KERNEL = map(int, (Kind.CALL, Kind.CAST, Kind.CHUNK, Kind.CANCEL, Kind.KERNEL))
 ANSWERS = frozenset(map(int, (Kind.REPLY, Kind.CHUNK, Kind.END, Kind.ERROR)))
-
-
 GREETING_MICROS = 30_000_000  # how long a peer may take to say a hello that is accepted
 
 

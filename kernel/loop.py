@@ -42,9 +42,7 @@ class KernelLoop:
         self.verbs = Verbs(self.table, self.dispatcher, boot, boot_id)
         self.methods = Methods(self.table, self.dispatcher, self.verbs, boot_id, _now())
         self._context = zmq.Context()
-        self._sockets = {
-            lane: self._bind(lane, paths.socket_address(name, run)) for lane, name in LANES.items()
-        }
+        self._sockets = {lane: self._bind(paths.socket_address(name, run)) for lane, name in LANES.items()}
         self._authorized = Path(boot.tcp.authorized) if boot.tcp else None
         self._zap = self._bind_tcp(boot.tcp) if boot.tcp else None
         self._wires = {lane: Wire(socket) for lane, socket in self._sockets.items()}
@@ -83,7 +81,7 @@ class KernelLoop:
         self._deaths.close()
         self._context.destroy(linger=0)
 
-    def _bind(self, lane: Lane, address: str) -> zmq.Socket[bytes]:
+    def _bind(self, address: str) -> zmq.Socket[bytes]:
         socket = self._router()
         previous = os.umask(0o177)
         try:
@@ -117,9 +115,8 @@ class KernelLoop:
         """Answer one ZAP request (RFC 27): admit a CURVE key whose file is in the authorized folder."""
         version, request, _domain, _address, _identity, mechanism, *credentials = zap.recv_multipart()
         key = z85.encode(credentials[0]) if mechanism == b"CURVE" and credentials else b""
-        known = (
-            {p.read_bytes().strip() for p in self._authorized.glob("*.pub")} if self._authorized else set()
-        )
+        files = self._authorized.glob("*.pub") if self._authorized else ()
+        known = {path.read_bytes().strip() for path in files}
         status = (b"200", b"OK", key) if key and key in known else (b"400", b"unknown key", b"")
         zap.send_multipart([version, request, *status, b""])
 

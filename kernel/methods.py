@@ -34,15 +34,9 @@ class Methods:
 
     def _stats(self, body: bytes, now: int) -> Stats:
         connections = self._table.connections.values()
-        return Stats(
-            self._boot,
-            (now - self._started) / 1e6,
-            len(connections),
-            sum(len(c.handles) for c in connections),
-            sum(len(c.calls) for c in connections),
-            dict(self._table.messages),
-            dict(self._table.errors),
-        )
+        held, outstanding = sum(len(c.handles) for c in connections), sum(len(c.calls) for c in connections)
+        uptime, counted = (now - self._started) / 1e6, (dict(self._table.messages), dict(self._table.errors))
+        return Stats(self._boot, uptime, len(connections), held, outstanding, *counted)
 
     def _names(self, body: bytes, now: int) -> Names:
         return Names([_line(service, now) for service in self._table.services.values()])
@@ -79,16 +73,10 @@ class Methods:
 
 def _line(service: Service, now: int) -> Name:
     data = service.data
-    return Name(
-        service.name,
-        data.number if data else 0,
-        data.pid if data else 0,
-        service.ready,
-        len(data.serving) if data else 0,
-        (now - service.beat_time) / 1e6 if service.beat_time else -1.0,
-        service.progress,
-        service.limit,
-    )
+    number, pid, outstanding = (data.number, data.pid, len(data.serving)) if data else (0, 0, 0)
+    age = (now - service.beat_time) / 1e6 if service.beat_time else -1.0
+    seen = (service.ready, outstanding, age, service.progress, service.limit)
+    return Name(service.name, number, pid, *seen)
 
 
 METHODS = frozenset(("stats", "names", "trace", "revoke", "stop"))

@@ -9,19 +9,8 @@ from llmos.ipc import codec, header, limits
 from llmos.ipc.errors import AccessDenied, Busy, HostDown, InvalidArgument, LLMOSError, ProtocolError
 from llmos.ipc.grant import Grant, Origin
 from llmos.ipc.header import VERSION, Header, Kind
+from llmos.kernel import messages
 from llmos.kernel.dispatcher import Dispatcher, Sent
-from llmos.kernel.messages import (
-    Beat,
-    BootFile,
-    Event,
-    Hello,
-    Present,
-    Presented,
-    Release,
-    Verified,
-    Verify,
-    Welcome,
-)
 from llmos.kernel.table import Call, Connection, Held, Lane, Service, Table
 
 Granted = Callable[[Grant], None]
@@ -31,7 +20,7 @@ KERNEL_GRANT = Grant(principal="kernel", tenant="system", calls=["security.verif
 class Verbs:
     """The slow path: each verb is checked completely before it has any effect."""
 
-    def __init__(self, table: Table, dispatcher: Dispatcher, boot: BootFile, boot_id: str) -> None:
+    def __init__(self, table: Table, dispatcher: Dispatcher, boot: messages.BootFile, boot_id: str) -> None:
         self._table = table
         self._dispatcher = dispatcher
         self._boot = {entry.digest: entry.grant for entry in boot.entries}
@@ -57,7 +46,7 @@ class Verbs:
             self._dispatcher.refuse(sender, head, error)
 
     def _hello(self, sender: Connection, head: Header, body: bytes, now: int) -> None:
-        hello = codec.decode(body, Hello)
+        hello = codec.decode(body, messages.Hello)
         if sender.greeting or 0 in sender.handles:
             raise ProtocolError("this connection has said hello already")
         if hello.control != (sender.lane is Lane.CONTROL):
@@ -68,7 +57,7 @@ class Verbs:
             self._table.grant(sender, 0, grant)
             if grant.serves:
                 self._register(sender, grant.serves, hello.control)
-            self._dispatcher.reply(sender, head, Welcome(sender.number, self._boot_id, grant))
+            self._dispatcher.reply(sender, head, messages.Welcome(sender.number, self._boot_id, grant))
 
         sender.greeting = True
         try:
@@ -78,7 +67,7 @@ class Verbs:
             raise
 
     def _present(self, sender: Connection, head: Header, body: bytes, now: int) -> None:
-        present = codec.decode(body, Present)
+        present = codec.decode(body, messages.Present)
         if len(sender.handles) >= limits.HANDLES_PER_CONNECTION:
             raise Busy(f"this connection holds {len(sender.handles)} capabilities: release some")
 
@@ -86,12 +75,12 @@ class Verbs:
             handle = sender.next_handle
             sender.next_handle += 1
             self._table.grant(sender, handle, grant)
-            self._dispatcher.reply(sender, head, Presented(handle, grant))
+            self._dispatcher.reply(sender, head, messages.Presented(handle, grant))
 
         self._verify(sender, head, present.token, now, enter)
 
     def _release(self, sender: Connection, head: Header, body: bytes, now: int) -> None:
-        handle = codec.decode(body, Release).handle
+        handle = codec.decode(body, messages.Release).handle
         if handle == 0 or sender.handles.pop(handle, None) is None:
             raise InvalidArgument(f"handle {handle} cannot be released")
         self._dispatcher.reply(sender, head, None)
@@ -111,7 +100,7 @@ class Verbs:
                 self._tell(sender, "up", service.data)
 
     def _beat(self, sender: Connection, head: Header, body: bytes, now: int) -> None:
-        beat, service = codec.decode(body, Beat), self._service_of(sender)
+        beat, service = codec.decode(body, messages.Beat), self._service_of(sender)
         service.beat_time = now
         service.progress, service.limit = beat.progress, beat.limit
 
@@ -145,7 +134,7 @@ class Verbs:
 
     def _tell(self, watcher: Connection, what: str, about: Connection) -> None:
         head = header.encode(Header(VERSION, Kind.KERNEL, watcher.number, what, 0))
-        self._dispatcher.send(watcher, [head, codec.encode(Event(about.service, about.number))])
+        self._dispatcher.send(watcher, [head, codec.encode(messages.Event(about.service, about.number))])
 
     def stop(self, service: Service) -> None:
         """Ask a service to leave, on its control connection."""
@@ -183,7 +172,7 @@ class Verbs:
         call = Call(self.own, self._next_id, security, self.own.handles[0], head.deadline)
         frames = [
             header.encode(Header(VERSION, Kind.CALL, "security", "verify", call.id, 0, 0, head.deadline)),
-            codec.encode(Verify(token)),
+            codec.encode(messages.Verify(token)),
             codec.encode(Origin(0, KERNEL_GRANT)),
         ]
         if self._dispatcher.send(security, frames) is not Sent.OK:
@@ -200,13 +189,11 @@ class Verbs:
         try:
             if answer.kind != Kind.REPLY:
                 raise codec.decode_error(frames[1])
-            granted(codec.decode(frames[1], Verified).grant)
-        except HostDown as error:
-            sender.greeting = False
-            self._dispatcher.refuse(sender, head, HostDown(error.message, delivered=False))
+            granted(codec.decode(frames[1], messages.Verified).grant)
         except LLMOSError as error:
             sender.greeting = False
-            self._dispatcher.refuse(sender, head, error)
+            down = isinstance(error, HostDown)
+            self._dispatcher.refuse(sender, head, HostDown(error.message, delivered=False) if down else error)
 
 
 VERBS = frozenset(("hello", "present", "release", "ready", "watch", "beat", "bye"))

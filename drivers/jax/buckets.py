@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
+
+from llmos.drivers.sdk.messages import Chunk
 
 
 def decode_buckets(slots: int, smallest: int = 1, factor: int = 4) -> list[int]:
@@ -50,3 +52,26 @@ def _call_size(rest: int, buckets: Sequence[int]) -> int:
         if -(-rest // small) * small * 4 <= large * 3:
             return small
     return bucket(rest, buckets)
+
+
+def group(chunks: Sequence[Chunk], buckets: Sequence[int]) -> list[tuple[int, bool, list[Chunk]]]:
+    """The calls that a step's chunks take, those together that one program can serve: (bucket, fresh, calls).
+
+    A call is fresh if it starts a sequence. The calls of a slot keep their order.
+    """
+    groups = []
+    for wave in zip_longest(*(_calls(chunk, buckets) for chunk in chunks)):
+        alike: dict[tuple[int, bool], list[Chunk]] = {}
+        for call in wave:
+            if call is not None:
+                alike.setdefault((bucket(call.length, buckets), call.start == 0), []).append(call)
+        groups += [(size, fresh, calls) for (size, fresh), calls in alike.items()]
+    return groups
+
+
+def _calls(chunk: Chunk, buckets: Sequence[int]) -> list[Chunk]:
+    calls, at = [], chunk.start
+    for length in split(chunk.length, buckets):
+        calls.append(Chunk(chunk.step, chunk.slot, at, length))
+        at += length
+    return calls

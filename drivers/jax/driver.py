@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from llmos.drivers.sdk.driver import Driver, PendingStep, Progress
 from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadRequest, Quantum
 from llmos.ipc.errors import InvalidArgument, NotFound
 
+VERSION = "1"
 FEATURES = ["chunked-prefill", "penalties", "logit-bias", "seeded-sampling", "prefix-pages"]
 
 
@@ -34,7 +34,7 @@ class JaxDriver(Driver):
     def describe(self) -> DriverInfo:
         return DriverInfo(
             driver="jax",
-            version=metadata.version("llmos"),
+            version=VERSION,
             devices=[platform.describe_device(device) for device in self._devices()],
             dtypes=["float32", "bfloat16"],
             features=FEATURES,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax.buckets import split
+from llmos.drivers.jax.buckets import group
 from llmos.drivers.jax.ledger import Ledger, Limits, Slot
 from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Programs
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
@@ -29,8 +29,8 @@ from llmos.drivers.sdk.checks import BIAS_LIMIT, STOP_LIMIT
 from llmos.drivers.sdk.driver import PendingStep
 from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Sampling, Start, Step
 
-Output = tuple[list[tuple[int, Slot]], jax.Array]
-"""Which slots a sampling program served, row by row, and its packed result [2, rows]."""
+Output = tuple[list[tuple[int, int, Slot]], jax.Array]
+"""(row, slot number, slot) for each that a sampling program served, and its packed result [2, rows]."""
 
 
 class Engine:
@@ -82,8 +82,7 @@ class Engine:
                 return
             begun = self._clock()
             outputs = [self._decode(rows)] if rows else []
-            for chunk in chunks.get(index, []):
-                outputs += self._prefill(chunk)
+            outputs += self._prefill(chunks.get(index, []))
             for _, packed in outputs:
                 packed.copy_to_host_async()
             yield self._pending(quantum.id, index, outputs, begun)
@@ -96,29 +95,43 @@ class Engine:
             self.ledger.advance(number)
         return self._sample(rows, index, logits)
 
-    def _prefill(self, chunk: Chunk) -> list[Output]:
-        slot = self.ledger.slots[chunk.slot]
-        index = self._row_index([chunk.slot], 1)
-        at = chunk.start
-        for count in split(chunk.length, self._programs.spec.chunk_sizes):
-            size, program = self._programs.prefill(count)
-            tokens = np.zeros((1, size), np.int32)
-            tokens[0, :count] = slot.tokens[at : at + count]
-            where = (np.asarray([at], np.int32), np.asarray([count], np.int32))
-            self._caches, logits = program(self._weights, self._caches, self._batch, index, tokens, *where)
-            at += count
-        if not self.ledger.fill(chunk):
+    def _prefill(self, chunks: list[Chunk]) -> list[Output]:
+        """Prefill the chunks of a step, those of like length together; sample where a prompt is complete."""
+        outputs = []
+        sizes = self._programs.spec.chunk_sizes
+        for size, fresh, calls in group(chunks, sizes):
+            for at in range(0, len(calls), self._programs.rows_for(size)[-1]):
+                part = calls[at : at + self._programs.rows_for(size)[-1]]
+                outputs += self._prefill_rows(part, size, fresh)
+        return outputs
+
+    def _prefill_rows(self, calls: list[Chunk], size: int, fresh: bool) -> list[Output]:
+        height, program = self._programs.prefill(len(calls), size, fresh)
+        tokens = np.zeros((height, size), np.int32)
+        starts, counts = np.zeros(height, np.int32), np.zeros(height, np.int32)
+        for row, call in enumerate(calls):
+            known = self.ledger.slots[call.slot].tokens
+            tokens[row, : call.length] = known[call.start : call.start + call.length]
+            starts[row], counts[row] = call.start, call.length
+        index = self._row_index([call.slot for call in calls], height)
+        self._caches, logits = program(
+            self._weights, self._caches, self._batch, index, tokens, starts, counts
+        )
+        complete = [call.slot if self.ledger.fill(call) else self.limits.slots for call in calls]
+        if all(slot == self.limits.slots for slot in complete):
             return []
-        return [self._sample([chunk.slot], index, logits)]
+        return [self._sample(complete, self._row_index(complete, height), logits)]
 
     def _sample(self, rows: list[int], index: jax.Array, logits: jax.Array) -> Output:
-        variant: Variant = max((self.ledger.slots[number].variant for number in rows), key=VARIANTS.index)
+        slots = self.ledger.slots
+        served = [(row, number, slots[number]) for row, number in enumerate(rows) if number in slots]
+        variant: Variant = max((slot.variant for *_, slot in served), key=VARIANTS.index)
         program = self._programs.get(("sample", variant, index.shape[0]))
         if variant == "full":
             self._batch, self._tallies, packed = program(logits, index, self._batch, self._tallies)
         else:
             self._batch, _, packed = program(logits, index, self._batch)
-        return [(number, self.ledger.slots[number]) for number in rows], packed
+        return served, packed
 
     def _pending(self, quantum: int, index: int, outputs: list[Output], begun: float) -> PendingStep:
         def resolve() -> Step:
@@ -131,11 +144,13 @@ class Engine:
         return resolve
 
     def _collect(
-        self, results: list[tuple[list[tuple[int, Slot]], np.ndarray]]
+        self, results: list[tuple[list[tuple[int, int, Slot]], np.ndarray]]
     ) -> tuple[list[int], list[int], list[tuple[int, FinishReason]]]:
         slots, tokens, finished = [], [], []
         for served, packed in results:
-            for (number, slot), token, code in zip(served, packed[0].tolist(), packed[1].tolist()):
+            chosen, codes = packed.tolist()
+            for row, number, slot in served:
+                token, code = chosen[row], codes[row]
                 if token >= 0:
                     slots.append(number)
                     tokens.append(token)

@@ -51,6 +51,7 @@ def decode(
 
 def prefill(
     shape: Shape,
+    fresh: bool,
     weights: Any,
     caches: list[Any],
     state: BatchState,
@@ -60,6 +61,8 @@ def prefill(
     counts: jax.Array,
 ) -> tuple[list[Any], jax.Array]:
     """Feed ``counts`` [R] of ``tokens`` [R, C] to the slots ``rows`` [R] from position ``starts`` [R] on.
+
+    With ``fresh`` all rows start at position 0, and attend to nothing that is in the cache.
 
     Returns the caches and the float32 logits [R, vocab] after each row's last new token.
     """
@@ -76,7 +79,7 @@ def prefill(
         offsets=position % shape.page_tokens,
     )
     last = jnp.maximum(counts - 1, 0)
-    return _run(shape, weights, caches, tokens, position, plan, last)
+    return _run(shape, weights, caches, tokens, position, plan, last, fresh)
 
 
 def _run(
@@ -87,6 +90,7 @@ def _run(
     position: jax.Array,
     plan: DecodePlan | PrefillPlan,
     last: jax.Array | None = None,
+    fresh: bool = False,
 ) -> tuple[list[Any], jax.Array]:
     model = nnx.merge(shape.graph, weights)
     cos, sin = rotation(position, np.asarray(shape.frequencies, np.float32))
@@ -94,17 +98,18 @@ def _run(
     updated = []
     for layer, cache in zip(model.layers, caches, strict=True):
         graph, own = nnx.split(layer)
-        x, cache = _layer(graph, shape.backend, own, cache, x, cos, sin, plan)
+        x, cache = _layer(graph, shape.backend, fresh, own, cache, x, cos, sin, plan)
         updated.append(cache)
     if last is not None:
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     return updated, model.logits(x)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer(
     graph: Any,
     backend: AttentionBackend,
+    fresh: bool,
     weights: Any,
     cache: Any,
     x: jax.Array,
@@ -115,7 +120,7 @@ def _layer(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
         if isinstance(plan, DecodePlan):
             return backend.decode(plan, cache, q, k, v)
-        return backend.prefill(plan, cache, q, k, v)
+        return backend.prefill(plan, cache, q, k, v, fresh)
 
     x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
     return x, cache

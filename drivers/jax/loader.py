@@ -183,6 +183,7 @@ class Load:
             max_context=limits.max_context,
             decode_sizes=self._decode_sizes(limits.slots),
             chunk_sizes=buckets.chunk_buckets(limits.chunk_tokens),
+            prefill_rows=[1] if self.device.platform == "cpu" else [1, 4],
         )
 
     def _decode_sizes(self, slots: int) -> list[int]:

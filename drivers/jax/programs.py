@@ -45,6 +45,7 @@ class Spec:
     max_context: int
     decode_sizes: list[int]
     chunk_sizes: list[int]
+    prefill_rows: list[int]
 
 
 class Programs:
@@ -59,8 +60,10 @@ class Programs:
         """Keys of the programs worth compiling at load, the most expensive first."""
         spec = self.spec
         keys: list[Key] = [("decode", size) for size in reversed(spec.decode_sizes)]
-        keys += [("prefill", size) for size in reversed(spec.chunk_sizes)]
-        sizes = sorted({1, *spec.decode_sizes})
+        for size in reversed(spec.chunk_sizes):
+            fresh = spec.shape.backend.knows_fresh
+            keys += [("prefill", rows, size, fresh) for rows in self.rows_for(size)]
+        sizes = sorted({*spec.prefill_rows, *spec.decode_sizes})
         for variant in ("greedy", "plain", "filtered"):
             keys += [("sample", variant, size) for size in sizes]
         return [*keys, ("admit",), ("grow",)]
@@ -91,10 +94,16 @@ class Programs:
         size = bucket(rows, self.spec.decode_sizes)
         return size, self.get(("decode", size))
 
-    def prefill(self, tokens: int) -> tuple[int, Callable[..., Any]]:
-        """The chunk length that holds ``tokens`` and its prefill program."""
-        size = bucket(tokens, self.spec.chunk_sizes)
-        return size, self.get(("prefill", size))
+    def rows_for(self, size: int) -> list[int]:
+        """How many rows prefill programs of this chunk length come with: together no more than a chunk."""
+        return [
+            rows for rows in self.spec.prefill_rows if rows == 1 or rows * size <= self.spec.chunk_sizes[-1]
+        ]
+
+    def prefill(self, rows: int, size: int, fresh: bool) -> tuple[int, Callable[..., Any]]:
+        """The number of rows that holds ``rows`` and the prefill program for chunks of ``size``."""
+        height = bucket(rows, self.rows_for(size))
+        return height, self.get(("prefill", height, size, fresh and self.spec.shape.backend.knows_fresh))
 
     def _compile(self, key: Key) -> Callable[..., Any]:
         function, donated, arguments = self._describe(key)
@@ -110,10 +119,10 @@ class Programs:
                     (1,),
                     (spec.weights, spec.caches, spec.batch, _ints(size)),
                 )
-            case ("prefill", int(size)):
-                chunk = (_ints(1), _ints(1, size), _ints(1), _ints(1))
+            case ("prefill", int(rows), int(size), bool(fresh)):
+                chunk = (_ints(rows), _ints(rows, size), _ints(rows), _ints(rows))
                 arguments = (spec.weights, spec.caches, spec.batch, *chunk)
-                return partial(forward.prefill, spec.shape), (1,), arguments
+                return partial(forward.prefill, spec.shape, fresh), (1,), arguments
             case ("sample", "full", int(size)):
                 full = (self._logits(size), _ints(size), spec.batch, self._tallies())
                 return partial(sampling.sample, "full"), (2, 3), full

@@ -46,6 +46,11 @@ class AttentionBackend(Protocol):
     """What a backend does; all methods but ``allocate`` are traced."""
 
     @property
+    def knows_fresh(self) -> bool:
+        """Whether ``prefill`` is faster when it is told that all rows are fresh."""
+        ...
+
+    @property
     def name(self) -> str:
         """How the backend is reported."""
         ...
@@ -65,9 +70,12 @@ class AttentionBackend(Protocol):
         ...
 
     def prefill(
-        self, plan: PrefillPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array
+        self, plan: PrefillPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, fresh: bool
     ) -> tuple[jax.Array, Any]:
-        """q [R, C, heads, head_dim], k and v [R, C, kv_heads, head_dim] -> output like q, and the cache."""
+        """q [R, C, heads, head_dim], k and v [R, C, kv_heads, head_dim] -> output like q, and the cache.
+
+        ``fresh`` (static): all rows start at position 0, so that nothing is read from the cache.
+        """
         ...
 
 

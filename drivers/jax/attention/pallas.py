@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,14 @@ _LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class PallasAttention:
-    """``fresh_with_cudnn`` computes a prompt's first chunk, which needs no page, with cuDNN."""
+    """``fresh`` is what computes a prompt's first chunk, which needs no page."""
 
     warps: int = 4
-    stages: int = 3
-    fresh_with_cudnn: bool = True
+    stages: int = 2
+    fresh: Literal["cudnn", "xla"] = "cudnn"
     interpret: bool = False
-    name: str = "pallas"
+    name: str = "pallas+cudnn"
+    knows_fresh: bool = True
     _xla: XlaAttention = field(default_factory=lambda: XlaAttention(tokens_in_flight=8192))
 
     def allocate(self, config: DecoderConfig, pages: int, page_tokens: int, dtype: Any) -> list[PagedCache]:
@@ -64,23 +65,14 @@ class PallasAttention:
         return out, cache
 
     def prefill(
-        self, plan: PrefillPlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array
+        self, plan: PrefillPlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array, fresh: bool
     ) -> tuple[jax.Array, PagedCache]:
-        if not self.fresh_with_cudnn:
+        if not fresh:
             return self._xla.prefill(plan, cache, q, k, v)
         flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), flat_k, flat_v)
-
-        def fresh() -> jax.Array:
-            # From position 0 on the chunk attends to itself alone; what pads it comes after all that counts.
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-
-        def continued() -> jax.Array:
-            visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
-            return self._xla.attend(plan.tables, visible, plan.lengths, cache, q)
-
-        out: jax.Array = jax.lax.cond(jnp.all(plan.starts == 0), fresh, continued)
-        return out, cache
+        # The chunk attends to itself alone; what pads it comes after all that counts.
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.fresh), cache
 
 
 def split_count(rows: int, kv_heads: int, pages: int) -> int:
@@ -118,7 +110,7 @@ def paged_decode(
     grouped = jnp.pad(
         q.reshape(rows, kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0))
     )
-    whole = lambda array: pl.BlockSpec(array.shape, lambda b, h, s: (0,) * array.ndim)  # noqa: E731
+    whole = pl.BlockSpec(k_pages.shape, lambda b, h, s: (0, 0, 0, 0))
     partial_spec = pl.BlockSpec((None, None, None, padded), lambda b, h, s: (s, b, h, 0))
     acc, top, total = pl.pallas_call(
         partial(_decode_kernel, splits=splits, scale=head_dim**-0.5),
@@ -127,8 +119,8 @@ def paged_decode(
             pl.BlockSpec((None, tables.shape[1]), lambda b, h, s: (b, 0)),
             pl.BlockSpec((1,), lambda b, h, s: (b,)),
             pl.BlockSpec((None, None, padded, head_dim), lambda b, h, s: (b, h, 0, 0)),
-            whole(k_pages),
-            whole(v_pages),
+            whole,
+            whole,
         ],
         out_specs=[
             pl.BlockSpec((None, None, None, padded, head_dim), lambda b, h, s: (s, b, h, 0, 0)),

@@ -33,6 +33,7 @@ class XlaAttention:
 
     tokens_in_flight: int = 2048
     name: str = "xla"
+    knows_fresh: bool = False
 
     def allocate(self, config: DecoderConfig, pages: int, page_tokens: int, dtype: Any) -> list[PagedCache]:
         shape = (pages, config.kv_heads, page_tokens, config.head_dim)
@@ -51,7 +52,13 @@ class XlaAttention:
         return out[:, 0], cache
 
     def prefill(
-        self, plan: PrefillPlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array
+        self,
+        plan: PrefillPlan,
+        cache: PagedCache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        fresh: bool = False,
     ) -> tuple[jax.Array, PagedCache]:
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), k, v)

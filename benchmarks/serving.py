@@ -1,0 +1,176 @@
+"""Serving speed of the whole system: a ZeroMQ client, the kernel, memory, the scheduler and the JAX driver.
+
+    python -m benchmarks.serving --model random:benchmarks/shapes/llama-3.1-8b.json --dtype bfloat16 \
+        --page-tokens 64 --slots 256 --chunk-tokens 2048 [--only batch one ttft classify] [--json FILE]
+
+``batch``: 256 requests of 512 tokens, 256 new ones each. ``queue``: 1,024 of them. ``one``: a single
+stream of 512. ``ttft``: first token of 2,048. ``classify``: 512 requests of 512 tokens, one new one each.
+No prompt shares a page with another, and every request produces all its tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cluster import DRIVER, Cluster
+from benchmarks.report import Report, arguments
+from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
+from llmos.ipc import codec, header
+from llmos.ipc.calls import Answer
+from llmos.ipc.client import Client
+from llmos.ipc.header import Kind
+from llmos.ipc.sockets import to_bytes
+from llmos.services.manifest import DriverSpec
+from llmos.services.scheduler.messages import Emitted, SchedulerStats, Submit
+
+CASES = ("ttft", "one", "batch", "queue", "classify")
+
+
+@dataclass
+class Request:
+    """One request in flight: when it was sent, and when its tokens came."""
+
+    sent: float
+    count: int
+    times: list[float] = field(default_factory=list)
+    ended: float = 0.0
+
+
+class Load:
+    """Sends requests on one connection and notes when their tokens arrive."""
+
+    def __init__(self, client: Client, model: LoadedModel) -> None:
+        self._client = client
+        self._link = client._link
+        self._model = model
+        self._rng = np.random.default_rng(1)
+        self._requests: dict[int, Request] = {}
+        self._open = 0
+        self._link.call("scheduler.attach", codec.EMPTY, 0, self._on_tokens)
+
+    def run(self, requests: int, prompt: int, count: int) -> list[Request]:
+        """Send ``requests`` at once and wait for all of them."""
+        self._requests = {}
+        for _ in range(requests):
+            tokens = self._rng.integers(0, self._model.vocab_size, prompt).tolist()
+            body = codec.encode(Submit(model=self._model.model, tokens=tokens, max_tokens=count))
+            sent = time.perf_counter()
+            call = self._link.call("scheduler.submit", body, 0, self._on_end)
+            self._requests[call] = Request(sent, count)
+        self._open = requests
+        while self._open:
+            self._link.socket.poll(1000)
+            for message in self._link.wire.drain(4096):
+                frames = to_bytes(message)
+                self._link.deliver(header.decode(frames[0]), frames)
+        return list(self._requests.values())
+
+    def _on_tokens(self, answer: Answer) -> None:
+        if answer.error is not None:
+            raise answer.error
+        now = time.perf_counter()
+        for tokens in codec.decode(answer.body, Emitted).tokens:
+            self._requests[tokens.call].times += [now] * len(tokens.tokens)
+
+    def _on_end(self, answer: Answer) -> None:
+        if answer.error is not None:
+            raise answer.error
+        assert answer.kind == Kind.END
+        self._open -= 1
+
+
+def throughput(load: Load, requests: int, prompt: int, count: int) -> dict[str, float]:
+    begun = time.perf_counter()
+    done = load.run(requests, prompt, count)
+    seconds = time.perf_counter() - begun
+    gaps = [b - a for r in done for a, b in zip(r.times, r.times[1:])]
+    firsts = [r.times[0] - r.sent for r in done]
+    return {
+        "output_tokens_per_s": round(requests * count / seconds, 1),
+        "requests_per_s": round(requests / seconds, 2),
+        "seconds": round(seconds, 3),
+        "first_token_p50_ms": round(statistics.median(firsts) * 1e3, 1),
+        "gap_p50_ms": round(statistics.median(gaps) * 1e3, 2) if gaps else 0.0,
+        "gap_p99_ms": round(sorted(gaps)[int(len(gaps) * 0.99)] * 1e3, 2) if gaps else 0.0,
+    }
+
+
+def one_stream(load: Load, prompt: int, count: int) -> dict[str, float]:
+    rates = []
+    for _ in range(3):
+        (request,) = load.run(1, prompt, count)
+        rates.append((count - 1) / (request.times[-1] - request.times[0]))
+    return {"tokens_per_s": round(statistics.median(rates), 1)}
+
+
+def first_token(load: Load, prompt: int) -> dict[str, float]:
+    times = []
+    for _ in range(8):
+        (request,) = load.run(1, prompt, 1)
+        times.append(request.times[0] - request.sent)
+    return {"client_p50_ms": round(statistics.median(times[1:]) * 1e3, 2)}
+
+
+def measure(load: Load, cases: list[str], scale: float) -> dict[str, Any]:
+    """Each case after a warm-up of its own shape."""
+    many = max(1, round(256 * scale))
+    figures: dict[str, Any] = {}
+    load.run(min(many, 8), 512, 8)
+    for case in cases:
+        if case == "ttft":
+            figures[case] = first_token(load, 2048)
+        elif case == "one":
+            figures[case] = one_stream(load, 32, 512)
+        elif case == "classify":
+            figures[case] = throughput(load, 2 * many, 512, 1)
+        else:
+            figures[case] = throughput(load, many * (4 if case == "queue" else 1), 512, 256)
+        print(case, figures[case], flush=True)
+    return figures
+
+
+def main() -> None:
+    parser = arguments("Serving speed of the whole system.")
+    parser.add_argument("--model", required=True, help="GGUF file, safetensors folder, or random:CONFIG_JSON")
+    parser.add_argument("--cache", type=Path, help="folder for converted weights and compiled programs")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--page-tokens", type=int, default=64)
+    parser.add_argument("--chunk-tokens", type=int, default=2048)
+    parser.add_argument("--max-context", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=8, help="steps in a quantum")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the requests, for small machines")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
+    options = parser.parse_args()
+    driver = DriverSpec(name=DRIVER, kind="jax", options={"attention": options.attention})
+    request = LoadRequest(
+        model="bench",
+        source=options.model,
+        cache=str(options.cache or ""),
+        dtype=options.dtype,
+        kv_dtype=options.dtype,
+        slots=options.slots,
+        page_tokens=options.page_tokens,
+        chunk_tokens=options.chunk_tokens,
+        max_context=options.max_context,
+    )
+    report = Report("serving")
+    with Cluster(driver, options.steps) as cluster:
+        loaded, seconds = cluster.load(request)
+        report.figures["load"] = {"seconds": round(seconds, 1), **loaded.phases}
+        report.figures |= measure(Load(cluster.client, loaded), options.only, options.scale)
+        (line,) = cluster.client.call("scheduler.stats", None, SchedulerStats).hosts
+        report.figures["last_step_ms"] = round(line.step_micros / 1e3, 2)
+        report.environment = {"model": options.model, "dtype": options.dtype, "attention": loaded.attention}
+    report.write(options.json)
+
+
+if __name__ == "__main__":
+    main()
