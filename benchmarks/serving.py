@@ -122,6 +122,7 @@ def measure(load: Load, cases: list[str], scale: float) -> dict[str, Any]:
     many = max(1, round(256 * scale))
     figures: dict[str, Any] = {}
     load.run(min(many, 8), 512, 8)
+    load.run(many, 64, 16)
     for case in cases:
         if case == "ttft":
             figures[case] = first_token(load, 2048)

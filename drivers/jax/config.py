@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llmos.ipc.errors import InvalidArgument
 
@@ -14,14 +14,24 @@ _LIMITS = {
     "heads": 1 << 10,
     "intermediate": 1 << 19,
 }
+_MAX_EXPERTS = 1 << 12
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+Norm = Literal["rms", "rms_unit", "layer"]
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and constants of a decoder.
+    """Sizes and constants of a decoder; what has a default is what families differ in.
 
-    ``rope_factors`` divides each of the ``head_dim // 2`` rotary frequencies; empty means no scaling.
-    ``tied`` means that the output head is the embedding.
+    ``rope_theta`` 0 means no rotary embedding; ``rotary`` is how many components of a head are turned (0:
+    all), and ``rope_factors`` divides each of their ``rotary // 2`` frequencies; empty means no scaling.
+    ``tied`` means that the output head is the embedding. ``windows`` gives each layer's sliding window in
+    tokens (0: all), empty for none; windowed layers have the rotary base ``local_theta``, unscaled, unless
+    that is 0. ``attention_scale`` 0 means head_dim ** -0.5, and a cap of 0 none. ``norm`` "rms_unit" is a
+    root-mean-square norm whose stored scale lacks its 1. With ``experts``, layers but ``dense_layers`` have
+    that many experts of ``expert_intermediate``, and a token goes to ``active_experts`` of them.
     """
 
     vocab_size: int
@@ -37,6 +47,27 @@ class DecoderConfig:
     rope_factors: tuple[float, ...] = ()
     tied: bool = False
     stop_tokens: tuple[int, ...] = ()
+    rotary: int = 0
+    local_theta: float = 0.0
+    learned_positions: bool = False
+    windows: tuple[int, ...] = ()
+    attention_scale: float = 0.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    embedding_scale: float = 1.0
+    norm: Norm = "rms"
+    post_norms: bool = False
+    qk_norm: bool = False
+    activation: Activation = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    experts: int = 0
+    active_experts: int = 0
+    expert_intermediate: int = 0
+    normalise_experts: bool = True
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -46,8 +77,36 @@ class DecoderConfig:
             raise InvalidArgument(f"{self.heads} heads cannot share {self.kv_heads} KV heads")
         if self.head_dim <= 0 or self.head_dim % 2:
             raise InvalidArgument(f"head_dim {self.head_dim} is not a positive even number")
-        if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
-            raise InvalidArgument(f"{len(self.rope_factors)} rope factors for head_dim {self.head_dim}")
+        if not 0 <= self.rotary <= self.head_dim or self.rotary % 2:
+            raise InvalidArgument(f"{self.rotary} rotary components do not fit head_dim {self.head_dim}")
+        if self.rope_factors and len(self.rope_factors) != self.rotary_dim // 2:
+            raise InvalidArgument(f"{len(self.rope_factors)} rope factors for {self.rotary_dim} components")
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+            raise InvalidArgument(
+                f"the windows {self.windows} are not one per layer for {self.layers} layers"
+            )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if not 0 <= self.experts <= _MAX_EXPERTS:
+            raise InvalidArgument(f"the model's experts are {self.experts}, not in 0..{_MAX_EXPERTS}")
+        if self.experts and not (0 < self.active_experts <= self.experts and self.expert_intermediate > 0):
+            raise InvalidArgument(
+                f"{self.active_experts} of {self.experts} experts of {self.expert_intermediate} is no choice"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Components of a head that are turned."""
+        return (self.rotary or self.head_dim) if self.rope_theta else 0
+
+    def window(self, layer: int) -> int:
+        """The sliding window of a layer in tokens; 0 if it sees everything."""
+        return self.windows[layer] if self.windows else 0
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts > 0 and layer not in self.dense_layers
 
     @property
     def query_size(self) -> int:

@@ -19,15 +19,14 @@ from llmos.drivers.jax.ledger import Ledger, Limits, Slot
 from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Programs
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
 from llmos.drivers.jax.state import (
-    Admission,
     BatchState,
     Tallies,
     empty_tallies,
-    pack_choices,
+    pack_admission,
 )
-from llmos.drivers.sdk.checks import BIAS_LIMIT, STOP_LIMIT
+from llmos.drivers.sdk.checks import BIAS_LIMIT
 from llmos.drivers.sdk.driver import PendingStep
-from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Sampling, Start, Step
+from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Start, Step
 
 Output = tuple[list[tuple[int, int, Slot]], jax.Array]
 """(row, slot number, slot) for each that a sampling program served, and its packed result [2, rows]."""
@@ -107,16 +106,13 @@ class Engine:
 
     def _prefill_rows(self, calls: list[Chunk], size: int, fresh: bool) -> list[Output]:
         height, program = self._programs.prefill(len(calls), size, fresh)
-        tokens = np.zeros((height, size), np.int32)
-        starts, counts = np.zeros(height, np.int32), np.zeros(height, np.int32)
+        chunk = np.zeros((height, size + 2), np.int32)
         for row, call in enumerate(calls):
             known = self.ledger.slots[call.slot].tokens
-            tokens[row, : call.length] = known[call.start : call.start + call.length]
-            starts[row], counts[row] = call.start, call.length
+            chunk[row, : call.length] = known[call.start : call.start + call.length]
+            chunk[row, -2:] = call.start, call.length
         index = self._row_index([call.slot for call in calls], height)
-        self._caches, logits = program(
-            self._weights, self._caches, self._batch, index, tokens, starts, counts
-        )
+        self._caches, logits = program(self._weights, self._caches, self._batch, index, chunk)
         complete = [call.slot if self.ledger.fill(call) else self.limits.slots for call in calls]
         if all(slot == self.limits.slots for slot in complete):
             return []
@@ -173,30 +169,19 @@ class Engine:
     def _admit(self, starts: list[Start]) -> None:
         program = self._programs.get(("admit",))
         for first in range(0, len(starts), ADMIT_ROWS):
-            self._batch = program(self._batch, self._admission(starts[first : first + ADMIT_ROWS]))
+            self._batch = program(self._batch, *self._admission(starts[first : first + ADMIT_ROWS]))
         for start in starts:
             penalised = self.ledger.slots[start.slot].variant == "full"
             if penalised or start.slot in self._tallied:
                 self._tally(start)
             (self._tallied.add if penalised else self._tallied.discard)(start.slot)
 
-    def _admission(self, starts: list[Start]) -> Admission:
-        spare = self.limits.slots
-        padding = ADMIT_ROWS - len(starts)
-        stop = np.full((ADMIT_ROWS, STOP_LIMIT), -1, np.int32)
-        tables = np.full((ADMIT_ROWS, self._batch.tables.shape[1]), self.limits.pages, np.int32)
-        for row, start in enumerate(starts):
-            stop[row, : len(start.stop)] = start.stop
-            tables[row, : len(start.pages)] = start.pages
-        return Admission(
-            slots=np.asarray([*(s.slot for s in starts), *[spare] * padding], np.int32),
-            length=np.asarray([*(len(s.tokens) for s in starts), *[0] * padding], np.int32),
-            live=np.arange(ADMIT_ROWS) < len(starts),
-            limit=np.asarray([*(s.limit for s in starts), *[0] * padding], np.int32),
-            stop=stop,
-            tables=tables,
-            choice=pack_choices([*(s.sampling for s in starts), *[Sampling()] * padding]),
-        )
+    def _admission(self, starts: list[Start]) -> tuple[Any, Any]:
+        width, spare = self._batch.tables.shape[1], self.limits.pages
+        tables = [start.pages + [spare] * (width - len(start.pages)) for start in starts]
+        tables += [[spare] * width] * (ADMIT_ROWS - len(starts))
+        packed: tuple[Any, Any] = pack_admission(starts, ADMIT_ROWS, self.limits.slots, tables)
+        return packed
 
     def _tally(self, start: Start) -> None:
         if self._tallies is None:

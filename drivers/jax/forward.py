@@ -12,21 +12,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan
-from llmos.drivers.jax.rope import rotation
+from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan, Scoring
 from llmos.drivers.jax.state import BatchState
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward program is specialised on besides its bucket; hashable, so that it can be static."""
+    """What a forward program is specialised on besides its bucket.
+
+    Weights are passed as a flat list: ``graph`` and ``tree`` make the decoder of it while tracing, since
+    flattening nnx variables in Python at every call would cost a millisecond.
+    """
 
     graph: Any
+    tree: Any
     backend: AttentionBackend
-    frequencies: tuple[float, ...]
     page_tokens: int
     pages: int
 
@@ -56,16 +58,17 @@ def prefill(
     caches: list[Any],
     state: BatchState,
     rows: jax.Array,
-    tokens: jax.Array,
-    starts: jax.Array,
-    counts: jax.Array,
+    chunk: jax.Array,
 ) -> tuple[list[Any], jax.Array]:
-    """Feed ``counts`` [R] of ``tokens`` [R, C] to the slots ``rows`` [R] from position ``starts`` [R] on.
+    """Feed prompt tokens to the slots ``rows`` [R].
+
+    ``chunk`` [R, C + 2] holds for each row C tokens, the position of the first, and how many count.
 
     With ``fresh`` all rows start at position 0, and attend to nothing that is in the cache.
 
     Returns the caches and the float32 logits [R, vocab] after each row's last new token.
     """
+    tokens, starts, counts = chunk[:, :-2], chunk[:, -2], chunk[:, -1]
     tables = state.tables[rows]
     offset = jnp.arange(tokens.shape[1])
     position = starts[:, None] + offset
@@ -92,13 +95,13 @@ def _run(
     last: jax.Array | None = None,
     fresh: bool = False,
 ) -> tuple[list[Any], jax.Array]:
-    model = nnx.merge(shape.graph, weights)
-    cos, sin = rotation(position, np.asarray(shape.frequencies, np.float32))
-    x = model.embed(tokens)
+    model = nnx.merge(shape.graph, jax.tree.unflatten(shape.tree, weights))
+    turns = model.turns(position)
+    x = model.embed(tokens, position)
     updated = []
     for layer, cache in zip(model.layers, caches, strict=True):
         graph, own = nnx.split(layer)
-        x, cache = _layer(graph, shape.backend, fresh, own, cache, x, cos, sin, plan)
+        x, cache = _layer(graph, shape.backend, fresh, own, cache, x, *turns[layer.rope], plan)
         updated.append(cache)
     if last is not None:
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -117,10 +120,10 @@ def _layer(
     sin: jax.Array,
     plan: DecodePlan | PrefillPlan,
 ) -> tuple[jax.Array, Any]:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
         if isinstance(plan, DecodePlan):
-            return backend.decode(plan, cache, q, k, v)
-        return backend.prefill(plan, cache, q, k, v, fresh)
+            return backend.decode(plan, cache, q, k, v, scoring)
+        return backend.prefill(plan, cache, q, k, v, fresh, scoring)
 
     x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
     return x, cache

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax import attention, buckets, families, platform, rope, state
+from llmos.drivers.jax import attention, buckets, families, platform, state
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
@@ -67,26 +67,26 @@ class Load:
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
         plan = self._timed("read", lambda: find_weights(request))
-        graph, shapes, rebuild = parameters(plan.config, DTYPES[request.dtype], self.device)
+        graph, tree, shapes = parameters(plan.config, DTYPES[request.dtype], self.device)
         weight_bytes = sum(prod(x.shape) * x.dtype.itemsize for x in shapes.values())
         limits, width = self._limits(plan.config, weight_bytes)
         backend = attention.select(self.attention, self.device.platform, plan.config, request)
         shape = Shape(
             graph=graph,
+            tree=tree,
             backend=backend,
-            frequencies=tuple(rope.frequencies(plan.config).tolist()),
             page_tokens=limits.page_tokens,
             pages=limits.pages + 1,
         )
         make = self._makers(plan.config, shape, limits, width)
-        programs = Programs(self._spec(shape, rebuild(shapes), make, limits))
+        programs = Programs(self._spec(shape, list(shapes.values()), make, limits))
         with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
             placing = pool.submit(self._timed, "place", lambda: _placed((make[0](), make[1]())))
             loading = pool.submit(self._weights, plan, shapes)
             self._timed("compile", lambda: programs.compile_ahead(self._compiling(loading)))
             weights = self._timed("wait", lambda: self._attend(loading))
             caches, batch = self._attend(placing)
-        engine = Engine(limits, programs, rebuild(weights), caches, batch)
+        engine = Engine(limits, programs, [weights[path] for path in shapes], caches, batch)
         return engine, self._loaded(plan, limits, weight_bytes, shapes, backend.name)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
@@ -183,7 +183,7 @@ class Load:
             max_context=limits.max_context,
             decode_sizes=self._decode_sizes(limits.slots),
             chunk_sizes=buckets.chunk_buckets(limits.chunk_tokens),
-            prefill_rows=[1] if self.device.platform == "cpu" else [1, 4],
+            prefill_rows=[1] if self.device.platform == "cpu" else [1, 4, 16],
         )
 
     def _decode_sizes(self, slots: int) -> list[int]:
@@ -271,17 +271,10 @@ def page_size(config: DecoderConfig, request: LoadRequest) -> int:
     return request.page_tokens * token
 
 
-def parameters(
-    config: DecoderConfig, dtype: Any, device: Any
-) -> tuple[Any, dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """The decoder's graph, its parameters' shapes by dotted path, and what makes such a dict its state."""
+def parameters(config: DecoderConfig, dtype: Any, device: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The decoder's graph, its state's tree, and the parameters' shapes by dotted path, in that order."""
     graph, tree = nnx.split(Decoder(config, abstract(dtype)))
     placed = jax.sharding.SingleDeviceSharding(device)
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(tree)}
     shapes = {path: struct(leaf.shape, leaf.dtype, placed) for path, leaf in leaves.items()}
-    definition = jax.tree.structure(tree)
-
-    def rebuild(values: dict[str, Any]) -> Any:
-        return jax.tree.unflatten(definition, [values[path] for path in leaves])
-
-    return graph, shapes, rebuild
+    return graph, jax.tree.structure(tree), shapes

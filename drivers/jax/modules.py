@@ -1,27 +1,30 @@
 """The decoder as flax nnx modules: they hold the parameters and compute one layer at a time.
 
-All products contract a weight's last axis ([out, in], as checkpoints store it), so that nothing is
-transposed at load. Activations are [..., hidden] with any leading axes.
+What families differ in is decided by the configuration when a module is made, never while it is traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from llmos.drivers.jax.attention import Scoring
 from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.rope import rotate
+from llmos.drivers.jax.experts import Experts
+from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, make_norm, product
+from llmos.drivers.jax.rope import rotate, rotation, tables
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""(q [..., heads, head_dim], k and v [..., kv_heads, head_dim]) -> (output like q, new layer cache)."""
 
+class Attend(Protocol):
+    """Attention of one layer over its cache."""
 
-Init = Callable[[tuple[int, ...]], Any]
-"""Makes a parameter of a shape: an array, or only its ``jax.ShapeDtypeStruct``."""
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
+        """q [..., heads, head_dim], k and v [..., kv_heads, head_dim] -> output like q, new layer cache."""
+        ...
 
 
 def struct(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
@@ -46,86 +49,67 @@ def random(dtype: Any, seed: int) -> Init:
     return make
 
 
-def product(x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
-    """``x`` [..., in] times ``weight`` [out, in] -> [..., out], accumulated in float32.
-
-    A single bfloat16 row is doubled on the CPU: XLA:CPU converts the whole matrix for one row.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    lonely = rows.shape[0] == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-    if lonely:
-        rows = jnp.concatenate([rows, rows])
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    result = jax.lax.dot_general(
-        rows, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=out or x.dtype
-    )
-    return (result[:1] if lonely else result).reshape(*x.shape[:-1], weight.shape[0])
-
-
-class RMSNorm(nnx.Module):  # type: ignore[misc]
-    """Root-mean-square norm, computed in float32."""
-
-    def __init__(self, size: int, eps: float, init: Init) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(init((size,)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scaled: jax.Array = normed.astype(x.dtype) * self.scale[...]
-        return scaled
-
-
-class Linear(nnx.Module):  # type: ignore[misc]
-    """A product without bias; ``weight`` is [out, in]."""
-
-    def __init__(self, out: int, inner: int, init: Init) -> None:
-        self.weight = nnx.Param(init((out, inner)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return product(x, self.weight[...])
-
-
 class Attention(nnx.Module):  # type: ignore[misc]
     """Grouped-query attention with one fused product for queries, keys and values."""
 
-    def __init__(self, config: DecoderConfig, init: Init) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, init: Init) -> None:
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.qkv = Linear(config.query_size + 2 * config.kv_size, config.hidden, init)
-        self.out = Linear(config.hidden, config.query_size, init)
+        fused = config.query_size + 2 * config.kv_size
+        self.qkv = Linear(fused, config.hidden, init, config.qkv_bias)
+        self.out = Linear(config.hidden, config.query_size, init, config.out_bias)
+        self.scoring = Scoring(config.window(layer), config.attention_cap, config.attention_scale)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = make_norm(config, config.head_dim, init)
+            self.k_norm = make_norm(config, config.head_dim, init)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
         heads = self.qkv(x).reshape(*x.shape[:-1], self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=-2)
-        mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.scoring)
         return self.out(mixed.reshape(*x.shape[:-1], self.heads * self.head_dim)), cache
 
 
-class GatedMLP(nnx.Module):  # type: ignore[misc]
-    """SwiGLU (Shazeer, 2020) with one fused product for gate and up."""
+class MLP(nnx.Module):  # type: ignore[misc]
+    """Two layers, the first gated (GLU; Shazeer, 2020) by a fused product unless the model has no gates."""
 
     def __init__(self, config: DecoderConfig, init: Init) -> None:
-        self.gate_up = Linear(2 * config.intermediate, config.hidden, init)
-        self.down = Linear(config.hidden, config.intermediate, init)
+        self.activation, self.gated = config.activation, config.gated
+        if config.gated:
+            self.gate_up = Linear(2 * config.intermediate, config.hidden, init, config.mlp_bias)
+        else:
+            self.up = Linear(config.intermediate, config.hidden, init, config.mlp_bias)
+        self.down = Linear(config.hidden, config.intermediate, init, config.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        act = ACTIVATIONS[self.activation]
+        if not self.gated:
+            return self.down(act(self.up(x)))
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(act(gate) * up)
 
 
 class Block(nnx.Module):  # type: ignore[misc]
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer; ``rope`` says which of the model's rotary tables it uses."""
 
-    def __init__(self, config: DecoderConfig, init: Init) -> None:
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, init)
-        self.attention = Attention(config, init)
-        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps, init)
-        self.mlp = GatedMLP(config, init)
+    def __init__(self, config: DecoderConfig, layer: int, init: Init) -> None:
+        self.rope = 1 if config.local_theta and config.window(layer) else 0
+        self.post_norms = config.post_norms
+        self.attention_norm = make_norm(config, config.hidden, init)
+        self.attention = Attention(config, layer, init)
+        self.mlp_norm = make_norm(config, config.hidden, init)
+        self.mlp = Experts(config, init) if config.sparse(layer) else MLP(config, init)
+        if config.post_norms:
+            self.attention_post_norm = make_norm(config, config.hidden, init)
+            self.mlp_post_norm = make_norm(config, config.hidden, init)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
         mixed, cache = self.attention(self.attention_norm(x), cos, sin, attend)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = x + (self.attention_post_norm(mixed) if self.post_norms else mixed)
+        moved = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(moved) if self.post_norms else moved), cache
 
 
 class Decoder(nnx.Module):  # type: ignore[misc]
@@ -133,18 +117,29 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, config: DecoderConfig, init: Init) -> None:
         self.embedding = nnx.Param(init((config.vocab_size, config.hidden)))
-        self.layers = nnx.List([Block(config, init) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.hidden, config.norm_eps, init)
+        self.learned = config.learned_positions
+        if config.learned_positions:
+            self.positions = nnx.Param(init((config.max_positions, config.hidden)))
+        self.layers = nnx.List([Block(config, index, init) for index in range(config.layers)])
+        self.norm = make_norm(config, config.hidden, init)
         if not config.tied:
             self.head = Linear(config.vocab_size, config.hidden, init)
-        self.tied = config.tied
+        self.tied, self.scale, self.cap = config.tied, config.embedding_scale, config.logit_cap
+        self.tables = tables(config)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """Token ids [...] -> activations [..., hidden]."""
+    def embed(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
+        """Token ids and their positions [...] -> activations [..., hidden]."""
         found: jax.Array = self.embedding[...][tokens]
-        return found
+        if self.scale != 1.0:
+            found = found * jnp.asarray(self.scale, found.dtype)
+        return found + self.positions[...][position] if self.learned else found
+
+    def turns(self, position: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        """Cosines and sines of the positions by each of the model's rotary tables."""
+        return [rotation(position, np.asarray(table, np.float32)) for table in self.tables]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Activations [..., hidden] -> float32 logits [..., vocab_size]."""
         weight = self.embedding[...] if self.tied else self.head.weight[...]
-        return product(self.norm(x), weight, jnp.float32)
+        raw = product(self.norm(x), weight, jnp.float32)
+        return jnp.tanh(raw / self.cap) * self.cap if self.cap else raw

@@ -7,6 +7,7 @@ multiply; the rare variants and the penalty tables are compiled when a sequence 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -71,7 +72,8 @@ class Programs:
     def compile_ahead(self, progress: Callable[[int, int], None]) -> None:
         """Compile everything in ``ahead``; ``progress`` is called with (done, total) twice a second."""
         keys = self.ahead()
-        with ThreadPoolExecutor(2, thread_name_prefix="compile") as pool:
+        workers = max(2, min(8, (os.cpu_count() or 2) // 2))
+        with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
             pending: set[Future[Any]] = {pool.submit(self.get, key) for key in keys}
             while pending:
                 progress(len(keys) - len(pending), len(keys))
@@ -120,7 +122,7 @@ class Programs:
                     (spec.weights, spec.caches, spec.batch, _ints(size)),
                 )
             case ("prefill", int(rows), int(size), bool(fresh)):
-                chunk = (_ints(rows), _ints(rows, size), _ints(rows), _ints(rows))
+                chunk = (_ints(rows), _ints(rows, size + 2))
                 arguments = (spec.weights, spec.caches, spec.batch, *chunk)
                 return partial(forward.prefill, spec.shape, fresh), (1,), arguments
             case ("sample", "full", int(size)):
@@ -130,7 +132,7 @@ class Programs:
                 lean: Callable[..., Any] = partial(sampling.sample, cast(Variant, variant), tallies=None)
                 return lean, (2,), (self._logits(size), _ints(size), spec.batch)
             case ("admit",):
-                return state.admit, (0,), (spec.batch, self._admission())
+                return state.admit, (0,), (spec.batch, *self._admission())
             case ("grow",):
                 return state.grow, (0,), (spec.batch, *(_ints(GROW_ROWS) for _ in range(3)))
             case ("tally",):
@@ -151,21 +153,10 @@ class Programs:
         slots = self.spec.batch.token.shape[0] - 1
         return jax.eval_shape(lambda: state.empty_tallies(slots, self.spec.vocab))
 
-    def _admission(self) -> state.Admission:
-        batch = self.spec.batch
-
-        def row(old: Any) -> Any:
-            return struct((ADMIT_ROWS, *old.shape[1:]), old.dtype)
-
-        return state.Admission(
-            slots=_ints(ADMIT_ROWS),
-            length=row(batch.length),
-            live=row(batch.live),
-            limit=row(batch.limit),
-            stop=row(batch.stop),
-            tables=row(batch.tables),
-            choice=jax.tree.map(row, batch.choice),
-        )
+    def _admission(self) -> tuple[Any, Any]:
+        width = self.spec.batch.tables.shape[1]
+        packed = state.pack_admission([], ADMIT_ROWS, 0, [[0] * width] * ADMIT_ROWS)
+        return jax.eval_shape(lambda: packed)  # type: ignore[no-any-return]
 
 
 def _ints(*shape: int) -> Any:

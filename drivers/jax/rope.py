@@ -10,15 +10,32 @@ import numpy as np
 
 from llmos.drivers.jax.config import DecoderConfig
 
+Tables = tuple[tuple[float, ...], ...]
+
 
 def frequencies(config: DecoderConfig) -> np.ndarray:
-    """Rotary frequencies [head_dim / 2] in float32, scaled by the model's factors."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    plain: np.ndarray = (1.0 / np.power(np.float32(config.rope_theta), exponents)).astype(np.float32)
+    """Rotary frequencies [rotary_dim / 2] in float32, scaled by the model's factors."""
+    plain = _plain(config.rope_theta, config.rotary_dim)
     if not config.rope_factors:
         return plain
     scaled: np.ndarray = (plain / np.asarray(config.rope_factors, np.float32)).astype(np.float32)
     return scaled
+
+
+def tables(config: DecoderConfig) -> Tables:
+    """The frequencies that a model uses: of its global layers, and of its local ones where they differ."""
+    found = [frequencies(config)]
+    if config.local_theta:
+        found.append(_plain(config.local_theta, config.rotary_dim))
+    return tuple(tuple(each.tolist()) for each in found)
+
+
+def _plain(theta: float, size: int) -> np.ndarray:
+    if not size:
+        return np.zeros(0, np.float32)
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    plain: np.ndarray = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
+    return plain
 
 
 def llama3_factors(
@@ -44,8 +61,14 @@ def rotation(positions: jax.Array, inverse: np.ndarray) -> tuple[jax.Array, jax.
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate ``x`` [..., heads, head_dim] by ``cos`` and ``sin`` [..., head_dim / 2], in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotate ``x`` [..., heads, head_dim] by ``cos`` and ``sin`` [..., n / 2], in float32.
+
+    Only the first n components are turned; with n = 0 ``x`` comes back as it is.
+    """
+    size = 2 * cos.shape[-1]
+    if not size:
+        return x
+    first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., size:]], axis=-1)

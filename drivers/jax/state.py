@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.sdk.checks import BIAS_LIMIT, STOP_LIMIT
-from llmos.drivers.sdk.messages import Sampling
+from llmos.drivers.sdk.messages import Sampling, Start
 
 
 class Choice(NamedTuple):
@@ -59,19 +59,9 @@ class Tallies(NamedTuple):
     bias: jax.Array
 
 
-class Admission(NamedTuple):
-    """Rows to write into the state: ``slots`` [n] and for each the fields of ``BatchState``."""
-
-    slots: Any
-    length: Any
-    live: Any
-    limit: Any
-    stop: Any
-    tables: Any
-    choice: Choice
-
-
 _CHOICE_TYPES = {"top_k": np.int32, "seed": np.uint32}
+_FLOAT_FIELDS = tuple(name for name in Choice._fields if name not in _CHOICE_TYPES)
+_INTS = 6
 
 
 def pack_choices(sampling: list[Sampling]) -> Choice:
@@ -108,20 +98,41 @@ def empty_tallies(slots: int, vocab: int) -> Tallies:
     )
 
 
-def admit(state: BatchState, new: Admission) -> BatchState:
-    """Write the rows of ``new``; their last tokens come with the chunk that completes the prompt."""
+def pack_admission(starts: list[Start], rows: int, spare_slot: int, table: list[list[int]]) -> Any:
+    """Sequences to admit as two arrays with ``rows`` rows, since each array costs a transfer of its own.
+
+    Integers: slot, live, length, limit, top_k, seed, stop tokens, block table; ``table`` [rows, width] holds
+    the spare page where there is none. Floats: the other fields of ``Choice``.
+    """
+    ints = np.full((rows, _INTS + STOP_LIMIT + len(table[0])), -1, np.int32)
+    ints[:, :_INTS] = (spare_slot, 0, 0, 0, 0, 0)
+    ints[:, _INTS + STOP_LIMIT :] = table
+    floats = np.ones((rows, len(_FLOAT_FIELDS)), np.float32)
+    for row, start in enumerate(starts):
+        seed = np.uint32(start.sampling.seed).view(np.int32)
+        ints[row, :_INTS] = (start.slot, 1, len(start.tokens), start.limit, start.sampling.top_k, seed)
+        ints[row, _INTS : _INTS + len(start.stop)] = start.stop
+        floats[row] = [getattr(start.sampling, name) for name in _FLOAT_FIELDS]
+    return ints, floats
+
+
+def admit(state: BatchState, ints: jax.Array, floats: jax.Array) -> BatchState:
+    """Write the rows of ``pack_admission``; their last tokens come with the chunk that completes a prompt."""
+    slots, live, length, limit, top_k, seed = (ints[:, column] for column in range(_INTS))
 
     def put(old: jax.Array, value: Any) -> jax.Array:
-        return old.at[new.slots].set(value)
+        return old.at[slots].set(value)
 
+    choice = dict(zip(_FLOAT_FIELDS, floats.T, strict=True))
+    choice |= {"top_k": top_k, "seed": jax.lax.bitcast_convert_type(seed, jnp.uint32)}
     return BatchState(
         token=state.token,
-        length=put(state.length, new.length),
-        live=put(state.live, new.live),
-        limit=put(state.limit, new.limit),
-        stop=put(state.stop, new.stop),
-        tables=put(state.tables, new.tables),
-        choice=jax.tree.map(put, state.choice, new.choice),
+        length=put(state.length, length),
+        live=put(state.live, live > 0),
+        limit=put(state.limit, limit),
+        stop=put(state.stop, ints[:, _INTS : _INTS + STOP_LIMIT]),
+        tables=put(state.tables, ints[:, _INTS + STOP_LIMIT :]),
+        choice=jax.tree.map(put, state.choice, Choice(**choice)),
     )
 
 

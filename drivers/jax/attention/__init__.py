@@ -6,6 +6,7 @@ attends over everything that a sequence has, so that each key and value byte is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -42,6 +43,21 @@ class PrefillPlan(NamedTuple):
     offsets: jax.Array
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer scores keys: with ``window``, only by the last so many tokens (itself included).
+
+    Scores are multiplied by ``scale`` (0: head_dim ** -0.5), then softly capped at ``cap`` (0: not at all).
+    """
+
+    window: int = 0
+    cap: float = 0.0
+    scale: float = 0.0
+
+
+PLAIN = Scoring()
+
+
 class AttentionBackend(Protocol):
     """What a backend does; all methods but ``allocate`` are traced."""
 
@@ -64,13 +80,20 @@ class AttentionBackend(Protocol):
         ...
 
     def decode(
-        self, plan: DecodePlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array
+        self, plan: DecodePlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
     ) -> tuple[jax.Array, Any]:
         """q [B, heads, head_dim], k and v [B, kv_heads, head_dim] -> output like q, and the cache."""
         ...
 
     def prefill(
-        self, plan: PrefillPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, fresh: bool
+        self,
+        plan: PrefillPlan,
+        cache: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        fresh: bool,
+        scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, Any]:
         """q [R, C, heads, head_dim], k and v [R, C, kv_heads, head_dim] -> output like q, and the cache.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
+from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, write
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.modules import struct
@@ -47,8 +47,16 @@ class PallasAttention:
         return self._xla.scrub(cache, pages)
 
     def decode(
-        self, plan: DecodePlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array
+        self,
+        plan: DecodePlan,
+        cache: PagedCache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, PagedCache]:
+        if scoring != PLAIN:
+            return self._xla.decode(plan, cache, q, k, v, scoring)
         cache = write(cache, plan.pages, plan.offsets, k, v)
         splits = split_count(q.shape[0], cache.k.shape[1], plan.tables.shape[1])
         out = paged_decode(
@@ -65,10 +73,17 @@ class PallasAttention:
         return out, cache
 
     def prefill(
-        self, plan: PrefillPlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array, fresh: bool
+        self,
+        plan: PrefillPlan,
+        cache: PagedCache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        fresh: bool,
+        scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, PagedCache]:
-        if not fresh:
-            return self._xla.prefill(plan, cache, q, k, v)
+        if not fresh or scoring != PLAIN:
+            return self._xla.prefill(plan, cache, q, k, v, scoring=scoring)
         flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), flat_k, flat_v)
         # The chunk attends to itself alone; what pads it comes after all that counts.

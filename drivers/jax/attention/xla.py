@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
+from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring
 from llmos.drivers.jax.config import DecoderConfig
 
 _MASKED = -1e30
@@ -44,11 +44,17 @@ class XlaAttention:
         return PagedCache(*(part.at[pages].set(new, mode="drop") for part, new in zip(cache, sound)))
 
     def decode(
-        self, plan: DecodePlan, cache: PagedCache, q: jax.Array, k: jax.Array, v: jax.Array
+        self,
+        plan: DecodePlan,
+        cache: PagedCache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, PagedCache]:
         cache = write(cache, plan.pages, plan.offsets, k, v)
         visible = plan.lengths[:, None]
-        out = self.attend(plan.tables, visible, plan.lengths, cache, q[:, None])
+        out = self.attend(plan.tables, visible, plan.lengths, cache, q[:, None], scoring)
         return out[:, 0], cache
 
     def prefill(
@@ -59,16 +65,27 @@ class XlaAttention:
         k: jax.Array,
         v: jax.Array,
         fresh: bool = False,
+        scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, PagedCache]:
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), k, v)
         visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
-        return self.attend(plan.tables, visible, plan.lengths, cache, q), cache
+        return self.attend(plan.tables, visible, plan.lengths, cache, q, scoring), cache
 
     def attend(
-        self, tables: jax.Array, visible: jax.Array, lengths: jax.Array, cache: PagedCache, q: jax.Array
+        self,
+        tables: jax.Array,
+        visible: jax.Array,
+        lengths: jax.Array,
+        cache: PagedCache,
+        q: jax.Array,
+        scoring: Scoring = PLAIN,
     ) -> jax.Array:
-        """Attend from q [B, C, heads, head_dim]; query (b, c) sees the first ``visible[b, c]`` tokens."""
+        """Attend from q [B, C, heads, head_dim].
+
+        Query (b, c) sees the first ``visible[b, c]`` tokens, or of these the last ``scoring.window``; blocks
+        before every row's window are not read.
+        """
         rows, chunk, heads, head_dim = q.shape
         _, kv_heads, page_tokens, _ = cache.k.shape
         block = self._block_pages(rows, tables.shape[1], page_tokens)
@@ -80,8 +97,13 @@ class XlaAttention:
         def body(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
             ids = jax.lax.dynamic_slice_in_dim(tables, index * block, block, axis=1)
-            scores = _scores(grouped, _gather(cache.k, ids)) * head_dim**-0.5
-            seen = (index * tokens + jnp.arange(tokens)) < limit
+            scores = _scores(grouped, _gather(cache.k, ids)) * (scoring.scale or head_dim**-0.5)
+            if scoring.cap:
+                scores = jnp.tanh(scores / scoring.cap) * scoring.cap
+            place = index * tokens + jnp.arange(tokens)
+            seen = place < limit
+            if scoring.window:
+                seen &= place >= limit - scoring.window
             scores = jnp.where(seen, scores, _MASKED)
             peak = jnp.maximum(top, scores.max(axis=-1))
             weights = jnp.exp(scores - peak[..., None])
@@ -92,9 +114,13 @@ class XlaAttention:
         shape = grouped.shape[:-1]
         start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape, jnp.float32))
         trips = jnp.clip((jnp.max(lengths) + tokens - 1) // tokens, 1, tables.shape[1] // block)
+        first: Any = 0
+        if scoring.window:
+            oldest = jnp.where(lengths > 0, visible[:, 0] - scoring.window, jnp.max(lengths))
+            first = jnp.clip(jnp.min(oldest) // tokens, 0, trips - 1)
         total: jax.Array
         acc: jax.Array
-        _, total, acc = jax.lax.fori_loop(0, trips, body, start)
+        _, total, acc = jax.lax.fori_loop(first, trips, body, start)
         out = (acc / total[..., None]).reshape(rows, kv_heads, -1, chunk, head_dim)
         return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
@@ -111,7 +137,9 @@ def write(cache: PagedCache, pages: jax.Array, offsets: jax.Array, k: jax.Array,
     """Put k and v [n, kv_heads, head_dim] at (page, offset) [n]; pages out of range are dropped."""
     where = (pages[:, None], jnp.arange(k.shape[1])[None], offsets[:, None])
     new = (k, v)
-    return PagedCache(*(c.at[where].set(x.astype(c.dtype), mode="drop") for c, x in zip(cache, new)))
+    return PagedCache(
+        *(c.at[where].set(x.astype(c.dtype), mode="drop", unique_indices=True) for c, x in zip(cache, new))
+    )
 
 
 def _gather(part: jax.Array, ids: jax.Array) -> jax.Array:

@@ -12,13 +12,19 @@ from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.weights.source import Format, Source
 from llmos.ipc.errors import InvalidArgument
 
+Transform = Callable[[np.ndarray], np.ndarray]
+
 
 class Part(NamedTuple):
-    """A source tensor with ``rows`` on its first axis that becomes rows of a parameter."""
+    """A source tensor that becomes ``rows`` of a parameter, after ``transform``.
+
+    In the source it has that many rows, and the parameter's other axes, unless ``shape`` says otherwise.
+    """
 
     name: str
     rows: int
-    transform: Callable[[np.ndarray], np.ndarray] | None = None
+    transform: Transform | None = None
+    shape: tuple[int, ...] = ()
 
 
 Rules = Mapping[str, tuple[Part, ...]]
@@ -27,19 +33,23 @@ Rules = Mapping[str, tuple[Part, ...]]
 
 @dataclass(frozen=True)
 class Family:
-    """``architectures`` are the names by which ``config.json`` ("architectures") and GGUF call it."""
+    """``architectures`` are the names by which ``config.json`` ("architectures") and GGUF call it.
+
+    A format that is not listed is not read. The source of ``rules`` tells by its tensors how it names them.
+    """
 
     name: str
     architectures: Mapping[Format, tuple[str, ...]]
     configure: Mapping[Format, Callable[[Source], DecoderConfig]]
-    rules: Callable[[DecoderConfig, Format], Rules]
+    rules: Callable[[DecoderConfig, Source], Rules]
 
 
 def families() -> list[Family]:
     """All families that this driver knows."""
-    from llmos.drivers.jax.families import llama
+    from llmos.drivers.jax.families import gemma, gpt2, llama, mistral, mixtral, phi3, qwen2, qwen3
 
-    return [llama.FAMILY]
+    modules = (llama, mistral, qwen2, qwen3, gemma, phi3, gpt2, mixtral)
+    return [family for module in modules for family in module.FAMILIES]
 
 
 def find(source: Source) -> Family:
@@ -49,9 +59,9 @@ def find(source: Source) -> Family:
     else:
         names = [str(name) for name in source.config.get("architectures") or ["(none)"]]
     for family in families():
-        if set(names) & set(family.architectures[source.format]):
+        if set(names) & set(family.architectures.get(source.format, ())):
             return family
-    known = ", ".join(name for family in families() for name in family.architectures[source.format])
+    known = ", ".join(name for family in families() for name in family.architectures.get(source.format, ()))
     raise InvalidArgument(f"unknown architecture {names[0]}; known in {source.format} files: {known}")
 
 

@@ -29,7 +29,7 @@ def convert(
 
     Raises InvalidArgument naming the tensor that is missing, cut off, mis-shaped or not finite.
     """
-    rules = family.rules(config, source.format)
+    rules = family.rules(config, source)
     for path in shapes:
         for part in rules[path]:
             _check_shape(source, part, shapes[path].shape)
@@ -44,7 +44,7 @@ def convert(
 
 
 def _check_shape(source: Source, part: Part, whole: tuple[int, ...]) -> None:
-    found, expected = source.shape(part.name), (part.rows, *whole[1:])
+    found, expected = source.shape(part.name), part.shape or (part.rows, *whole[1:])
     if found is None:
         raise InvalidArgument(f"tensor '{part.name}' is missing")
     if found != expected:

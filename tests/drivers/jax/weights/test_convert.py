@@ -22,7 +22,7 @@ def converted(path: Path, dtype: Any = jnp.float32) -> dict[str, np.ndarray]:
     source = open_source(str(path))
     family = families.find(source)
     config = family.configure[source.format](source)
-    _, shapes, _ = loader.parameters(config, dtype, jax.devices()[0])
+    _, _, shapes = loader.parameters(config, dtype, jax.devices()[0])
     weights = convert(source, family, config, shapes, lambda _, x: jnp.asarray(x), lambda *_: None)
     return {name: np.asarray(value) for name, value in weights.items()}
 

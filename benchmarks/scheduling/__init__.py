@@ -1,0 +1,1 @@
+"""Scheduling policies compared on the same traffic, simulated: ``python -m benchmarks.scheduling``."""

@@ -1,0 +1,98 @@
+"""Mixtures of experts: a router sends each token to a few of many gated MLPs.
+
+The products are grouped by how many tokens there are: few tokens gather the weights of their own experts,
+many are sorted by expert for a ragged product. XLA:CPU has no ragged product of its own and would multiply
+everything by everything per assignment, so there the experts take turns over all tokens, in one loop.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, precision
+
+Grouping = Literal["gather", "ragged", "turns"]
+
+
+class Experts(nnx.Module):  # type: ignore[misc]
+    """Router and experts of one layer: ``gate`` and ``up`` are [experts, inner, hidden], ``down`` turned."""
+
+    def __init__(self, config: DecoderConfig, init: Init) -> None:
+        count, inner, hidden = config.experts, config.expert_intermediate, config.hidden
+        self.activation, self.active = config.activation, config.active_experts
+        self.normalise = config.normalise_experts
+        self.router = Linear(count, hidden, init)
+        self.gate = nnx.Param(init((count, inner, hidden)))
+        self.up = nnx.Param(init((count, inner, hidden)))
+        self.down = nnx.Param(init((count, hidden, inner)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        shares, chosen = route(self.router(rows), self.active, self.normalise)
+        grouping = choose(rows.shape[0] * self.active, self.gate.shape[0], jax.default_backend())
+        run = {"gather": self.gathered, "ragged": self.ragged, "turns": self.turns}[grouping]
+        return run(rows, shares.astype(x.dtype), chosen).reshape(x.shape)
+
+    def gathered(self, rows: jax.Array, shares: jax.Array, chosen: jax.Array) -> jax.Array:
+        """Each assignment multiplies with its own copy of its expert's weights."""
+        gate, up, down = (part[...][chosen] for part in (self.gate, self.up, self.down))
+        inner = ACTIVATIONS[self.activation](_each("th,tafh->taf", rows, gate)) * _each(
+            "th,tafh->taf", rows, up
+        )
+        return _each("taf,tahf->th", inner * shares[..., None], down)
+
+    def ragged(self, rows: jax.Array, shares: jax.Array, chosen: jax.Array) -> jax.Array:
+        """Assignments sorted by expert; each expert multiplies with its own run of rows."""
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        source = order // self.active
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.gate.shape[0]).astype(jnp.int32)
+        sorted_rows = rows[source]
+        gate, up = (_ragged(sorted_rows, part[...], sizes) for part in (self.gate, self.up))
+        out = _ragged(ACTIVATIONS[self.activation](gate) * up, self.down[...], sizes)
+        return jnp.zeros_like(rows).at[source].add(out * shares.reshape(-1)[order][:, None])
+
+    def turns(self, rows: jax.Array, shares: jax.Array, chosen: jax.Array) -> jax.Array:
+        """Every expert takes all rows in its turn, weighted by 0 where it was not chosen."""
+        count = self.gate.shape[0]
+        weight = jnp.zeros((rows.shape[0], count), rows.dtype)
+        weight = weight.at[jnp.arange(rows.shape[0])[:, None], chosen].add(shares)
+        parts = tuple(part[...] for part in (self.gate, self.up, self.down))
+
+        def turn(index: jax.Array, total: jax.Array) -> jax.Array:
+            gate, up, down = (part[index] for part in parts)
+            inner = ACTIVATIONS[self.activation](_each("th,fh->tf", rows, gate)) * _each(
+                "th,fh->tf", rows, up
+            )
+            return total + _each("tf,hf->th", inner * weight[:, index, None], down)
+
+        result: jax.Array = jax.lax.fori_loop(0, count, turn, jnp.zeros_like(rows))
+        return result
+
+
+def route(logits: jax.Array, active: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
+    """Shares (float32) and ids of the ``active`` likeliest experts [tokens, active] by logits [tokens, n]."""
+    shares, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), active)
+    return (shares / shares.sum(axis=-1, keepdims=True) if normalise else shares), chosen
+
+
+def choose(assignments: int, experts: int, platform: str) -> Grouping:
+    """How to group products: gathering pays while fewer weights are touched than there are."""
+    if 2 * assignments <= experts:
+        return "gather"
+    return "turns" if platform == "cpu" else "ragged"
+
+
+def _each(form: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum(form, x, weight, precision=precision(x), preferred_element_type=x.dtype)
+
+
+def _ragged(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Rows [n, in] times weight [groups, out, in], group by group -> [n, out]."""
+    return jax.lax.ragged_dot(
+        rows, weight.swapaxes(1, 2), sizes, precision=precision(rows), preferred_element_type=rows.dtype
+    )

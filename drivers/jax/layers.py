@@ -1,0 +1,105 @@
+"""What decoders and encoders are made of: products, norms and activations.
+
+All products contract a weight's last axis ([out, in], as checkpoints store it), so that nothing is
+transposed at load. Activations are [..., hidden] with any leading axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmos.drivers.jax.config import Activation, DecoderConfig
+
+Init = Callable[[tuple[int, ...]], Any]
+"""Makes a parameter of a shape: an array, or only its ``jax.ShapeDtypeStruct``."""
+
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+def product(x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
+    """``x`` [..., in] times ``weight`` [out, in] -> [..., out], accumulated in float32.
+
+    A single bfloat16 row is doubled on the CPU: XLA:CPU converts the whole matrix for one row.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    lonely = rows.shape[0] == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    if lonely:
+        rows = jnp.concatenate([rows, rows])
+    result = jax.lax.dot_general(
+        rows,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision=precision(x),
+        preferred_element_type=out or x.dtype,
+    )
+    return (result[:1] if lonely else result).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def precision(x: jax.Array) -> jax.lax.Precision | None:
+    """Of a product with ``x``: float32 is not to be cut to a narrower type."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+class RMSNorm(nnx.Module):  # type: ignore[misc]
+    """Root-mean-square norm, computed in float32; a ``unit`` one stores its scale less 1 (Gemma)."""
+
+    def __init__(self, size: int, eps: float, init: Init, unit: bool = False) -> None:
+        self.eps, self.unit = eps, unit
+        self.scale = nnx.Param(init((size,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scaled: jax.Array
+        if self.unit:
+            scaled = (normed * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        else:
+            scaled = normed.astype(x.dtype) * self.scale[...]
+        return scaled
+
+
+class LayerNorm(nnx.Module):  # type: ignore[misc]
+    """Layer norm (Ba et al., 2016) with scale and bias, computed in float32."""
+
+    def __init__(self, size: int, eps: float, init: Init) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(init((size,)))
+        self.bias = nnx.Param(init((size,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scaled: jax.Array = normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return scaled.astype(x.dtype)
+
+
+def make_norm(config: DecoderConfig, size: int, init: Init) -> RMSNorm | LayerNorm:
+    """The norm of a model's kind."""
+    if config.norm == "layer":
+        return LayerNorm(size, config.norm_eps, init)
+    return RMSNorm(size, config.norm_eps, init, unit=config.norm == "rms_unit")
+
+
+class Linear(nnx.Module):  # type: ignore[misc]
+    """A product, and a bias if there is one; ``weight`` is [out, in]."""
+
+    def __init__(self, out: int, inner: int, init: Init, bias: bool = False) -> None:
+        self.weight = nnx.Param(init((out, inner)))
+        self.biased = bias
+        if bias:
+            self.bias = nnx.Param(init((out,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        result = product(x, self.weight[...])
+        return result + self.bias[...] if self.biased else result
