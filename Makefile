@@ -17,7 +17,7 @@ setup: $(VENV)/.ready  ## make the virtual environment (with uv if it is there, 
 $(VENV)/.ready: pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then \
 	  uv venv -q --allow-existing --python $(PYTHON) $(VENV) && \
-	  uv pip install -q --python $(BIN)/python -e '.[$(EXTRA),dev]'; \
+	  uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[$(EXTRA),dev]'; \
 	else \
 	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --upgrade pip && \
 	  $(BIN)/python -m pip install -q -e '.[$(EXTRA),dev]'; \

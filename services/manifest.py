@@ -38,7 +38,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     dtype: DType = "float32"
     kv_dtype: DType = "float32"
     slots: int = 16
-    pages: int = 1024
+    pages: int = 512
     page_tokens: int = 16
     max_context: int = 2048
     chunk_tokens: int = 256

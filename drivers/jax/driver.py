@@ -62,8 +62,10 @@ class JaxDriver(Driver):
         self._engines[model].reset()
 
     def unload(self, model: str) -> None:
-        if self._engines.pop(model, None) is None:
+        engine = self._engines.pop(model, None)
+        if engine is None:
             raise NotFound(f"model {model} is not loaded")
+        engine.close()
 
     def _devices(self) -> list[Any]:
         if not self._found:

@@ -66,6 +66,10 @@ class Engine:
         self._grow(quantum)
         return self._steps(quantum)
 
+    def close(self) -> None:
+        """Stop what still runs in the background."""
+        self._programs.close()
+
     def reset(self) -> None:
         """Empty all slots; what is on the device is overwritten when a slot is taken again."""
         self.ledger = Ledger(self.limits)

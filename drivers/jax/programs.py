@@ -36,7 +36,10 @@ Key = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Spec:
-    """Shapes of everything that the programs take, as ``jax.ShapeDtypeStruct`` trees."""
+    """Shapes of everything that the programs take, as ``jax.ShapeDtypeStruct`` trees.
+
+    ``first`` is how many programs are compiled before a model counts as loaded.
+    """
 
     shape: Shape
     weights: Any
@@ -47,6 +50,7 @@ class Spec:
     decode_sizes: list[int]
     chunk_sizes: list[int]
     prefill_rows: list[int]
+    first: int
 
 
 class Programs:
@@ -55,41 +59,75 @@ class Programs:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self._ready: dict[Key, Callable[..., Any]] = {}
+        self._compiling: dict[Key, Future[Callable[..., Any]]] = {}
         self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._behind: threading.Thread | None = None
 
     def ahead(self) -> list[Key]:
-        """Keys of the programs worth compiling at load, the most expensive first."""
+        """Keys of all programs worth compiling, in the order in which requests are likely to need them."""
         spec = self.spec
-        keys: list[Key] = [("decode", size) for size in reversed(spec.decode_sizes)]
-        for size in reversed(spec.chunk_sizes):
-            fresh = spec.shape.backend.knows_fresh
-            keys += [("prefill", rows, size, fresh) for rows in self.rows_for(size)]
+        known = [True, False] if spec.shape.backend.knows_fresh else [False]
         sizes = sorted({*spec.prefill_rows, *spec.decode_sizes})
-        for variant in ("greedy", "plain", "filtered"):
-            keys += [("sample", variant, size) for size in sizes]
-        return [*keys, ("admit",), ("grow",)]
+        keys: list[Key] = [("admit",), ("grow",), ("decode", spec.decode_sizes[0])]
+        keys += [("prefill", 1, size, known[0]) for size in spec.chunk_sizes]
+        keys += [("sample", variant, 1) for variant in ("greedy", "filtered", "plain")]
+        keys += [("decode", size) for size in spec.decode_sizes]
+        keys += [("sample", variant, size) for size in sizes for variant in ("greedy", "filtered", "plain")]
+        keys += [
+            ("prefill", r, s, fresh) for fresh in known for s in spec.chunk_sizes for r in self.rows_for(s)
+        ]
+        return list(dict.fromkeys(keys))
 
     def compile_ahead(self, progress: Callable[[int, int], None]) -> None:
-        """Compile everything in ``ahead``; ``progress`` is called with (done, total) twice a second."""
+        """Compile what ``spec.first`` programs of ``ahead`` need, and the rest behind the requests' backs.
+
+        ``progress`` is called with (done, total) twice a second.
+        """
         keys = self.ahead()
+        first, rest = keys[: self.spec.first], keys[self.spec.first :]
         workers = max(2, min(8, (os.cpu_count() or 2) // 2))
         with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
-            pending: set[Future[Any]] = {pool.submit(self.get, key) for key in keys}
+            pending: set[Future[Any]] = {pool.submit(self.get, key) for key in first}
             while pending:
-                progress(len(keys) - len(pending), len(keys))
+                progress(len(first) - len(pending), len(first))
                 done, pending = wait(pending, timeout=HEARTBEAT_S)
                 for future in done:
                     future.result()
-        progress(len(keys), len(keys))
+        progress(len(first), len(first))
+        self._behind = threading.Thread(target=self._compile_rest, args=(rest,), name="compile-rest")
+        self._behind.start()
+
+    def close(self) -> None:
+        """Stop compiling; what is being compiled is finished first."""
+        self._closed.set()
+        if self._behind is not None:
+            self._behind.join()
 
     def get(self, key: Key) -> Callable[..., Any]:
-        """The compiled program for ``key``."""
+        """The compiled program for ``key``; waits where another thread is compiling it."""
         program = self._ready.get(key)
-        if program is None:
-            program = self._compile(key)
-            with self._lock:
-                self._ready[key] = program
-        return program
+        if program is not None:
+            return program
+        with self._lock:
+            future = self._compiling.get(key)
+            mine = future is None
+            if future is None:
+                future = self._compiling[key] = Future()
+        if mine:
+            try:
+                future.set_result(self._compile(key))
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        self._ready[key] = future.result()
+        return self._ready[key]
+
+    def _compile_rest(self, keys: list[Key]) -> None:
+        for key in keys:
+            if self._closed.is_set():
+                return
+            self.get(key)
 
     def decode(self, rows: int) -> tuple[int, Callable[..., Any]]:
         """The batch size that holds ``rows`` and its decode program."""

@@ -41,5 +41,5 @@ class Driver:
         raise NotSupported("this driver cannot empty its slots")
 
     def unload(self, model: str) -> None:
-        """Forget a model and free its memory."""
+        """Forget a model and free its memory; also called for each model when the driver is stopped."""
         raise NotSupported("this driver unloads nothing")

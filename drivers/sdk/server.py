@@ -60,6 +60,10 @@ class DriverServer(Server):
     def beat(self) -> Beat:
         return Beat(self.progress, self._limit)
 
+    def stop(self) -> None:
+        for model in list(self._loaded):
+            self._forget(model)
+
     def on_kernel_restart(self) -> None:
         self._executor.abandon()
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmos.drivers.jax.buckets import bucket, chunk_buckets, decode_buckets, split
+from llmos.drivers.jax.buckets import bucket, chunk_buckets, decode_buckets, group, split
+from llmos.drivers.sdk.messages import Chunk
 
 
 def test_decode_sizes_are_a_factor_apart_and_end_with_all_slots() -> None:
@@ -39,3 +40,13 @@ def test_split_covers_every_token_with_calls_that_fit(length: int, sizes: list[i
     assert sum(calls) == length
     assert all(0 < call <= sizes[-1] for call in calls)
     assert sum(bucket(call, sizes) for call in calls) <= length + max(sizes)
+
+
+def test_chunks_of_like_length_share_a_call_and_those_of_a_slot_keep_their_order() -> None:
+    chunks = [Chunk(0, 1, 0, 64), Chunk(0, 2, 0, 60), Chunk(0, 3, 64, 64), Chunk(0, 4, 0, 300)]
+    groups = group(chunks, [32, 64, 256])
+    assert groups[0] == (64, True, [Chunk(0, 1, 0, 64), Chunk(0, 2, 0, 60)])
+    assert groups[1] == (64, False, [Chunk(0, 3, 64, 64)])
+    of_four = [call for _, _, calls in groups for call in calls if call.slot == 4]
+    assert [call.start for call in of_four] == sorted(call.start for call in of_four)
+    assert sum(call.length for call in of_four) == 300

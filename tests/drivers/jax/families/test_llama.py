@@ -68,7 +68,7 @@ def test_rope_scaling(tmp_path: Path, helpers: Any, key: str) -> None:
         ({"architectures": ["Zebra"]}, "unknown architecture Zebra; known in safetensors files: Llama"),
         ({"architectures": None}, "unknown architecture"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": "relu2"}, "relu2"),
         ({"hidden_size": None}, "hidden_size"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"num_hidden_layers": 10**9}, "layers"),

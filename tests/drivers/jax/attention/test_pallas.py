@@ -1,0 +1,73 @@
+"""The GPU's decode kernel, in interpret mode, against the XLA backend; selecting a backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmos.drivers.jax.attention import select
+from llmos.drivers.jax.attention.pallas import paged_decode, split_count
+from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.sdk.messages import LoadRequest
+from llmos.ipc.errors import InvalidArgument
+
+PAGE_TOKENS, PAGES, WIDTH = 16, 64, 8
+
+
+def arrays(rows: int, heads: int = 4, kv_heads: int = 2, head_dim: int = 32) -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(rows, heads, head_dim)), jnp.float32)
+    shape = (PAGES, kv_heads, PAGE_TOKENS, head_dim)
+    k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    tables = jnp.asarray(rng.permutation(PAGES)[: rows * WIDTH].reshape(rows, WIDTH), jnp.int32)
+    return q, k, v, tables
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_ragged_rows_attend_to_their_own_pages(splits: int) -> None:
+    q, k, v, tables = arrays(4)
+    lengths = jnp.asarray([1, 16, 17, 128], jnp.int32)
+    out = paged_decode(q, k, v, tables, lengths, splits=splits, interpret=True)
+    expected = XlaAttention().attend(tables, lengths[:, None], lengths, PagedCache(k, v), q[:, None])[:, 0]
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_a_row_that_is_not_live_gives_zero() -> None:
+    q, k, v, tables = arrays(1)
+    out = paged_decode(q, k, v, tables, jnp.zeros(1, jnp.int32), splits=2, interpret=True)
+    assert not np.asarray(out).any()
+
+
+def test_shapes_that_do_not_fit_are_refused_before_the_kernel_runs() -> None:
+    q, k, v, tables = arrays(2)
+    with pytest.raises(ValueError, match=r"lengths \(3,\)"):
+        paged_decode(q, k, v, tables, jnp.zeros(3, jnp.int32), splits=1)
+
+
+def test_few_rows_are_split_and_many_are_not() -> None:
+    assert split_count(256, 8, 64) == 1
+    assert split_count(1, 8, 64) == 64
+    assert split_count(1, 8, 4) == 4
+
+
+def config(head_dim: int = 64) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=8, hidden=64, layers=1, heads=1, kv_heads=1, head_dim=head_dim, intermediate=8,
+        norm_eps=1e-5, rope_theta=1e4, max_positions=64,
+    )  # fmt: skip
+
+
+def test_the_backend_follows_device_and_shape() -> None:
+    request = LoadRequest(model="m", source="", dtype="bfloat16", page_tokens=64)
+    assert select("auto", "cpu", config(), request).name == "xla"
+    assert select("auto", "gpu", config(), request).name == "pallas+cudnn"
+    assert select("auto", "gpu", config(head_dim=80), request).name == "xla"
+    assert select("xla", "gpu", config(), request).name == "xla"
+    with pytest.raises(InvalidArgument, match="needs a GPU"):
+        select("pallas", "cpu", config(), request)
+    with pytest.raises(InvalidArgument, match="there is: auto, pallas, xla"):
+        select("magic", "gpu", config(), request)

@@ -1,0 +1,63 @@
+"""Mixtures of experts: every way of grouping the products gives the same result."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.experts import Experts, choose, route
+from llmos.drivers.jax.modules import random
+
+CONFIG = DecoderConfig(
+    vocab_size=8,
+    hidden=16,
+    layers=1,
+    heads=2,
+    kv_heads=2,
+    head_dim=8,
+    intermediate=8,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_positions=64,
+    experts=6,
+    active_experts=2,
+    expert_intermediate=12,
+)
+
+
+def plain(experts: Experts, row: np.ndarray, shares: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """One token, expert by expert."""
+    gate, up, down = (np.asarray(part[...], np.float64) for part in (experts.gate, experts.up, experts.down))
+    total = np.zeros(16)
+    for share, index in zip(shares, chosen):
+        opened = gate[index] @ row
+        total += share * (down[index] @ (opened / (1 + np.exp(-opened)) * (up[index] @ row)))
+    return total
+
+
+def test_all_groupings_agree() -> None:
+    experts = Experts(CONFIG, random(jnp.float32, 0))
+    rows = jax.random.normal(jax.random.key(1), (5, 16))
+    shares, chosen = route(experts.router(rows), 2, True)
+    expected = [plain(experts, *map(np.asarray, parts)) for parts in zip(rows, shares, chosen)]
+    for run in (experts.gathered, experts.ragged, experts.turns):
+        np.testing.assert_allclose(run(rows, shares, chosen), expected, atol=2e-5)
+
+
+def test_shares_are_of_all_experts_or_of_the_chosen() -> None:
+    logits = jnp.log(jnp.asarray([[0.5, 0.1, 0.3, 0.1]]))
+    shares, chosen = route(logits, 2, False)
+    assert chosen.tolist() == [[0, 2]]
+    np.testing.assert_allclose(shares, [[0.5, 0.3]], rtol=1e-6)
+    np.testing.assert_allclose(route(logits, 2, True)[0], [[0.625, 0.375]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "platform", "grouping"),
+    [(8, "gpu", "gather"), (8, "cpu", "gather"), (65, "gpu", "ragged"), (65, "cpu", "turns")],
+)
+def test_few_tokens_gather_and_many_are_grouped(assignments: int, platform: str, grouping: str) -> None:
+    assert choose(assignments, 128, platform) == grouping

@@ -1,0 +1,74 @@
+"""The null driver keeps the driver contract, so that what is tested on it holds for real ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llmos.drivers.null.driver import NullDriver, next_token
+from llmos.drivers.sdk.messages import Chunk, Growth, LoadRequest, Quantum, Start, Step
+from llmos.ipc.errors import InvalidArgument, NotFound
+
+
+@pytest.fixture
+def driver() -> NullDriver:
+    made = NullDriver()
+    request = LoadRequest(
+        model="m", source="", slots=2, pages=8, page_tokens=4, max_context=32, chunk_tokens=8
+    )
+    made.load(request, lambda progress: None)
+    return made
+
+
+def start(slot: int = 0, tokens: list[int] | None = None, **more: Any) -> Start:
+    tokens = tokens or [1, 2, 3]
+    return Start(slot=slot, tokens=tokens, prompt=len(tokens), **{"pages": [0, 1, 2], "limit": 12} | more)
+
+
+def run(driver: NullDriver, steps: int, **fields: Any) -> list[Step]:
+    return [pending() for pending in driver.execute(Quantum(id=1, model="m", steps=steps, **fields))]
+
+
+def test_a_sequence_continues_as_its_tokens_say_wherever_it_sits(driver: NullDriver) -> None:
+    alone = run(driver, 3, start=[start()], chunks=[Chunk(0, 0, 0, 3)], decode=[0])
+    tokens = [step.tokens[0] for step in alone]
+    assert tokens[0] == next_token([1, 2, 3])
+    again = start(1, [1, 2, 3, *tokens[:2]], pages=[3, 4, 5])
+    (step,) = run(driver, 1, release=[0], start=[again], chunks=[Chunk(0, 1, 0, 5)])
+    assert step.tokens == [tokens[2]]
+
+
+def test_length_and_stop_end_a_sequence_and_it_then_holds_still(driver: NullDriver) -> None:
+    steps = run(driver, 8, start=[start(limit=5)], chunks=[Chunk(0, 0, 0, 3)], decode=[0])
+    assert [step.finished for step in steps] == [[], [(0, "length")]]
+    stop = next_token([9])
+    (step,) = run(driver, 8, start=[start(1, [9], stop=[stop])], chunks=[Chunk(0, 1, 0, 1)], decode=[1])
+    assert step.finished == [(1, "stop")]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"release": [0]},
+        {"decode": [1]},
+        {"start": [start(slot=2)]},
+        {"start": [start(), start()]},
+        {"start": [start(cached=3)]},
+        {"start": [start(pages=[8])]},
+        {"grow": [Growth(0, [1])]},
+        {"chunks": [Chunk(0, 1, 0, 1)]},
+    ],
+)
+def test_what_names_a_slot_or_page_that_is_not_there_is_refused(driver: NullDriver, fields: Any) -> None:
+    with pytest.raises(InvalidArgument):
+        run(driver, 1, **fields)
+
+
+def test_an_unknown_model_is_refused_and_reset_empties_a_known_one(driver: NullDriver) -> None:
+    other = Quantum(id=1, model="other", steps=1)
+    with pytest.raises(NotFound):
+        driver.execute(other)
+    run(driver, 1, start=[start()])
+    driver.reset("m")
+    run(driver, 1, start=[start()])

@@ -1,0 +1,140 @@
+"""The executor: two steps in flight, quanta in order, a preempt between steps, each answered once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmos.drivers.sdk.driver import Driver, PendingStep
+from llmos.drivers.sdk.executor import Executor
+from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
+from llmos.ipc.errors import Canceled, InvalidArgument, IOFailure, LLMOSError
+
+
+class Scripted(Driver):
+    """Notes what is asked of it; ``fail_at`` names (quantum, step) whose result is an error."""
+
+    def __init__(self, fail_at: tuple[int, int] = (0, 0), refuse: int = 0) -> None:
+        self.log: list[str] = []
+        self.in_flight = self.most_in_flight = 0
+        self._fail_at = fail_at
+        self._refuse = refuse
+
+    def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
+        if quantum.id == self._refuse:
+            raise InvalidArgument("refused")
+        self.log.append(f"begin {quantum.id}")
+        return self._steps(quantum)
+
+    def _steps(self, quantum: Quantum) -> Iterator[PendingStep]:
+        for index in range(quantum.steps):
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            self.log.append(f"dispatch {quantum.id}.{index}")
+            yield lambda index=index: self._result(quantum.id, index)  # type: ignore[misc]
+
+    def _result(self, quantum: int, index: int) -> Step:
+        self.in_flight -= 1
+        if (quantum, index) == self._fail_at:
+            raise IOFailure("the device failed")
+        return Step(quantum, index, [], [], [], 0)
+
+
+class Notes:
+    """A sink that writes down what it gets."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.ended: list[QuantumDone | LLMOSError] = []
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def done(self, done: QuantumDone) -> None:
+        self.ended.append(done)
+
+    def fail(self, error: LLMOSError) -> None:
+        self.ended.append(error)
+
+
+def quantum(id: int, steps: int) -> Quantum:
+    return Quantum(id=id, model="m", steps=steps)
+
+
+def run(executor: Executor) -> None:
+    while executor.advance():
+        pass
+
+
+def test_results_come_in_order_and_each_quantum_ends_once() -> None:
+    driver, notes = Scripted(), Notes()
+    executor = Executor(driver)
+    for id in (1, 2):
+        executor.submit(quantum(id, 3), notes)
+    run(executor)
+    assert [(s.quantum, s.index) for s in notes.steps] == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+    assert notes.ended == [QuantumDone(1, 3, False), QuantumDone(2, 3, False)]
+
+
+def test_two_steps_are_in_flight_across_quanta_and_never_more() -> None:
+    driver = Scripted()
+    executor = Executor(driver)
+    for id in (1, 2):
+        executor.submit(quantum(id, 2), Notes())
+    executor.advance()
+    executor.advance()
+    assert "dispatch 2.0" in driver.log, "the next quantum begins before the last one's results are in"
+    run(executor)
+    assert driver.most_in_flight == 2
+
+
+def test_a_preempt_stops_dispatching_at_the_next_step() -> None:
+    driver, notes = Scripted(), Notes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 100), notes)
+    executor.advance()
+    executor.preempt(1)
+    run(executor)
+    assert notes.ended == [QuantumDone(1, 2, True)]
+    assert len(notes.steps) == 2
+
+
+def test_a_quantum_preempted_before_it_began_still_changes_the_slots() -> None:
+    driver, notes = Scripted(), Notes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 100), notes)
+    executor.submit(quantum(2, 100), notes)
+    executor.preempt(2)
+    run(executor)
+    assert driver.log == ["begin 1", "begin 2"]
+    assert notes.ended == [QuantumDone(1, 0, True), QuantumDone(2, 0, True)]
+
+
+def test_a_refused_quantum_fails_and_the_next_runs() -> None:
+    driver, notes = Scripted(refuse=1), Notes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 1), notes)
+    executor.submit(quantum(2, 1), notes)
+    run(executor)
+    assert isinstance(notes.ended[0], InvalidArgument)
+    assert notes.ended[1] == QuantumDone(2, 1, False)
+
+
+def test_a_step_that_fails_on_the_device_ends_its_quantum() -> None:
+    driver, notes = Scripted(fail_at=(1, 1)), Notes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 5), notes)
+    run(executor)
+    assert len(notes.steps) == 1
+    assert [type(end) for end in notes.ended] == [IOFailure]
+
+
+def test_abandoning_waits_for_the_device_and_tells_every_caller() -> None:
+    driver, notes = Scripted(), Notes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 100), notes)
+    executor.submit(quantum(2, 100), notes)
+    executor.advance()
+    executor.abandon()
+    assert driver.in_flight == 0
+    assert [type(end) for end in notes.ended] == [Canceled, Canceled]
+    assert not executor.advance()
