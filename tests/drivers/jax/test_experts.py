@@ -40,11 +40,18 @@ def plain(experts: Experts, row: np.ndarray, shares: np.ndarray, chosen: np.ndar
 
 def test_all_groupings_agree() -> None:
     experts = Experts(CONFIG, random(jnp.float32, 0))
-    rows = jax.random.normal(jax.random.key(1), (5, 16))
-    shares, chosen = route(experts.router(rows), 2, True)
+    rows = jnp.asarray(np.random.default_rng(1).standard_normal((5, 16)), jnp.float32)
+
+    @jax.jit
+    def every(rows: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        shares, chosen = route(experts.router(rows), 2, True)
+        ways = (experts.gathered, experts.ragged, experts.turns)
+        return shares, chosen, [way(rows, shares, chosen) for way in ways]
+
+    shares, chosen, results = every(rows)
     expected = [plain(experts, *map(np.asarray, parts)) for parts in zip(rows, shares, chosen)]
-    for run in (experts.gathered, experts.ragged, experts.turns):
-        np.testing.assert_allclose(run(rows, shares, chosen), expected, atol=2e-5)
+    for found in results:
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_shares_are_of_all_experts_or_of_the_chosen() -> None:

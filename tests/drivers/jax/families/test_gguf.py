@@ -20,6 +20,10 @@ from llmos.ipc.errors import InvalidArgument
 
 DATA = Path(__file__).parents[3] / "data" / "families"
 NAMES = {
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -39,10 +43,6 @@ NAMES = {
     "transformer.h.": "blk.",
     "ln_1": "attn_norm",
     "ln_2": "ffn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ffn_c_fc": "ffn_up",
-    "ffn_c_proj": "ffn_down",
 }
 """What llama.cpp's converter replaces in names, in this order; norms after attention are below."""
 PLAIN_NORMS = {"post_attention_layernorm": "ffn_norm"}

@@ -29,18 +29,6 @@ from llmos.drivers.sdk.messages import LoadRequest
 
 DATA = Path(__file__).parents[3] / "data" / "families"
 DECODERS = "gemma2 gemma3 gpt2 llama mistral mixtral phi3 phi4 qwen2 qwen3 qwen3_moe".split()  # noqa: SIM905
-    "gemma2",
-    "gemma3",
-    "gpt2",
-    "llama",
-    "mistral",
-    "mixtral",
-    "phi3",
-    "phi4",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-]
 PAGE_TOKENS, CHUNK = 4, 10
 TOLERANCE = 2e-5
 """Of float32 logits, whose largest are about 4 to 10."""
