@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 EXTRA  ?= cpu
 MODEL  := smollm2-135m-instruct
 
-.PHONY: help setup demo up model test test-fast lint format bench clean
+.PHONY: help setup demo up model test test-fast test-slow lint format bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ up: setup  ## boot the system and stay in the foreground
 
 test: setup model  ## run all tests
 	@$(BIN)/python -m pytest
+
+test-slow: setup model  ## run the tests that take over half a minute each
+	@$(BIN)/python -m pytest -m slow --timeout 600
 
 test-fast: setup  ## run the tests that need no model and no minute
 	@$(BIN)/python -m pytest -m 'not model and not slow and not system'

@@ -47,7 +47,7 @@ class KernelLoop:
         self._zap = self._bind_tcp(boot.tcp) if boot.tcp else None
         self._wires = {lane: Wire(socket) for lane, socket in self._sockets.items()}
         self._deaths = select.epoll()
-        self._processes: dict[int, tuple[int, list[Connection]]] = {}
+        self._processes: dict[int, int] = {}
         self._running = True
 
     def run(self) -> None:
@@ -148,18 +148,15 @@ class KernelLoop:
                 self.verbs.close(connection)
                 return
             self._deaths.register(descriptor, select.EPOLLIN)
-            self._processes[connection.pid] = (descriptor, [])
-        self._processes[connection.pid][1].append(connection)
+            self._processes[connection.pid] = descriptor
 
     def _bury(self) -> None:
         dead = {descriptor for descriptor, _ in self._deaths.poll(0)}
-        for pid, (descriptor, connections) in list(self._processes.items()):
-            if descriptor in dead:
-                self._deaths.unregister(descriptor)
-                os.close(descriptor)
-                del self._processes[pid]
-                for connection in connections:
-                    self.verbs.close(connection)
+        for pid in [pid for pid, descriptor in self._processes.items() if descriptor in dead]:
+            self._deaths.unregister(self._processes[pid])
+            os.close(self._processes.pop(pid))
+            for connection in [c for c in self.table.connections.values() if c.pid == pid]:
+                self.verbs.close(connection)
 
     def _send(self, to: Connection, frames: list[bytes]) -> Sent:
         if to is self.verbs.own:

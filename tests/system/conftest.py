@@ -48,7 +48,7 @@ class Running:
     words: str = ""
     health: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     _key: str = ""
-    _clients: dict[str, openai.OpenAI] = field(default_factory=dict)
+    _clients: dict[tuple[str, int], openai.OpenAI] = field(default_factory=dict)
 
     @property
     def run(self) -> Path:
@@ -76,15 +76,15 @@ class Running:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def openai(self, key: str | None = None) -> openai.OpenAI:
-        """The official client, which does not try again: what is asked once must be answered."""
+    def openai(self, key: str | None = None, retries: int = 0) -> openai.OpenAI:
+        """The official client; without ``retries`` what is asked once must be answered."""
         key = self.key if key is None else key
-        if key not in self._clients:
-            self._clients[key] = openai.OpenAI(
-                base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120.0,
+        if (key, retries) not in self._clients:
+            self._clients[key, retries] = openai.OpenAI(
+                base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=120.0,
                 http_client=httpx.Client(trust_env=False),
             )  # fmt: skip
-        return self._clients[key]
+        return self._clients[key, retries]
 
     def close(self) -> None:
         for client in self._clients.values():
@@ -106,9 +106,10 @@ class Running:
         return next(process for process in self.status().processes if process.name == name)
 
     def kill(self, name: str) -> int:
-        """kill -9 one process; the id that it had."""
+        """kill -9 one process; the id that it had. It is dead when this returns."""
         pid = self.process(name).pid
         os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not runs(pid), what=f"the end of {name}")
         return pid
 
     def wait_restarted(self, name: str, old: int) -> None:
@@ -162,7 +163,11 @@ def boot(running: Running) -> None:
     """``llmos up --detach``, asking after the system's health until it returns."""
     with (running.folder / "up.log").open("w") as log:
         process = subprocess.Popen(
-            [str(LLMOS), "up", "--detach"], env=running.environment, cwd=running.folder, stdout=log, stderr=log
+            [str(LLMOS), "up", "--detach"],
+            env=running.environment,
+            cwd=running.folder,
+            stdout=log,
+            stderr=log,
         )
     deadline = time.monotonic() + BOOT_SECONDS
     with running.http() as http:
@@ -178,10 +183,18 @@ def boot(running: Running) -> None:
     assert process.wait() == 0, running.words
 
 
+def runs(pid: int) -> bool:
+    """Whether a process still does anything; one that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def left_behind(running: Running, known: Status) -> list[str]:
     """Processes of a system that has stopped, and what is still in its run folder."""
     pids = [known.pid, *(process.pid for process in known.processes)]
-    processes = [f"process {pid}" for pid in pids if pid and Path(f"/proc/{pid}").exists()]
+    processes = [f"process {pid}" for pid in pids if pid and runs(pid)]
     return processes + [str(path) for path in running.run.rglob("*")]
 
 

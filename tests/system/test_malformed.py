@@ -13,6 +13,7 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.conftest import wait_until
 
 from llmos.ipc import codec, header, limits, paths
 from llmos.ipc.errors import LLMOSError
@@ -31,7 +32,12 @@ METHODS = (
 )  # fmt: skip
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text() | st.binary(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 64) - 1)
+    | st.floats()
+    | st.text()
+    | st.binary(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
@@ -61,6 +67,13 @@ class Guard:
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
 
+    def wait(self) -> None:
+        """Wait for one more answer to a question that is asked from now on."""
+        seen = self.answers
+        wait_until(
+            lambda: self.answers > seen + 1 or bool(self.failures), what="an answer to the good client"
+        )
+
     def _work(self) -> None:
         with self._up.client() as client:
             while not self._stopped.is_set():
@@ -80,10 +93,13 @@ def unharmed(up: Any) -> Iterator[None]:
     """After the test no process was restarted, a good client was answered throughout, and a chat works."""
     before = {process.name: process.pid for process in up.status().processes}
     guard = Guard(up)
-    yield
-    guard.stop()
+    try:
+        guard.wait()
+        yield
+        guard.wait()
+    finally:
+        guard.stop()
     assert guard.failures == []
-    assert guard.answers > 0
     assert {process.name: process.pid for process in up.status().processes} == before
     answer = up.openai().chat.completions.create(
         model=DEFAULT_MODEL, max_tokens=4, messages=[{"role": "user", "content": "Hi"}]

@@ -47,9 +47,7 @@ def test_a_chat_is_answered_sensibly_with_its_usage(up: Any) -> None:
 def test_a_stream_says_the_same_in_pieces_with_its_usage_at_the_end(up: Any) -> None:
     client = up.openai()
     whole = client.chat.completions.create(**ask())
-    chunks = list(
-        client.chat.completions.create(**ask(stream=True, stream_options={"include_usage": True}))
-    )
+    chunks = list(client.chat.completions.create(**ask(stream=True, stream_options={"include_usage": True})))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].message.content
     assert len([piece for piece in pieces if piece]) > 1

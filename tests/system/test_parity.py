@@ -16,6 +16,7 @@ from llmos.services.scheduler.messages import Finished, Submit, Tokens
 pytestmark = [pytest.mark.system, pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(600)]
 
 LENGTH = 64
+PAGE = 16
 CASES = ["short", "chat", "long", "non-latin", "code", "chat-code", "chat-turns", "chat-long", "data"]
 CACHED = ["long", "non-latin", "code", "chat-turns"]
 Output = tuple[list[int], Finished]
@@ -72,9 +73,15 @@ def test_from_a_cached_prefix(up: Any, reference: dict[str, Any], name: str) -> 
     check(reference, case, again)
 
 
-def test_in_a_mixed_batch_of_sixteen(up: Any, reference: dict[str, Any]) -> None:
+@pytest.mark.parametrize("cached", [False, True], ids=["nothing-cached", "all-cached"])
+def test_in_a_mixed_batch_of_sixteen(up: Any, reference: dict[str, Any], cached: bool) -> None:
     cases = (reference["cases"] * 2)[:16]
-    for case, output in zip(cases, generate(up, *(case["prompt"] for case in cases)), strict=True):
+    if not cached:  # memory that was started anew knows no prefix
+        up.wait_restarted("memory", up.kill("memory"))
+    outputs = generate(up, *(case["prompt"] for case in cases))
+    hits = [finished.cached_tokens > 0 for _, finished in outputs[: len(CASES)]]
+    assert hits == [cached and len(case["prompt"]) > PAGE for case in cases[: len(CASES)]]
+    for case, output in zip(cases, outputs, strict=True):
         check(reference, case, output)
 
 

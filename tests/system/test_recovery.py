@@ -1,10 +1,11 @@
-"""kill -9 of any one process: it is back by itself and the next request works; streams go on where they can."""
+"""kill -9 of any one process: it is back by itself, the next request works, and streams go on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import openai
 import pytest
 
 from llmos.services.manifest import DEFAULT_MODEL
@@ -17,8 +18,9 @@ LENGTH = 64
 SEEN = 10
 
 
-def say(up: Any, key: str) -> str:
-    answer = up.openai(key).chat.completions.create(
+def say(up: Any) -> str:
+    """One question, by the official client as it comes: it repeats what a dying server took with it."""
+    answer = up.openai(retries=openai.DEFAULT_MAX_RETRIES).chat.completions.create(
         model=DEFAULT_MODEL, temperature=0, max_tokens=8,
         messages=[{"role": "user", "content": "What is the capital of France?"}],
     )  # fmt: skip
@@ -27,12 +29,14 @@ def say(up: Any, key: str) -> str:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_process_killed_while_idle_is_back_by_itself_and_the_next_request_works(up: Any, name: str) -> None:
-    before = say(up, up.key)
+    before = say(up)
     others = {process.name: process.pid for process in up.status().processes if process.name != name}
     restarts = up.process(name).restarts
     old = up.kill(name)
+    if name == "gateway":  # there is nobody to ask until it listens again
+        up.wait_restarted(name, old)
+    assert say(up) == before, "asked at once with the same key, the answer is the same"
     up.wait_restarted(name, old)
-    assert say(up, up.key) == before, "the same key, the same answer"
     assert up.process(name).restarts == restarts + 1
     assert {p.name: p.pid for p in up.status().processes if p.name != name} == others, "nobody else was hurt"
     up.wait_healthy()
@@ -44,14 +48,13 @@ def stream(up: Any, prompt: list[int], disturb: Callable[[], None] | None = None
         model=DEFAULT_MODEL, prompt=prompt, max_tokens=LENGTH, temperature=0, stream=True,
         stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
     )  # fmt: skip
-    text, pieces, tokens = "", 0, 0
-    for chunk in chunks:
+    text, tokens = "", 0
+    for number, chunk in enumerate(chunks):
         if chunk.usage is not None:
             tokens = chunk.usage.completion_tokens
         for choice in chunk.choices:
             text += choice.text
-        pieces += 1
-        if pieces == SEEN and disturb is not None:
+        if number == SEEN and disturb is not None:
             disturb()
     return text, tokens
 

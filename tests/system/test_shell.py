@@ -86,7 +86,8 @@ def test_a_model_is_unloaded_and_loaded_by_name(up: Any) -> None:
     assert f"llmos load {DEFAULT_MODEL}" in refused.stderr
     done = up.llmos("load", DEFAULT_MODEL, timeout=300.0)
     assert done.returncode == 0, done.stderr
-    assert "load: " in done.stderr
+    assert done.stderr.startswith(f"load {DEFAULT_MODEL}: ")
+    assert f"model {DEFAULT_MODEL} is ready on jax0" in done.stderr
     assert up.llmos("run", DEFAULT_MODEL, "hi", "--max-tokens", "2").returncode == 0
     up.wait_healthy()
 
