@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import zmq
 
 from llmos.ipc import codec, header, sockets
 from llmos.ipc.calls import Answer, CallTable, Listener
-from llmos.ipc.errors import HostDown, LLMOSError
+from llmos.ipc.errors import Busy, HostDown, LLMOSError
 from llmos.ipc.header import VERSION, Header, Kind
 from llmos.ipc.sockets import CurveClient, Wire, to_bytes
 from llmos.kernel.messages import Hello, Welcome
@@ -112,10 +113,15 @@ class Link:
     def close(self) -> None:
         """Leave; the kernel forgets this connection's capabilities and cancels its calls."""
         if not self.socket.closed:
-            self.verb("bye", None)
+            with suppress(Busy):
+                self.verb("bye", None)
             self.socket.disable_monitor()
             self.monitor.close(linger=0)
             self.socket.close(linger=200)
 
     def _send(self, head: Header, body: bytes) -> None:
-        self.wire.send([header.encode(head), body])
+        try:
+            self.wire.send([header.encode(head), body])
+        except zmq.Again:
+            self.calls.drop(head.id)
+            raise Busy("the queue to the kernel is full, or it admits no connection from here") from None

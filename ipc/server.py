@@ -302,7 +302,11 @@ class Server:
             kind, body = Kind.ERROR, codec.encode_error(error)
         connection, id = incoming.key
         head = header.encode(Header(VERSION, kind, connection, "", id, 0, incoming.head.trace))
-        self.data.wire.send([head, body])
+        try:
+            self.data.wire.send([head, body])
+        except zmq.Again:
+            # The kernel has not read for a long time; the call ends by its deadline.
+            log.error("the queue to the kernel is full: an answer was dropped")
 
     def _find_handlers(self) -> dict[str, _Handler]:
         found = {}
