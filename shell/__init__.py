@@ -6,8 +6,9 @@ progress.py   bars for what takes longer than a moment
 session.py    the connection of the local user
 boot.py       up, down
 processes.py  ps
+tasks.py      kill, nice, stop, cont, free
 generate.py   run, chat
-catalogue.py  models, pull
+catalogue.py  models, load, unload, pull
 keys.py       cap
 doctor.py     doctor; about.py version
 demo.py       ``python -m llmos.shell.demo``: the whole system, from nothing to an answer and back

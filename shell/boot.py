@@ -200,7 +200,7 @@ def _attend(supervisor: subprocess.Popen[bytes]) -> int:
 def _trouble(line: ModelLine) -> str:
     """Why a model cannot be used."""
     if line.state == "missing":
-        return f"model {line.name} is missing: llmos pull {line.name}, then llmos down and llmos up"
+        return f"model {line.name} is missing: llmos pull {line.name}, then llmos load {line.name}"
     return f"model {line.name} could not be loaded: {line.error or line.state} (llmos doctor says more)"
 
 

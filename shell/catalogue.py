@@ -1,19 +1,23 @@
-"""``llmos models`` and ``llmos pull``: what there is, and getting more."""
+"""``llmos models``, ``load``, ``unload`` and ``pull``: what there is, what is in use, and getting more."""
 
 from __future__ import annotations
 
 import argparse
+import time
 
+from llmos.drivers.sdk.messages import LoadProgress
 from llmos.ipc import paths
 from llmos.ipc.client import Client
 from llmos.ipc.errors import HostDown
 from llmos.services.models import catalog, store
-from llmos.services.models.messages import ModelLine, ModelList
+from llmos.services.models.messages import Load, ModelLine, ModelList, Unload
 from llmos.services.models.store import PullProgress
 from llmos.shell import session
 from llmos.shell.output import count, say, table
 from llmos.shell.progress import Bar
 
+LOAD_SECONDS = 3600.0
+UNLOAD_SECONDS = 120.0
 COLUMNS = ("MODEL", "STATE", "DRIVER", "FAMILY", "PARAMETERS", "CONTEXT", "NOTE")
 
 
@@ -48,8 +52,38 @@ def _served(line: ModelLine) -> tuple[str, ...]:
         note = f"{line.phase} {100 * line.progress:.0f}%"
     elif line.state == "missing":
         note = f"llmos pull {line.name}"
+    elif line.state == "unloaded":
+        note = f"llmos load {line.name}"
     parameters = count(line.parameters) if line.parameters else ""
     return line.name, line.state, line.driver, line.family, parameters, str(line.context or ""), note
+
+
+def load(options: argparse.Namespace) -> int:
+    """Load a model of the manifest onto its driver, and wait until it is ready."""
+    began = time.monotonic()
+    with session.connect() as client:
+        line = load_with_bar(client, options.model)
+    say(f"model {line.name} is ready on {line.driver} after {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def load_with_bar(client: Client, model: str) -> ModelLine:
+    """Load a model while a bar shows how far it is; the model as it is listed then."""
+    with Bar(f"load {model}") as bar:
+        answers = client.stream("models.load", Load(model), LoadProgress, ModelLine, timeout=LOAD_SECONDS)
+        for answer in answers:
+            if isinstance(answer, ModelLine):
+                return answer
+            bar.update(answer.phase, answer.done, answer.total)
+    raise HostDown(f"the load of {model} ended without an answer; see: llmos models")
+
+
+def unload(options: argparse.Namespace) -> int:
+    """Take a model from its driver; its memory is free when this returns."""
+    with session.connect() as client:
+        client.call("models.unload", Unload(options.model), timeout=UNLOAD_SECONDS)
+    say(f"model {options.model} is unloaded; again by: llmos load {options.model}")
+    return 0
 
 
 def pull(options: argparse.Namespace) -> int:

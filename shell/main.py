@@ -90,10 +90,35 @@ def _system_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Waits until every process is gone. Succeeds as well when nothing was running.",
     )  # fmt: skip
     _verb(verbs, "ps", "processes:ps", "show the processes and the tasks")
+    _task_verbs(verbs)
     _verb(verbs, "version", "about:version", "print the version")
     _verb(
         verbs, "doctor", "doctor:doctor", "check the installation and the running system",
         "Says for each problem what to do about it; the exit status is 1 if something is broken.",
+    )  # fmt: skip
+
+
+def _task_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    each = {
+        "kill": _verb(verbs, "kill", "tasks:kill", "end tasks", "Their callers are told that they were."),
+        "nice": _verb(
+            verbs, "nice", "tasks:nice", "move tasks to another priority band",
+            "Up to your own ceiling; into realtime only what can keep its deadline there.",
+        ),
+        "stop": _verb(
+            verbs, "stop", "tasks:stop", "take tasks off the device until llmos cont",
+            "They stay in memory, and continue exactly where they were.",
+        ),
+        "cont": _verb(
+            verbs, "cont", "tasks:cont", "let stopped tasks go on", "At the front of their tenant's line.",
+        ),
+    }  # fmt: skip
+    each["nice"].add_argument("band", choices=BANDS, metavar="BAND", help=f"one of: {', '.join(BANDS)}")
+    for verb in each.values():
+        verb.add_argument("task", type=int, nargs="+", metavar="TASK", help="a number from: llmos ps")
+    _verb(
+        verbs, "free", "tasks:free", "show the memory of each model and whose it is",
+        "Pages of KV cache: owned by tasks, kept as prefix cache, or free.",
     )  # fmt: skip
 
 
@@ -133,6 +158,17 @@ def _model_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         verbs, "models", "catalogue:models", "list the models",
         "Those the running system serves and their state, and those that were pulled.",
     )  # fmt: skip
+    load = _verb(
+        verbs, "load", "catalogue:load", "load a model onto its driver",
+        "One of the manifest that was unloaded, that failed, or whose files were pulled since; shows how far "
+        "it is, and returns when it is ready.",
+    )  # fmt: skip
+    load.add_argument("model", metavar="MODEL", help="a name from: llmos models")
+    unload = _verb(
+        verbs, "unload", "catalogue:unload", "take a model from its driver",
+        "Requests for it are refused from then on; its memory is free when the command returns.",
+    )  # fmt: skip
+    unload.add_argument("model", metavar="MODEL", help="a name from: llmos models")
     pull = _verb(verbs, "pull", "catalogue:pull", "fetch a model into the cache")
     pull.add_argument("reference", metavar="MODEL", help="a known name, hf:OWNER/NAME[@REVISION], or "
                       "file:PATH of a GGUF file or of a folder of safetensors")  # fmt: skip

@@ -9,7 +9,7 @@ from benchmarks.scheduling.experiments import EXPERIMENTS
 
 
 def main() -> None:
-    """Run the experiments named, or all; draw what can be drawn where a folder is given (needs matplotlib)."""
+    """Run the experiments named, or all; draw what can be drawn where a folder is given."""
     parser = arguments("Scheduling policies on the same traffic, in simulated time.")
     parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], help="default: all")
     parser.add_argument("--images", type=Path, help="a folder for plots")

@@ -82,9 +82,14 @@ def realtime(rate: float, count: int = 500) -> list[Task]:
     return traffic.made
 
 
-def flood(size: int) -> list[Task]:
-    """A busy system of three tenants at some 0.8 of what it can do; one sends ``size`` more at once."""
+def flood(size: int, saturated: bool) -> list[Task]:
+    """Three tenants at some 0.8 of what can be done, or one of them with more than that; the flooder sends
+    ``size`` requests more at once."""
     traffic = Traffic()
+    for _ in range(800 * saturated):
+        traffic.task(
+            "interactive", "third", traffic.random.randint(64, 512), traffic.random.randint(64, 192), 0.0
+        )
     for tenant, rate in (("victim", 4.0), ("flooder", 10.0), ("third", 10.0)):
         traffic.poisson("interactive", tenant, rate, 16.0, (64, 512), (64, 192))
     for _ in range(size):
@@ -94,7 +99,7 @@ def flood(size: int) -> list[Task]:
     return traffic.made
 
 
-def backlog(weights: list[float], each: int = 60) -> list[Task]:
+def backlog(weights: list[float], each: int = 400) -> list[Task]:
     """Tenants with more to do than can be done; each asks in its own sizes."""
     traffic = Traffic()
     for i, weight in enumerate(weights):

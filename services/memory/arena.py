@@ -268,7 +268,7 @@ def restore(message: messages.Restore) -> Arena:
     sharing = Counter(page for holding in message.tasks for page in holding.pages)
     for holding in message.tasks:
         _check_holding(arena, holding)
-        task = Task(holding.tenant, 0, _pack(holding.tokens), list(holding.pages))
+        task = Task(holding.tenant, holding.quota, _pack(holding.tokens), list(holding.pages))
         task.computed = holding.computed
         for page in task.pages:
             if arena.pool.is_free(page):
@@ -308,6 +308,8 @@ def _check_holding(arena: Arena, holding: Holding) -> None:
         raise InvalidArgument(
             f"task {holding.task} holds pages that are not {len(holding.pages)} different ones"
         )
+    if holding.quota < 0:
+        raise InvalidArgument(f"task {holding.task}: a quota of {holding.quota} pages")
     if not 0 <= holding.computed <= min(len(holding.tokens), len(holding.pages) * spec.page_tokens):
         raise InvalidArgument(
             f"task {holding.task}: {holding.computed} tokens cannot be computed in its pages"

@@ -70,13 +70,15 @@ class Free(msgspec.Struct, frozen=True):
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """What one task holds, told by the scheduler when memory was started anew."""
+    """What one task holds, told by the scheduler when memory was started anew. ``quota`` bounds the pages
+    of its tenant, 0 for no bound."""
 
     task: int
     tenant: str
     pages: list[int]
     tokens: list[int]
     computed: int
+    quota: int = 0
 
 
 class Restore(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,12 @@
 
 messages.py   the link
 task.py       one task, as plain state
+steptime.py   how long a step takes, fitted from measured steps (pure)
+admission.py  can a deadline be kept? realtime tasks run ahead of time (pure)
+promises.py   the deadlines that a host has promised, and when lower bands hold still for them (pure)
+limits.py     tokens per minute (pure)
+prefixes.py   prompts that begin alike: who computes it, where it was seen (pure)
+placing.py    on which host a task runs (pure)
 queue.py      who is next: bands, deadlines, fairness between tenants, aging (pure)
 host.py       one model on one driver: slots, quanta in flight, results applied (pure)
 compose.py    a host's state -> its next quantum (pure)
@@ -9,4 +15,5 @@ displace.py   who must give way (pure)
 core.py       what happens on every event; asks for effects through an interface (no I/O, no clock)
 effects.py    those effects as messages to memory, the drivers and the callers
 server.py     the message handlers
+simulator.py  the core and memory's policy in simulated time
 """

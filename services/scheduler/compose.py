@@ -6,21 +6,28 @@ from llmos.drivers.sdk.messages import Chunk, Growth, Quantum, Start
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.task import Place, Task
 
+STEP_BUDGET = (0.025, 0.050, 0.050)  # seconds of a step while a task of each band decodes
+STRETCH = (1.5, 2.0, 2.0)  # a step without prefill may take longer than that; then so much longer with it
+LEAST_CHUNK = 16
+
 
 def compose(host: Host, id: int, max_steps: int) -> Quantum | None:
     """The next quantum of a host, or None where there is nothing to do.
 
-    Prompts are prefilled in order of rank and arrival, at most ``chunk_tokens`` of them in a step; a quantum
-    that prefills is as long as its chunks need, so that new arrivals join soon. Everyone else decodes in
-    every step, except who lacks the pages for all of them.
+    Prompts are prefilled in order of urgency and arrival, in each step as many of their tokens as the budget
+    of those who decode allows; a quantum that prefills is as long as its chunks need, so that new arrivals
+    join soon. Everyone else decodes in every step, except who lacks the pages for all of them, and in a
+    crunch, or while a realtime task starts, everyone who is not realtime.
     """
     starts = [task for task in host.starting if task.place is Place.READY]
     for task in starts:
         task.place = Place.RUNNING
-    tasks = [task for task in host.running if task.place is Place.RUNNING]
-    chunks, last_step = _prefill(host, tasks, max_steps)
-    steps = _length(host, tasks, chunks, last_step, max_steps)
-    decode = [task.slot for task in tasks if _decode(host, task, last_step.get(task.slot), steps)]
+    tasks = [task for task in host.slots if task is not None and task.place is Place.RUNNING]
+    host.solo = _starts_alone(host, starts)
+    active = [task for task in tasks if task.rank == 0] if host.crunch or host.solo else tasks
+    chunks, last_step = _prefill(host, active, max_steps)
+    steps = _length(host, active, chunks, last_step, max_steps)
+    decode = [task.slot for task in active if _decode(host, task, last_step.get(task.slot), steps)]
     if not (steps or starts or host.releasing):
         return None
     quantum = Quantum(
@@ -35,6 +42,13 @@ def compose(host: Host, id: int, max_steps: int) -> Quantum | None:
     )
     host.starting, host.releasing, host.growth = [], [], {}
     return quantum
+
+
+def _starts_alone(host: Host, starts: list[Task]) -> bool:
+    """Whether the others hold still for the one step that gives a realtime task its first token; not for a
+    long prompt, and not twice in a row."""
+    left = [task.base - task.prefilled for task in starts if task.rank == 0]
+    return bool(left) and not host.solo and sum(left) <= host.model.chunk_tokens
 
 
 def _start(task: Task) -> Start:
@@ -54,18 +68,49 @@ def _prefill(host: Host, tasks: list[Task], max_steps: int) -> tuple[list[Chunk]
     """Chunks for the prompts that are not computed yet, and the step in which each of them is complete."""
     chunks: list[Chunk] = []
     complete: dict[int, int] = {}
-    step, room = 0, host.model.chunk_tokens
-    for task in sorted(tasks, key=lambda t: (t.rank, t.deadline or float("inf"), t.arrived)):
+    todo = [task for task in tasks if task.prefilled < task.base]
+    if not todo:
+        return chunks, complete
+    rank, room = decode_room(host, tasks)
+    step, used = 0, 0
+    for task in sorted(todo, key=lambda t: (t.urgency, t.arrived, t.id)):
+        # In realtime only deadlines count, and they are kept soonest by the largest chunks.
+        limit = host.model.chunk_tokens if task.rank < rank or task.rank == 0 else room
         while task.prefilled < task.base and step < max_steps:
-            length = min(room, task.base - task.prefilled)
+            if used >= limit:
+                step, used = step + 1, 0
+                continue
+            length = min(limit - used, task.base - task.prefilled)
             chunks.append(Chunk(step, task.slot, task.prefilled, length))
             task.prefilled += length
-            room -= length
+            used += length
             if task.prefilled == task.base:
                 complete[task.slot] = step
-            if room == 0:
-                step, room = step + 1, host.model.chunk_tokens
     return chunks, complete
+
+
+def decode_room(host: Host, tasks: list[Task]) -> tuple[int, int]:
+    """The most urgent band that decodes, and how many tokens a step may prefill beside it."""
+    decoding = [task for task in tasks if task.prefilled >= task.base]
+    rank = min((task.rank for task in decoding), default=2)
+    context = sum(len(task.tokens) for task in decoding)
+    return rank, chunk_room(host, rank, len(decoding), context)
+
+
+def chunk_room(host: Host, rank: int, rows: float, context: float) -> int:
+    """Prompt tokens that fit in a step beside ``rows`` of a band: halves of the largest chunk (few shapes
+    to compile), such that the step stays within the band's budget, or within a multiple of what it takes
+    anyway; never less than a page or a sixteenth."""
+    full = host.model.chunk_tokens
+    if not host.times or not rows:
+        return full
+    least = max(1, min(full, max(host.model.page_tokens, full // LEAST_CHUNK)))
+    alone = host.times.seconds(rows, context, 0)
+    budget = max(STEP_BUDGET[rank], STRETCH[rank] * alone)
+    room = host.times.prefill_room(rows, context, budget)
+    while full > room and full > least:
+        full = max(least, full // 2)
+    return full
 
 
 def _length(

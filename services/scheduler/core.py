@@ -11,12 +11,14 @@ import itertools
 from typing import Protocol
 
 from llmos.drivers.sdk.messages import LoadedModel, Quantum, QuantumDone, Step
-from llmos.ipc.errors import IOFailure, LLMOSError
-from llmos.services.scheduler import displace
+from llmos.ipc.errors import IOFailure, LLMOSError, NoMemory
+from llmos.ipc.grant import Band
+from llmos.services.scheduler import displace, promises
 from llmos.services.scheduler.compose import compose
 from llmos.services.scheduler.host import Host, Produced
 from llmos.services.scheduler.messages import Reason
-from llmos.services.scheduler.queue import Counters, TaskQueue
+from llmos.services.scheduler.placing import Placing
+from llmos.services.scheduler.queue import REALTIME_LOOKAHEAD, Counters, TaskQueue
 from llmos.services.scheduler.task import Place, Task
 
 AHEAD = 4  # quanta whose pages a task is given ahead of need
@@ -42,6 +44,8 @@ class Core:
         self._effects = effects
         self._max_steps = max_steps
         self._quanta = itertools.count(1)
+        self._placing = self._new_placing()
+        self._capped: set[str] = set()  # tenants whose page quota is used up
         self.counters = Counters()
         self.hosts: dict[str, Host] = {}
         self.queues: dict[str, TaskQueue] = {}
@@ -53,7 +57,9 @@ class Core:
     # --- events: tasks ---
 
     def submit(self, task: Task, now: float) -> None:
-        """A task arrived, and was found admissible."""
+        """A task arrived, and was found admissible. A realtime task whose deadline cannot be kept is refused
+        by TimedOut or NoMemory with ``earliest``, before any effect."""
+        self._promise(task, now)
         task.queued_at = now
         self.tasks[task.id] = task
         self.counters.enter(task.tenant)
@@ -66,8 +72,52 @@ class Core:
             self._finish(task, None, error)
             self._pump(task.model, now)
 
+    def nice(self, task: Task, band: Band, now: float) -> None:
+        """Move a task to another band; into realtime only if its deadline can be kept there."""
+        before = task.band
+        if band == before:
+            return
+        task.band = band
+        try:
+            self._promise(task, now)
+        except LLMOSError:
+            task.band = before
+            raise
+        if task.place is Place.WAITING:
+            task.band = before
+            self.queues[task.model].remove(task)
+            task.band = band
+            self.queues[task.model].push(task)
+        self._pump(task.model, now)
+
+    def stop(self, task: Task, now: float) -> None:
+        """Take a task from the device or the queue until ``cont``. It keeps its pages while nobody needs
+        them; what is in flight for it is dropped, and will be produced again."""
+        if task.place is Place.STOPPED:
+            return
+        host = self.hosts.get(task.arena)
+        if task.place is Place.WAITING:
+            self.queues[task.model].remove(task, Place.STOPPED)
+        elif task.place is Place.HELD:
+            self._unhold(task)
+        elif host is not None:
+            self._leave(host, task)
+        task.place = Place.STOPPED
+        self._break_promise(task)
+        self._pump(task.model, now)
+
+    def cont(self, task: Task, now: float) -> None:
+        """Let a stopped task go on, at the front of its tenant's line; a deadline has to be promised anew."""
+        if task.place is Place.STOPPED:
+            self._promise(task, now)
+            self.queues[task.model].push(task, front=True)
+            self._pump(task.model, now)
+
     def running_of(self, tenant: str) -> int:
-        return sum(t.tenant == tenant for host in self.hosts.values() for t in host.running)
+        return sum(host.tenants[tenant] for host in self.hosts.values())
+
+    def waiting_of(self, tenant: str) -> int:
+        return sum(queue.waiting[tenant] for queue in self.queues.values())
 
     # --- events: hosts ---
 
@@ -76,7 +126,8 @@ class Core:
         host.ready = True
         self.models[host.model.model] = host.model
         self.hosts[host.arena] = host
-        self.queues.setdefault(host.model.model, TaskQueue(self.counters))
+        self.queues.setdefault(host.model.model, self._new_queue())
+        self._rebind(host)
         self._pump(host.model.model, now)
 
     def lose_host(self, host: Host, now: float) -> None:
@@ -84,12 +135,17 @@ class Core:
         if self.hosts.pop(host.arena, None) is None:
             return
         for task in sorted(host.running, key=lambda t: t.arrived, reverse=True):
-            host.leave(task)
+            self._leave(host, task)
             self._requeue(task)
-        for task in [*self.queues[host.model.model]]:
-            if task.arena == host.arena:
-                task.pages, task.computed, task.growing = [], 0, False
-                task.residence += 1
+        for task in host.promised.values():
+            task.bound = ""
+        for other in self._hosts_of(host.model.model)[:1]:
+            self._rebind(other)
+        for task in host.keepers.values():
+            task.pages, task.computed, task.growing = [], 0, False
+            task.residence += 1
+        host.keepers.clear()
+        self._capped.clear()
         self._pump(host.model.model, now)
 
     def fail_host(self, host: Host, error: LLMOSError, now: float) -> None:
@@ -109,18 +165,27 @@ class Core:
         if task.first_cached < 0:
             task.first_cached = cached
         host.begin(task, pages, cached)
+        if cached:
+            self.counters.refund(task, cached)
+            self.queues[task.model].refunded(task.tenant)
+        self._release(host.computing.advance(task, cached))
         self._run(host, now)
 
-    def refused(self, host: Host, task: Task, now: float) -> None:
-        """Memory has no pages for a seated task: take them from one of a lower band, or wait."""
+    def refused(self, host: Host, task: Task, now: float, error: NoMemory | None = None) -> None:
+        """Memory has no pages for a seated task: take them from one that is less urgent, or wait."""
         if task.place is not Place.RESERVING or self.hosts.get(host.arena) is not host:
             return
-        victim = self._page_victim(host, task)
-        if victim is not None and (victim.place is Place.WAITING or victim.rank > task.rank):
+        details = error.details if error is not None else {}
+        if details.get("quota"):
+            self._refused_by_quota(host, task, now, error)
+            return
+        needed = details.get("needed", 1)
+        victim = self._page_victim(host, task, needed if isinstance(needed, int) else 1)
+        if victim is not None and (victim.slot < 0 or victim.urgency > task.urgency):
             self._take_pages(host, victim)
             self._reserve(host, task)
             return
-        host.leave(task)
+        self._leave(host, task)
         self.queues[task.model].push(task, front=True)
         host.short_of_pages = True
 
@@ -134,12 +199,13 @@ class Core:
             if pages:
                 host.grow(task, pages)
             elif task.place is Place.RUNNING:
-                failed = True
-                self._take_pages(host, self._page_victim(host, task) or task)
+                victim = self._growth_victim(host, task) or task
+                failed = failed or victim.tenant != task.tenant or not task.max_pages
+                self._take_pages(host, victim)
         # Nobody new is let in before those who run have what they need: they would take it from each other.
         host.short_of_pages = failed
         self._run(host, now)
-        self._admit(host, now)
+        self._admit(host.model.model, now)
 
     # --- events: the driver ---
 
@@ -151,9 +217,14 @@ class Core:
                 item.task.first_token_at = now
             self.counters.charge(item.task, 0, len(item.tokens))
         self._effects.emit(produced)
-        for item in produced:
-            if item.finished is not None:
-                self._finish(item.task, "stop" if item.finished == "stop" else "length", None)
+        ended = [item for item in produced if item.finished is not None]
+        for item in ended:
+            if item.finished == "error":
+                self._finish(item.task, None, IOFailure("the device made nonsense of this task"))
+            else:
+                self._finish(item.task, item.finished, None)
+        if ended and len(self.queues[host.model.model]):
+            self._admit(host.model.model, now)
 
     def done(self, host: Host, done: QuantumDone, now: float) -> None:
         """A quantum ended."""
@@ -162,68 +233,118 @@ class Core:
         full = [task for task in flight.tasks if self._filled_page(host, task)]
         if full:
             self._effects.commit(host, full)
+        for task in full:
+            self._release(host.computing.advance(task, task.computed))
         self._pump(host.model.model, now)
+
+    # --- the order of service, for who compares it with others ---
+
+    def _new_queue(self) -> TaskQueue:
+        return TaskQueue(self.counters)
+
+    def _new_placing(self) -> Placing:
+        return Placing()
 
     # --- what follows from them ---
 
     def _pump(self, model: str, now: float) -> None:
-        for host in sorted(self.hosts.values(), key=lambda h: len(h.running)):
-            if host.model.model == model:
-                self._admit(host, now)
+        if model in self.queues:
+            self._admit(model, now)
+            for host in self._hosts_of(model):
                 self._run(host, now)
 
-    def _admit(self, host: Host, now: float) -> None:
-        """Seat waiting tasks while there are slots, or tasks of a lower band in them."""
-        queue = self.queues[host.model.model]
-        while (task := queue.peek(now, self._eligible)) is not None:
-            crowded = host.short_of_pages and host.running
-            if crowded and not task.pages and not self._page_victim_exists(host, task):
+    def _hosts_of(self, model: str) -> list[Host]:
+        return [host for host in self.hosts.values() if host.model.model == model]
+
+    def _admit(self, model: str, now: float) -> None:
+        """Seat waiting tasks while there are slots, or less urgent tasks in them."""
+        queue, hosts = self.queues[model], self._hosts_of(model)
+        passed: set[int] = set()
+        while hosts:
+            vacant = any(host.vacant for host in hosts)
+            task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task), vacant)
+            if task is None:
                 return
-            slot = host.free_slot()
-            if slot is None:
-                victim = displace.for_slot(task, host.running)
-                if victim is None:
+            place = self._placing.place(task, hosts)
+            if place is None:
+                # Only a realtime task is bound to a host; the next may be bound to another.
+                if task.rank or len(passed) >= REALTIME_LOOKAHEAD:
                     return
-                self._displace(host, victim)
-                slot = host.free_slot()
-            assert slot is not None
-            queue.take(task)
-            host.seat(task, slot)
-            task.started_at = task.started_at or now
-            if task.pages and task.arena == host.arena:
-                host.begin(task, task.pages, min(task.computed, len(task.tokens) - 1))
+                passed.add(task.id)
                 continue
-            if task.pages:
-                self._free(self.hosts[task.arena], task)
-            task.arena = host.arena
-            self._reserve(host, task)
+            host, victim = place
+            if self._held_back(host, task):
+                continue
+            if victim is not None:
+                self._displace(host, victim)
+            queue.take(task, now)
+            self._seat(host, task, now)
+
+    def _seat(self, host: Host, task: Task, now: float) -> None:
+        host.seat(task)
+        task.started_at = task.started_at or now
+        if task.pages and task.arena == host.arena:
+            host.begin(task, task.pages, min(task.computed, len(task.tokens) - 1))
+            self._run(host, now)
+            return
+        if task.pages:
+            self._free(self.hosts[task.arena], task)
+        task.arena = host.arena
+        # Charged before it is computed, so that one tenant does not take all slots at the same moment.
+        self.counters.charge(task, len(task.tokens), 0)
+        self._placing.note(host, task)
+        host.computing.begin(task, task.names or [])
+        self._reserve(host, task)
+
+    def _held_back(self, host: Host, task: Task) -> bool:
+        """Whether a task waits for another to compute their common prefix; it leaves the queue meanwhile."""
+        if task.pages or not task.names:
+            return False
+        found = host.computing.leader(task, task.names)
+        if found is None:
+            return False
+        self.queues[task.model].remove(task, Place.HELD)
+        task.arena = host.arena
+        host.computing.hold(task, *found)
+        return True
+
+    def _release(self, held: list[Task]) -> None:
+        for task in reversed(held):
+            if task.place is Place.HELD:
+                self.queues[task.model].push(task, front=True)
+
+    def _unhold(self, task: Task) -> None:
+        if (host := self.hosts.get(task.arena)) is not None:
+            host.computing.drop(task)
 
     def _run(self, host: Host, now: float) -> None:
         """Keep a quantum queued behind the running one; take the device back for who should not wait."""
-        if self._worth_preempting(host):
+        crunch = bool(host.promised) and promises.in_crunch(host, now, self._max_steps)
+        hurry, host.crunch = crunch and not host.crunch, crunch
+        if self._worth_preempting(host, hurry):
             host.draining = True
             self._effects.preempt(host, host.flight[-1].quantum.id)
+        # Who is urgent and waits for its pages comes with the next quantum: this one must not be long.
+        coming = any(t is not None and t.place is Place.RESERVING and t.rank < 2 for t in host.slots)
         while host.can_compose:
-            quantum = compose(host, next(self._quanta), self._max_steps)
+            quantum = compose(host, next(self._quanta), 1 if coming else self._max_steps)
             if quantum is None:
                 break
             host.sent(quantum)
             self._effects.execute(host, quantum)
-            for start in quantum.start:
-                task = host.slots[start.slot]
-                if task is not None:
-                    self.counters.charge(task, len(start.tokens) - start.cached, 0)
         self._grow(host)
 
-    def _worth_preempting(self, host: Host) -> bool:
-        urgent = any(task.rank < 2 for task in host.starting)
+    def _worth_preempting(self, host: Host, hurry: bool) -> bool:
+        urgent = hurry or any(
+            t is not None and t.rank < 2 and t.place in (Place.READY, Place.RESERVING) for t in host.slots
+        )
         return urgent and not host.draining and sum(f.quantum.steps - f.received for f in host.flight) > 2
 
     def _grow(self, host: Host) -> None:
         """Ask ahead for the pages that running tasks will need."""
         wants = []
-        for task in host.running:
-            if task.place is not Place.RUNNING or task.growing:
+        for task in host.slots:
+            if task is None or task.place is not Place.RUNNING or task.growing:
                 continue
             if host.capacity(task) < min(task.limit, task.planned + 2 * self._max_steps):
                 target = min(task.limit, task.planned + AHEAD * self._max_steps)
@@ -233,7 +354,9 @@ class Core:
             self._effects.grow(host, wants)
 
     def _reserve(self, host: Host, task: Task) -> None:
-        extra = min(task.limit - len(task.tokens), AHEAD * self._max_steps)
+        """A task with a promise gets all the pages it can need; the others some steps ahead."""
+        left = task.limit - len(task.tokens)
+        extra = left if task.id in host.promised else min(left, AHEAD * self._max_steps)
         self._effects.reserve(host, task, extra)
 
     def _filled_page(self, host: Host, task: Task) -> bool:
@@ -241,26 +364,55 @@ class Core:
         filled, task.shared_pages = pages > task.shared_pages, max(pages, task.shared_pages)
         return filled
 
-    def _page_victim(self, host: Host, task: Task) -> Task | None:
-        waiting = displace.keeper(self.queues[host.model.model], task)
-        return waiting or displace.for_pages(task, host.running)
+    def _page_victim(self, host: Host, task: Task, needed: int = 1) -> Task | None:
+        waiting = displace.keeper(host.keepers.values(), task, needed)
+        return waiting or displace.for_pages(task, host.running, needed)
 
-    def _page_victim_exists(self, host: Host, task: Task) -> bool:
-        victim = self._page_victim(host, task)
-        return victim is not None and (victim.place is Place.WAITING or victim.rank > task.rank)
+    def _growth_victim(self, host: Host, task: Task) -> Task | None:
+        """Who pays for a running task's next pages: its own tenant where the quota is what lacks."""
+        if task.max_pages and self._pages_of(host, task.tenant) >= task.max_pages:
+            mine = [t for t in [*host.keepers.values(), *host.running] if t.tenant == task.tenant]
+            return displace.for_pages(task, mine)
+        return self._page_victim(host, task)
+
+    def _pages_of(self, host: Host, tenant: str) -> int:
+        """How many different pages a tenant's tasks hold."""
+        holders = [t for t in [*host.keepers.values(), *host.running] if t.tenant == tenant]
+        return len({page for task in holders for page in task.pages})
+
+    def _refused_by_quota(self, host: Host, task: Task, now: float, error: LLMOSError | None) -> None:
+        """The tenant has all the pages it may have: its own tasks wait for each other, nobody else does."""
+        others = [t for t in [*host.keepers.values(), *host.running] if t.tenant == task.tenant and t.pages]
+        if not others:
+            self._finish(task, None, error)
+        else:
+            self._leave(host, task)
+            keepers = [t for t in others if t.slot < 0]
+            self._capped.add(task.tenant)
+            self.queues[task.model].push(task, front=True)
+            if keepers:
+                self._take_pages(host, keepers[-1])
+        self._admit(host.model.model, now)
 
     def _displace(self, host: Host, task: Task) -> None:
         """A running task gives up its slot and keeps its pages. What is in flight for it is dropped: its
         randomness is keyed by position, so it will produce the same tokens again."""
-        host.leave(task)
+        self._leave(host, task)
         self._requeue(task)
 
     def _take_pages(self, host: Host, task: Task) -> None:
         """A task gives up its pages, and its slot if it has one; what was committed stays as prefix cache."""
         self._free(host, task)
-        if task.place is not Place.WAITING:
-            host.leave(task)
+        if task.slot >= 0:
+            self._leave(host, task)
             self._requeue(task)
+
+    def _leave(self, host: Host, task: Task) -> None:
+        """Take a task out of its slot; those who waited for its prefix look for themselves."""
+        host.leave(task)
+        if task.pages:
+            host.keepers[task.id] = task
+        self._release(host.computing.leave(task))
 
     def _requeue(self, task: Task) -> None:
         self.displaced += 1
@@ -272,21 +424,50 @@ class Core:
         self._effects.free(host, [task])
         task.pages, task.computed, task.growing = [], 0, False
         task.residence += 1
+        host.keepers.pop(task.id, None)
         host.short_of_pages = False
+        self._capped.discard(task.tenant)
 
     def _eligible(self, task: Task) -> bool:
+        if task.tenant in self._capped and not task.pages:
+            return False
         return not task.max_running or self.running_of(task.tenant) < task.max_running
+
+    def _promise(self, task: Task, now: float) -> None:
+        """Promise a realtime task its deadline, or raise; a task of another band is promised nothing."""
+        self._break_promise(task)
+        if task.rank == 0 and task.deadline and task.model in self.queues:
+            hosts = self._placing.ranked(task, self._hosts_of(task.model))
+            host = promises.check(hosts, task, now) or (hosts[0] if hosts else None)
+            if host is not None:
+                host.promised[task.id] = task
+                task.bound = host.arena
+
+    def _break_promise(self, task: Task) -> None:
+        if (host := self.hosts.get(task.bound)) is not None:
+            host.promised.pop(task.id, None)
+        task.bound = ""
+
+    def _rebind(self, host: Host) -> None:
+        """A host does what it can for promises whose host is gone."""
+        for task in self.tasks.values():
+            if task.rank == 0 and task.deadline and not task.bound and task.model == host.model.model:
+                host.promised[task.id] = task
+                task.bound = host.arena
 
     def _finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None:
         host = self.hosts.get(task.arena)
         if task.place is Place.WAITING:
             self.queues[task.model].remove(task)
-        elif host is not None:
-            host.leave(task)
+        elif task.place is Place.HELD:
+            self._unhold(task)
+        elif host is not None and task.slot >= 0:
+            self._leave(host, task)
         # While RESERVING the pages are on their way: ``reserved`` gives them back.
         if task.pages and host is not None:
             self._free(host, task)
         task.place = Place.ENDED
+        self._break_promise(task)
         self.counters.leave(task.tenant)
         del self.tasks[task.id]
         self.finished += 1

@@ -13,6 +13,7 @@ from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming
 from llmos.services.memory.messages import Arena, Commit, Free, Grow, Grown, Reserve, Reserved
 from llmos.services.scheduler.host import Host, Produced
+from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import Emitted, Finished, Reason, Tokens
 from llmos.services.scheduler.task import Place, Task
 
@@ -26,8 +27,9 @@ now = time.monotonic
 class MessageEffects:
     """Implements ``core.Effects``; the answers of memory and drivers go back to the core as events."""
 
-    def __init__(self, server: Scheduler, attached: dict[int, Incoming]) -> None:
+    def __init__(self, server: Scheduler, attached: dict[int, Incoming], rates: RateLimits) -> None:
         self._server = server
+        self._rates = rates
         self._attached = attached
 
     def reserve(self, host: Host, task: Task, extra: int) -> None:
@@ -36,7 +38,7 @@ class MessageEffects:
                 body = codec.decode(answer.body, Reserved)
                 self._server.core.reserved(host, task, body.pages, body.cached, now())
             elif isinstance(answer.error, NoMemory):
-                self._server.core.refused(host, task, now())
+                self._server.core.refused(host, task, now(), answer.error)
             elif isinstance(answer.error, HostDown):
                 self._server.after(RETRY_SECONDS, lambda: self.reserve(host, task, extra))
             else:
@@ -102,6 +104,7 @@ class MessageEffects:
 
     def finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None:
         call: Incoming = task.call
+        self._rates.give_back(task.tenant, task.limit - len(task.tokens))
         if error is not None or reason is None:
             call.fail(error or IOFailure("the task ended without a reason"))
             return

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, QuantumDone, Step
+from llmos.services.scheduler.prefixes import Computing
+from llmos.services.scheduler.steptime import StepTimes
 from llmos.services.scheduler.task import Place, Task
 
 QUANTA_IN_FLIGHT = 2
@@ -41,7 +44,12 @@ class Produced:
 
 @dataclass(eq=False)
 class Host:
-    """The scheduler's picture of a driver's batch; changed by composing and by results, never by I/O."""
+    """The scheduler's picture of a driver's batch; changed by composing and by results, never by I/O.
+
+    ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
+    them, ``solo`` that they did in the last quantum, for a start; ``keepers`` have pages here and no slot;
+    ``tenants`` counts the slots of each.
+    """
 
     driver: str
     model: LoadedModel
@@ -56,9 +64,19 @@ class Host:
     steps: int = 0
     tokens: int = 0
     step_micros: float = 0.0
+    times: StepTimes = field(default_factory=StepTimes)
+    promised: dict[int, Task] = field(default_factory=dict)
+    crunch: bool = False
+    solo: bool = False
+    keepers: dict[int, Task] = field(default_factory=dict)
+    tenants: Counter[str] = field(default_factory=Counter)
+    computing: Computing = field(init=False)
+    _vacant: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.model.slots
+        self._vacant = list(range(self.model.slots))
+        self.computing = Computing(self.model.page_tokens)
 
     @property
     def arena(self) -> str:
@@ -80,19 +98,32 @@ class Host:
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.model.page_tokens)
 
-    def free_slot(self) -> int | None:
-        return next((i for i, task in enumerate(self.slots) if task is None), None)
+    @property
+    def vacant(self) -> int:
+        """How many slots nobody has."""
+        return len(self._vacant)
 
-    def seat(self, task: Task, slot: int) -> None:
-        """Give a task a slot; it starts with the next quantum once it is READY."""
-        task.slot = slot
-        self.slots[slot] = task
+    @property
+    def seated(self) -> int:
+        return len(self.slots) - len(self._vacant)
+
+    def seat(self, task: Task) -> None:
+        """Give a task the first empty slot; it starts with the next quantum once it is READY."""
+        task.slot = heapq.heappop(self._vacant)
+        self.slots[task.slot] = task
+        self.tenants[task.tenant] += 1
+        self.keepers.pop(task.id, None)
 
     def leave(self, task: Task) -> None:
         """Take a task out of its slot; the next quantum empties it on the device, if it ever got there."""
         slot, task.slot = task.slot, -1
         task.stay += 1
+        task.promoted = False
         self.slots[slot] = None
+        heapq.heappush(self._vacant, slot)
+        self.tenants[task.tenant] -= 1
+        if not self.tenants[task.tenant]:
+            del self.tenants[task.tenant]
         if task in self.starting:
             self.starting.remove(task)
         elif task.place is Place.RUNNING:
@@ -123,8 +154,12 @@ class Host:
         flight.received += 1
         self.steps += 1
         self.step_micros += 0.1 * (step.micros - self.step_micros) if self.step_micros else step.micros
+        prefilled = context = 0
         for chunk in flight.quantum.chunks:
-            if chunk.step == step.index and (task := flight.sitter(chunk.slot)):
+            if chunk.step != step.index:
+                continue
+            prefilled += chunk.length
+            if (task := flight.sitter(chunk.slot)) is not None:
                 task.computed = max(task.computed, chunk.start + chunk.length)
         ends = dict(step.finished)
         produced: dict[int, Produced] = {}
@@ -133,9 +168,11 @@ class Host:
             if task is None:
                 continue
             task.computed = len(task.tokens)
+            context += task.computed
             task.tokens.append(token)
             produced.setdefault(slot, Produced(task, [], ends.get(slot))).tokens.append(token)
             self.tokens += 1
+        self.times.observe(len(step.slots), context, prefilled, step.micros / 1e6)
         return list(produced.values())
 
     def done(self, done: QuantumDone) -> None:

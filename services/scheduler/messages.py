@@ -9,7 +9,7 @@ import msgspec
 from llmos.drivers.sdk.messages import LoadedModel, Sampling
 from llmos.ipc.grant import Band
 
-State = Literal["waiting", "running"]
+State = Literal["waiting", "running", "stopped"]
 Reason = Literal["stop", "length"]
 
 
@@ -95,6 +95,25 @@ class Tasks(msgspec.Struct, frozen=True):
 
 class Kill(msgspec.Struct, frozen=True):
     """End a task; its caller gets ECANCELED."""
+
+    task: int
+
+
+class Nice(msgspec.Struct, frozen=True):
+    """Move a task to another band, up to the ceiling of the caller's grant."""
+
+    task: int
+    band: Band
+
+
+class Pause(msgspec.Struct, frozen=True):
+    """Take a task off the device until ``cont``; it keeps its pages while nobody needs them."""
+
+    task: int
+
+
+class Cont(msgspec.Struct, frozen=True):
+    """Let a stopped task go on."""
 
     task: int
 

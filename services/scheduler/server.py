@@ -18,6 +18,7 @@ from llmos.ipc.errors import (
     LLMOSError,
     NotFound,
 )
+from llmos.ipc.grant import Band, Grant
 from llmos.ipc.link import now as wall_now
 from llmos.ipc.server import Incoming, Later, Server, log, method
 from llmos.services import manifest
@@ -29,19 +30,25 @@ from llmos.services.memory.messages import (
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.effects import MessageEffects, arena_of
 from llmos.services.scheduler.host import Host
-from llmos.services.scheduler.messages import Host as HostRequest
+from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import (
+    Cont,
     HostLine,
     Kill,
+    Nice,
+    Pause,
     SchedulerStats,
+    State,
     Submit,
     TaskLine,
     Tasks,
     Unhost,
 )
+from llmos.services.scheduler.messages import Host as HostRequest
 from llmos.services.scheduler.task import Place, Task
 
 RETRY_SECONDS = 0.05
+RETRY_AFTER = 1.0  # what a full queue tells its callers
 now = time.monotonic
 
 
@@ -55,7 +62,8 @@ class Scheduler(Server):
         spec = manifest.read_running().scheduler
         self._queue_limit = spec.queue
         self._attached: dict[int, Incoming] = {}
-        self.core = Core(MessageEffects(self, self._attached), spec.steps)
+        self._rates = RateLimits()
+        self.core = Core(MessageEffects(self, self._attached, self._rates), spec.steps)
         self._ids = itertools.count(1)
         self._memory = 0
 
@@ -67,6 +75,8 @@ class Scheduler(Server):
         task = self._admissible(request, call)
         call.on_cancel = lambda: self.core.kill(task, Canceled("the caller withdrew the task"), now())
         self.core.submit(task, now())
+        grant = call.origin.grant
+        self._rates.take(grant.tenant, grant.tokens_per_minute, task.limit, now())
         return Later()
 
     @method
@@ -85,12 +95,24 @@ class Scheduler(Server):
 
     @method
     def kill(self, request: Kill, call: Incoming) -> None:
-        task = self.core.tasks.get(request.task)
-        if task is None:
-            raise NotFound(f"there is no task {request.task}")
-        if not _may_touch(call, task):
-            raise AccessDenied(f"task {request.task} belongs to another tenant")
-        self.core.kill(task, Canceled("the task was killed"), now())
+        self.core.kill(self._task(request.task, call), Canceled("the task was killed"), now())
+
+    @method
+    def nice(self, request: Nice, call: Incoming) -> None:
+        """Up to the caller's own ceiling; into realtime only if the task's deadline can be kept."""
+        task = self._task(request.task, call)
+        _check_band(call, request.band)
+        self.core.nice(task, request.band, now())
+
+    @method
+    def pause(self, request: Pause, call: Incoming) -> None:
+        """Succeeds as well where the task is stopped already."""
+        self.core.stop(self._task(request.task, call), now())
+
+    @method
+    def cont(self, request: Cont, call: Incoming) -> None:
+        """Succeeds as well where the task is not stopped."""
+        self.core.cont(self._task(request.task, call), now())
 
     @method
     def stats(self, request: None, call: Incoming) -> SchedulerStats:
@@ -186,8 +208,7 @@ class Scheduler(Server):
         """A task for a request that can be served, now or later; every check comes before any effect."""
         grant = call.origin.grant
         call.origin.check_model(request.model)
-        if not grant.may_run_in(request.band):
-            raise AccessDenied(f"this capability does not reach band {request.band!r}, only {grant.band!r}")
+        _check_band(call, request.band)
         if request.model not in self.core.queues:
             raise NotFound(f"no driver serves the model {request.model!r} yet")
         limit = len(request.tokens) + request.max_tokens
@@ -196,9 +217,13 @@ class Scheduler(Server):
             raise AccessDenied(f"this capability allows {grant.max_tokens} tokens, not {request.max_tokens}")
         waiting = sum(len(queue) for queue in self.core.queues.values())
         if waiting >= self._queue_limit:
-            raise Busy(f"{waiting} tasks are waiting; try again later")
-        if grant.max_queued and self._waiting_of(grant.tenant) >= grant.max_queued:
-            raise Busy(f"{grant.max_queued} tasks of this tenant are waiting; try again later")
+            raise Busy(f"{waiting} tasks are waiting; try again later", retry_after=RETRY_AFTER)
+        if grant.max_queued and self.core.waiting_of(grant.tenant) >= grant.max_queued:
+            raise Busy(
+                f"{grant.max_queued} tasks of this tenant are waiting; try again later",
+                retry_after=RETRY_AFTER,
+            )
+        self._check_rate(grant, limit)
         return Task(
             id=next(self._ids),
             tenant=grant.tenant,
@@ -214,20 +239,46 @@ class Scheduler(Server):
             deadline=now() + (call.deadline - wall_now()) / 1e6 if call.deadline else 0.0,
             weight=grant.weight,
             max_running=grant.max_running,
+            max_pages=grant.max_pages,
             label=request.label[:80],
             call=call,
         )
 
-    def _waiting_of(self, tenant: str) -> int:
-        return sum(t.tenant == tenant and t.place is Place.WAITING for t in self.core.tasks.values())
+    def _task(self, id: int, call: Incoming) -> Task:
+        """A task that the caller may touch."""
+        task = self.core.tasks.get(id)
+        if task is None:
+            raise NotFound(f"there is no task {id}")
+        if not _may_touch(call, task):
+            raise AccessDenied(f"task {id} belongs to another tenant")
+        return task
+
+    def _check_rate(self, grant: Grant, tokens: int) -> None:
+        """A task pays for its prompt and all it may produce; at its end it gets back what it left."""
+        wait = self._rates.wait(grant.tenant, grant.tokens_per_minute, tokens, now())
+        if wait == float("inf"):
+            raise AccessDenied(
+                f"this capability allows {grant.tokens_per_minute} tokens a minute, not {tokens} at once"
+            )
+        if wait:
+            raise Busy(
+                f"the tenant's {grant.tokens_per_minute} tokens a minute are used up; wait {wait:.1f} s",
+                retry_after=round(wait, 3),
+            )
 
     def _holdings(self, host: Host) -> Restore:
         holdings = [
-            Holding(task.id, task.tenant, task.pages, task.tokens, task.computed)
+            Holding(task.id, task.tenant, task.pages, task.tokens, task.computed, task.max_pages)
             for task in self.core.tasks.values()
             if task.pages and task.arena == host.arena
         ]
         return Restore(arena=arena_of(host), tasks=holdings)
+
+
+def _check_band(call: Incoming, band: Band) -> None:
+    grant = call.origin.grant
+    if not grant.may_run_in(band):
+        raise AccessDenied(f"this capability does not reach band {band!r}, only {grant.band!r}")
 
 
 def _may_touch(call: Incoming, task: Task) -> bool:
@@ -255,6 +306,9 @@ def _check_fit(model: LoadedModel, request: Submit, limit: int) -> None:
         raise InvalidArgument(f"a token id is not below the vocabulary size {model.vocab_size}")
 
 
+_STATES: dict[Place, State] = {Place.RUNNING: "running", Place.STOPPED: "stopped"}
+
+
 def _line(task: Task, host: Host | None) -> TaskLine:
     return TaskLine(
         task=task.id,
@@ -263,7 +317,7 @@ def _line(task: Task, host: Host | None) -> TaskLine:
         model=task.model,
         driver=host.driver if host else "",
         band=task.band,
-        state="running" if task.place is Place.RUNNING else "waiting",
+        state=_STATES.get(task.place, "waiting"),
         prompt_tokens=task.prompt,
         completion_tokens=task.produced,
         max_tokens=task.limit - task.prompt,

@@ -51,13 +51,18 @@ class Record:
     error: LLMOSError | None = None
 
     @property
+    def in_time(self) -> bool:
+        """Whether the task came to its end, and before its deadline."""
+        return self.reason is not None and (not self.task.deadline or self.ended <= self.task.deadline)
+
+    @property
     def first_token(self) -> float:
         """Seconds from arrival to the first token."""
         return self.times[0] - self.task.arrived
 
 
 class Simulator:
-    """One model on one device. Feed it with ``submit`` at any time, then ``run``."""
+    """One model on one device, or on ``hosts`` of them. Feed it with ``submit`` at any time, then ``run``."""
 
     def __init__(
         self,
@@ -66,32 +71,37 @@ class Simulator:
         *,
         max_steps: int = 8,
         latency: float = 2.5e-4,
+        hosts: int = 1,
         make_core: Callable[[Simulator, int], Core] = Core,
     ) -> None:
         self.now = 0.0
         self.records: dict[int, Record] = {}
         self.busy = 0.0
-        self.host = Host("sim", model)
         self.core = make_core(self, max_steps)
         self._step_time = step_time
         self._latency = latency
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        spec = ArenaSpec(
-            arena=self.host.arena,
-            pages=model.pages,
-            page_tokens=model.page_tokens,
-            page_bytes=model.page_bytes,
-        )
-        self.memory = Arena(spec)
-        self._device = _Device(self)
-        self.core.add_host(self.host, 0.0)
+        self.hosts = [Host(f"sim{i}", model) for i in range(hosts)]
+        self.host = self.hosts[0]
+        self.memories = {host.arena: Arena(_arena(host)) for host in self.hosts}
+        self.memory = self.memories[self.host.arena]
+        self._devices = {host.arena: _Device(self, host) for host in self.hosts}
+        for host in self.hosts:
+            self.core.add_host(host, 0.0)
 
     def submit(self, tasks: Iterable[Task]) -> None:
         """Let tasks arrive at their ``arrived`` times."""
         for task in tasks:
             self.records[task.id] = Record(task)
-            self.at(task.arrived, lambda task=task: self.core.submit(task, self.now))  # type: ignore[misc]
+            self.at(task.arrived, lambda task=task: self._arrive(task))  # type: ignore[misc]
+
+    def _arrive(self, task: Task) -> None:
+        try:
+            self.core.submit(task, self.now)
+        except LLMOSError as error:
+            record = self.records[task.id]
+            record.ended, record.error = self.now, error
 
     def at(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), event))
@@ -109,11 +119,13 @@ class Simulator:
     # --- the core's effects ---
 
     def reserve(self, host: Host, task: Task, extra: int) -> None:
+        memory = self.memories[host.arena]
+
         def answer() -> None:
             try:
-                pages, cached = self.memory.reserve(task.id, task.tenant, list(task.tokens), extra)
-            except NoMemory:
-                self.soon(lambda: self.core.refused(host, task, self.now))
+                pages, cached = memory.reserve(task.id, task.tenant, list(task.tokens), extra, task.max_pages)
+            except NoMemory as error:
+                self.soon(lambda error=error: self.core.refused(host, task, self.now, error))  # type: ignore[misc]
             else:
                 self.soon(lambda: self.core.reserved(host, task, pages, cached, self.now))
 
@@ -121,28 +133,30 @@ class Simulator:
 
     def grow(self, host: Host, wants: list[tuple[Task, int]]) -> None:
         asked = {task.id: (task, task.residence) for task, _ in wants}
+        memory = self.memories[host.arena]
 
         def answer() -> None:
             # A task that gave its pages back meanwhile is unknown to memory by now.
-            gets = self.memory.grow([(t.id, n) for t, n in wants if t.id in self.memory.tasks])
+            gets = memory.grow([(t.id, n) for t, n in wants if t.id in memory.tasks])
             self.soon(lambda: self.core.grown(host, [(*asked[i], pages) for i, pages in gets], self.now))
 
         self.soon(answer)
 
     def free(self, host: Host, tasks: list[Task]) -> None:
-        self.soon(lambda: self.memory.free([task.id for task in tasks]))
+        self.soon(lambda: self.memories[host.arena].free([task.id for task in tasks]))
 
     def commit(self, host: Host, tasks: list[Task]) -> None:
         lines = [(task.id, task.tokens[task.committed :], task.computed) for task in tasks]
         for task in tasks:
             task.committed = len(task.tokens)
-        self.soon(lambda: self.memory.commit([line for line in lines if line[0] in self.memory.tasks]))
+        memory = self.memories[host.arena]
+        self.soon(lambda: memory.commit([line for line in lines if line[0] in memory.tasks]))
 
     def execute(self, host: Host, quantum: Quantum) -> None:
-        self.soon(lambda: self._device.submit(quantum))
+        self.soon(lambda: self._devices[host.arena].submit(quantum))
 
     def preempt(self, host: Host, quantum: int) -> None:
-        self.soon(lambda: self._device.preempt(quantum))
+        self.soon(lambda: self._devices[host.arena].preempt(quantum))
 
     def emit(self, produced: list[Produced]) -> None:
         for item in produced:
@@ -169,8 +183,9 @@ class _Seat:
 class _Device:
     """A driver in simulated time: dispatches two steps ahead, and looks for a preempt in between."""
 
-    def __init__(self, simulator: Simulator) -> None:
+    def __init__(self, simulator: Simulator, host: Host) -> None:
         self._sim = simulator
+        self._host = host
         self._queue: deque[Quantum] = deque()
         self._seats: dict[int, _Seat] = {}
         self._next_step = 0
@@ -197,13 +212,13 @@ class _Device:
             if step is None:
                 self._queue.popleft()
                 done = QuantumDone(quantum.id, self._next_step, cut)
-                self._at_end(lambda done=done: self._sim.core.done(self._sim.host, done, self._sim.now))  # type: ignore[misc]
+                self._at_end(lambda done=done: self._sim.core.done(self._host, done, self._sim.now))  # type: ignore[misc]
                 self._next_step, self._entered = 0, False
             else:
                 self._next_step += 1
                 self._in_flight += 1
                 self._at_end(self._landed)
-                self._at_end(lambda step=step: self._sim.core.step(self._sim.host, step, self._sim.now))  # type: ignore[misc]
+                self._at_end(lambda step=step: self._sim.core.step(self._host, step, self._sim.now))  # type: ignore[misc]
 
     def _landed(self) -> None:
         self._in_flight -= 1
@@ -254,6 +269,13 @@ class _Device:
         self._free_at = max(self._free_at, self._sim.now) + seconds
         self._sim.busy += seconds
         return Step(quantum.id, index, ready, tokens, finished, round(seconds * 1e6))
+
+
+def _arena(host: Host) -> ArenaSpec:
+    model = host.model
+    return ArenaSpec(
+        arena=host.arena, pages=model.pages, page_tokens=model.page_tokens, page_bytes=model.page_bytes
+    )
 
 
 def _decodes(seat: _Seat) -> bool:

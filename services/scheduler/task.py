@@ -16,9 +16,11 @@ class Place(Enum):
     """Where a task is in its life."""
 
     WAITING = "waiting"  # in the queue, perhaps with pages it kept when it was displaced
+    HELD = "held"  # another of its tenant is computing the prefix that it needs
     RESERVING = "reserving"  # chosen for a slot; memory has been asked for pages
     READY = "ready"  # has its pages and a slot; starts with the next quantum
     RUNNING = "running"  # on the device
+    STOPPED = "stopped"  # by its owner; keeps its pages until someone needs them
     ENDED = "ended"
 
 
@@ -29,7 +31,9 @@ class Task:
     ``tokens`` is the prompt and everything produced. While it is on a device: ``base`` tokens were known
     when it started there, ``prefilled`` of them will be computed when the quanta in flight are done, and it
     will then have at most ``planned`` tokens. ``residence`` counts how often it gave up its pages, ``stay``
-    how often it left a slot.
+    how often it left a slot, ``ticket`` how often it was queued. ``bound`` is the host that promised to keep
+    its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that it
+    counts as interactive while it has its slot.
     """
 
     id: int
@@ -46,6 +50,7 @@ class Task:
     deadline: float = 0.0
     weight: float = 1.0
     max_running: int = 0
+    max_pages: int = 0
     label: str = ""
     call: Any = None
 
@@ -68,11 +73,22 @@ class Task:
     first_token_at: float = 0.0
     first_cached: int = -1
     displaced: int = 0
+    ticket: int = 0
+    promoted: bool = False
+    bound: str = ""
+    names: list[int] | None = None
 
     @property
     def rank(self) -> int:
         """0 for realtime, 1 for interactive, 2 for batch: lower goes first."""
         return BANDS.index(self.band)
+
+    @property
+    def urgency(self) -> tuple[int, float]:
+        """Lower goes first: the band, and in realtime the deadline. A promoted task counts as interactive."""
+        if self.band == "realtime":
+            return 0, self.deadline or float("inf")
+        return (1 if self.promoted else self.rank), 0.0
 
     @property
     def produced(self) -> int:

@@ -11,7 +11,25 @@ import pytest
 
 from llmos.shell.main import main, parser
 
-VERBS = ("up", "down", "ps", "run", "chat", "models", "pull", "version", "doctor", "cap")
+VERBS = (
+    "up",
+    "down",
+    "ps",
+    "kill",
+    "nice",
+    "stop",
+    "cont",
+    "free",
+    "run",
+    "chat",
+    "models",
+    "load",
+    "unload",
+    "pull",
+    "version",
+    "doctor",
+    "cap",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +67,9 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["ps"], ["run", "m", "hello"], ["chat"], ["cap"]])
+@pytest.mark.parametrize(
+    "arguments", [["ps"], ["run", "m", "hello"], ["chat"], ["cap"], ["load", "m"], ["unload", "m"]]
+)
 def test_with_nothing_up_one_line_says_what_to_do(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

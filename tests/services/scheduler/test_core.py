@@ -2,59 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.services.scheduler.traffic import check_all, model, task
 
-from llmos.drivers.null.driver import next_token
-from llmos.drivers.sdk.messages import LoadedModel
-from llmos.ipc.errors import Canceled
-from llmos.ipc.grant import BANDS
+from llmos.ipc.errors import Canceled, NoMemory
 from llmos.services.scheduler.simulator import Simulator, StepTime
-from llmos.services.scheduler.task import Task
-
-
-def model(slots: int = 4, pages: int = 64, page_tokens: int = 4, chunk_tokens: int = 16) -> LoadedModel:
-    return LoadedModel(
-        model="m",
-        family="null",
-        parameters=0,
-        weight_bytes=0,
-        pages=pages,
-        page_tokens=page_tokens,
-        page_bytes=1,
-        slots=slots,
-        max_context=pages * page_tokens,
-        chunk_tokens=chunk_tokens,
-        vocab_size=256,
-        stop_tokens=[],
-        attention="none",
-    )
-
-
-def task(
-    id: int, prompt: list[int], count: int, arrived: float = 0.0, band: int = 1, tenant: str = "a"
-) -> Task:
-    return Task(id, tenant, tenant, "m", BANDS[band], list(prompt), len(prompt), len(prompt) + count, arrived)
-
-
-def expected(prompt: list[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens
-
-
-def check_all(sim: Simulator, tasks: list[Task], prompts: dict[int, list[int]]) -> None:
-    for each in tasks:
-        record = sim.records[each.id]
-        assert record.reason == "length", f"task {each.id} ended by {record.reason} {record.error}"
-        assert each.tokens == expected(prompts[each.id], each.limit - each.prompt)
-        assert len(record.times) == each.produced, "a token was lost or sent twice"
-    usage = sim.memory.usage()
-    assert usage.owned == 0
-    assert usage.free + usage.cached == usage.total
-
+from llmos.services.scheduler.task import Place, Task
 
 tasks = st.lists(
     st.tuples(
@@ -135,7 +92,7 @@ def test_tenants_are_served_in_equal_measure_whatever_they_ask() -> None:
     many = [task(i, [1] * 8, 32, 0.0, tenant="many") for i in range(400)]
     few = [task(1000 + i, [2] * 8, 32, 0.0, tenant="few") for i in range(40)]
     sim.submit([*many, *few])
-    sim.run(until=sim.records[1000].task.arrived + 1.0)
+    sim.run(until=1.0)
     served = sim.core.counters.served
     # The bound of the VTC paper: twice the larger of one prompt's and one full batch's charge.
     assert abs(served["many"] - served["few"]) <= 2 * max(8, 4 * 2 * 40)
@@ -158,3 +115,138 @@ def test_a_shared_prefix_is_computed_once(shared: int) -> None:
     sim.submit(made)
     sim.run()
     assert sum(each.first_cached for each in made) == 7 * shared
+
+
+def test_sixteen_equal_prompts_at_once_compute_their_prefix_once() -> None:
+    sim = Simulator(model(slots=16, pages=800, page_tokens=16, chunk_tokens=256), StepTime())
+    prefix = [i % 251 for i in range(2000)]
+    made = [task(i, [*prefix, i, 7, 7], 8) for i in range(16)]
+    prompts = {each.id: list(each.tokens) for each in made}
+    sim.submit(made)
+    sim.run()
+    check_all(sim, made, prompts)
+    computed = sum(each.prompt - each.first_cached for each in made)
+    assert computed == 2003 + 15 * 3
+
+
+def test_a_prefix_is_not_waited_for_when_another_tenant_or_a_lower_band_computes_it() -> None:
+    sim = Simulator(model(slots=4, pages=800, page_tokens=16, chunk_tokens=256), StepTime())
+    prefix = [i % 251 for i in range(2000)]
+    made = [
+        task(0, prefix, 8, band=2),
+        task(1, prefix, 8, band=1),
+        task(2, prefix, 8, band=1, tenant="b"),
+    ]
+    sim.submit(made)
+    sim.run()
+    assert [each.first_cached for each in made] == [0, 0, 0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 300), st.floats(0, 0.2), st.integers(0, 2)), max_size=30
+    ),
+    st.lists(
+        st.tuples(st.integers(0, 29), st.sampled_from(["kill", "stop", "nice"]), st.floats(0, 0.5)),
+        max_size=15,
+    ),
+    st.integers(1, 2),
+)
+def test_shared_prefixes_and_verbs_on_any_hosts_end_right(
+    traffic: list[tuple[int, int, float, int]], verbs: list[tuple[int, str, float]], hosts: int
+) -> None:
+    sim = Simulator(model(slots=3, pages=150), StepTime(), hosts=hosts)
+    made = [
+        task(i, [which] * (20 + length), 30, at, band) for i, (which, length, at, band) in enumerate(traffic)
+    ]
+    prompts = {each.id: list(each.tokens) for each in made}
+    sim.submit(made)
+    killed = set[int]()
+    for index, verb, at in verbs:
+        if index < len(made):
+            sim.at(made[index].arrived + at + 1e-9, lambda i=index, v=verb: apply(sim, made[i], v, killed))  # type: ignore[misc]
+    sim.run()
+    check_all(sim, [each for each in made if each.id not in killed], prompts)
+
+
+def apply(sim: Simulator, which: Task, verb: str, killed: set[int]) -> None:
+    """Do what the verb says; a stopped task goes on 0.1 s later."""
+    if which.place is Place.ENDED:
+        return
+    if verb == "kill":
+        killed.add(which.id)
+        sim.core.kill(which, Canceled("killed"), sim.now)
+    elif verb == "nice":
+        sim.core.nice(which, ("batch", "interactive")[which.band == "batch"], sim.now)
+    else:
+        sim.core.stop(which, sim.now)
+        assert which.slot < 0
+        sim.at(sim.now + 0.1, lambda: which.place is Place.ENDED or sim.core.cont(which, sim.now))  # type: ignore[func-returns-value]
+
+
+def test_a_stopped_task_gives_way_and_continues_exactly() -> None:
+    sim = Simulator(model(slots=1, pages=40), StepTime())
+    first, second = task(1, [1] * 8, 100), task(2, [2] * 8, 100)
+    prompts = {each.id: list(each.tokens) for each in (first, second)}
+    sim.submit([first, second])
+    sim.run(until=0.2)
+    assert first.produced
+    sim.core.stop(first, sim.now)
+    produced = first.produced
+    sim.run()
+    assert (first.produced, first.place) == (produced, Place.STOPPED)
+    assert sim.records[2].ended
+    sim.core.cont(first, sim.now)
+    sim.run()
+    check_all(sim, [first, second], prompts)
+
+
+def test_a_tenant_at_its_page_quota_waits_alone() -> None:
+    sim = Simulator(model(slots=8, pages=64), StepTime())
+    capped = [task(i, [i] * 20, 30, tenant="capped") for i in range(6)]
+    for each in capped:
+        each.max_pages = 20
+    free = [task(100 + i, [i] * 20, 30, 0.01, tenant="free") for i in range(6)]
+    prompts = {each.id: list(each.tokens) for each in (*capped, *free)}
+    sim.submit([*capped, *free])
+    sim.run()
+    check_all(sim, [*capped, *free], prompts)
+    assert max(sim.records[each.id].ended for each in free) < max(
+        sim.records[each.id].ended for each in capped
+    )
+
+
+def test_a_task_that_its_quota_can_never_hold_is_refused() -> None:
+    sim = Simulator(model(slots=2, pages=64), StepTime())
+    big = task(1, [1] * 100, 10)
+    big.max_pages = 10
+    sim.submit([big, task(2, [2], 5)])
+    sim.run()
+    assert isinstance(sim.records[1].error, NoMemory)
+    assert sim.records[2].reason == "length"
+
+
+def test_a_long_prompt_holds_no_step_longer_than_the_band_allows() -> None:
+    sim = Simulator(model(slots=8, pages=4000, page_tokens=16, chunk_tokens=2048), StepTime())
+    sim.submit([task(9, [3] * 4000, 4, band=2, tenant="warm")])
+    talk = task(0, [1] * 10, 300, arrived=1.0, band=0)
+    sim.submit([talk, *(task(1 + i, [i] * 6000, 4, arrived=1.1, band=2, tenant=f"t{i}") for i in range(5))])
+    sim.run()
+    times = sim.records[0].times
+    assert max(b - a for a, b in itertools.pairwise(times[30:])) < 0.030
+
+
+def test_tasks_go_where_their_prefix_is_then_where_there_is_room() -> None:
+    sim = Simulator(model(slots=4, pages=400, page_tokens=16, chunk_tokens=256), StepTime(), hosts=2)
+    topics = [[k * 31 % 251] * 200 for k in (1, 2)]
+    made = [task(i, [*topics[i % 2], i, 5], 8, arrived=0.2 * i) for i in range(12)]
+    sim.submit(made)
+    sim.run()
+    for parity in (0, 1):
+        assert len({each.arena for each in made[parity::2]}) == 1
+    assert sum(each.first_cached > 0 for each in made) == 10
+    burst = [task(100 + i, [200 + i] * 50, 200, arrived=10.0) for i in range(8)]
+    sim.submit(burst)
+    sim.run(until=10.5)
+    assert [host.seated for host in sim.hosts] == [4, 4]

@@ -13,7 +13,7 @@ from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
 from llmos.ipc.client import Client
-from llmos.ipc.errors import AccessDenied, Canceled, InvalidArgument, NotFound
+from llmos.ipc.errors import AccessDenied, Busy, Canceled, InvalidArgument, NotFound, TimedOut
 from llmos.ipc.grant import Grant
 from llmos.ipc.header import Kind
 from llmos.services.manifest import DriverSpec, Manifest
@@ -33,7 +33,10 @@ GRANTS = {
         band="realtime",
         calls=["scheduler.*", "kernel.*", "memory.usage", "driver.null0.load"],
     ),
-    "batch": Grant(principal="batch", tenant="b", models=["m"], band="batch", calls=["scheduler.submit"]),
+    "metered": Grant(
+        principal="metered", tenant="c", models=["*"], calls=["scheduler.*"], tokens_per_minute=100
+    ),
+    "batch": Grant(principal="batch", tenant="b", models=["m"], band="batch", calls=["scheduler.*"]),
 }
 
 
@@ -252,3 +255,53 @@ def test_what_can_never_be_served_is_refused_at_once(bench: Callable[..., Bench]
         list(batch.stream("scheduler.submit", Submit(model="other", tokens=[1], max_tokens=1, band="batch")))
     with pytest.raises(NotFound, match="no driver serves"):
         list(b.user.stream("scheduler.submit", Submit(model="other", tokens=[1], max_tokens=1)))
+
+
+def test_a_stopped_task_gives_up_its_slot_and_continues_exactly(bench: Callable[..., Bench]) -> None:
+    b = bench(slots=1, step_ms=2)
+    stream = b.stream([3, 4], 200, b.system.client())
+    first = next(stream)
+    (line,) = b.user.call("scheduler.tasks", None, Tasks).tasks
+    b.user.call("scheduler.pause", {"task": line.task})
+    assert b.user.call("scheduler.tasks", None, Tasks).tasks[0].state == "stopped"
+    assert b.generate([9], 5) == expected([9], 5)
+    b.user.call("scheduler.cont", {"task": line.task})
+    assert [first, *stream] == expected([3, 4], 200)
+
+
+def test_a_task_changes_its_band_up_to_the_ceiling_of_who_asks(bench: Callable[..., Bench]) -> None:
+    b = bench(slots=1, step_ms=2)
+    batch = b.system.client("batch")
+    stream = b.stream([3, 4], 200, batch, band="batch")
+    next(stream)
+    other = b.system.client("batch")
+    (line,) = other.call("scheduler.tasks", None, Tasks).tasks
+    with pytest.raises(AccessDenied, match="does not reach"):
+        other.call("scheduler.nice", {"task": line.task, "band": "realtime"})
+    with pytest.raises(AccessDenied, match="another tenant"):
+        b.system.client("metered").call("scheduler.nice", {"task": line.task, "band": "interactive"})
+    with pytest.raises(NotFound):
+        other.call("scheduler.nice", {"task": 999, "band": "batch"})
+    stream.close()
+
+
+def test_tokens_per_minute_are_metered_and_what_is_left_is_given_back(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    metered = b.system.client("metered")
+    stop = expected([1], 1)
+    assert b.generate([1], 90, metered, stop=stop) == stop
+    b.generate([1, 2], 60, metered)
+    with pytest.raises(Busy, match="100 tokens a minute") as refusal:
+        b.generate([1], 80, metered)
+    assert 0 < float(str(refusal.value.details["retry_after"])) < 60
+    with pytest.raises(AccessDenied, match="not 121 at once"):
+        b.generate([1], 120, metered)
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=10)
+    b.generate([1], 8)
+    submit = Submit(model="m", tokens=[1], max_tokens=400, band="realtime")
+    with pytest.raises(TimedOut, match="cannot be kept") as refusal:
+        list(b.user.stream("scheduler.submit", submit, Tokens, timeout=1.0))
+    assert float(str(refusal.value.details["earliest"])) > 3

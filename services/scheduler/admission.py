@@ -1,0 +1,119 @@
+"""Can a deadline be kept? Realtime tasks are run ahead of time, by deadline, on a host's clock. Pure.
+
+The forecast is the composer's policy in fluid form: the first ``slots`` jobs by deadline are in the batch,
+prompts are prefilled one after the other in chunks, everyone else gains a token a step, and a job that ends
+makes room for the next. Lower bands are not in it: whenever a deadline is in danger they hold still.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+PROBES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a realtime task still needs: tokens to prefill, steps to decode after that, pages to its end.
+
+    ``deadline`` is on the same clock as everything else; ``context`` how many tokens it has now.
+    """
+
+    id: int
+    deadline: float
+    prefill: int
+    decode: int
+    context: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the forecast knows of a host: ``step(rows, context, prefilled)`` in seconds, ``chunk(rows,
+    context)`` in tokens, its slots and pages; ``others`` are rows and context of lower bands in each step."""
+
+    step: Callable[[float, float, float], float]
+    chunk: Callable[[float, float], int]
+    slots: int
+    pages: int
+    others: tuple[int, int] = (0, 0)
+    turnover: float = 0.0
+
+
+def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[int, float]:
+    """When each job will be done, if the batch is theirs from ``start`` on. O(n log n)."""
+    waiting = deque(sorted(jobs, key=lambda job: (job.deadline, job.id)))
+    prefilling: deque[list[int]] = deque()
+    decoding: list[tuple[int, int]] = []
+    known = {job.id: job for job in jobs}
+    done: dict[int, float] = {}
+    clock, step, rows, context, unfed = start, 0, 0, 0, 0
+    slots, pages = machine.slots, machine.pages
+    extra_rows, extra_context = machine.others
+    while waiting or prefilling or decoding:
+        while waiting and slots and (waiting[0].pages <= pages or slots == machine.slots):
+            job = waiting.popleft()
+            slots, pages = slots - 1, pages - job.pages
+            if job.prefill:
+                prefilling.append([job.prefill, job.id])
+                unfed += job.prefill
+            else:
+                heapq.heappush(decoding, (step + max(1, job.decode), job.id))
+                rows, context = rows + 1, context + job.context
+        count = decoding[0][0] - step if decoding else 1 << 30
+        room, fed = 0, 0
+        if prefilling:
+            room = max(1, machine.chunk(rows + extra_rows, context + extra_context))
+            count = min(count, -(-prefilling[0][0] // room))
+            fed = min(room * count, unfed)
+        read = context + extra_context + rows * count / 2
+        clock += count * machine.step(rows + extra_rows + bool(fed), read, fed / count)
+        step, context, unfed = step + count, context + rows * count, unfed - fed
+        while fed and prefilling:
+            used = min(fed, prefilling[0][0])
+            fed -= used
+            prefilling[0][0] -= used
+            if prefilling[0][0]:
+                break
+            job = known[prefilling.popleft()[1]]
+            # The step that completes a prompt gives the first token too.
+            heapq.heappush(decoding, (step + job.decode, job.id))
+            rows, context = rows + 1, context + job.context
+        while decoding and decoding[0][0] <= step:
+            job = known[heapq.heappop(decoding)[1]]
+            done[job.id] = clock
+            rows, context = rows - 1, context - job.context - job.decode
+            slots, pages = slots + 1, pages + job.pages
+            clock += machine.turnover if waiting else 0.0
+    return done
+
+
+def all_in_time(jobs: Sequence[Job], machine: Machine, start: float) -> bool:
+    """Whether every job's deadline is kept."""
+    done = finish_times(jobs, machine, start)
+    return all(done[job.id] <= job.deadline for job in jobs)
+
+
+def earliest(candidate: Job, admitted: Sequence[Job], machine: Machine, start: float) -> float:
+    """A deadline for the candidate that could be promised now, close to the earliest such; on the clock.
+
+    The last of all deadlines is always possible, since nobody is behind it; below that by bisection.
+    """
+
+    def possible(deadline: float) -> bool:
+        return all_in_time([*admitted, _due(candidate, deadline)], machine, start)
+
+    alone = finish_times([candidate], machine, start)[candidate.id]
+    behind = finish_times([*admitted, _due(candidate, float("inf"))], machine, start)[candidate.id]
+    low, high = alone, max(behind, max((job.deadline for job in admitted), default=0.0))
+    for _ in range(PROBES):
+        middle = (low + high) / 2
+        low, high = (low, middle) if possible(middle) else (middle, high)
+    return high
+
+
+def _due(job: Job, deadline: float) -> Job:
+    return Job(job.id, deadline, job.prefill, job.decode, job.context, job.pages)

@@ -1,0 +1,79 @@
+"""Deadlines on a host: what is promised, whether one more can be, when lower bands must hold still. Pure."""
+
+from __future__ import annotations
+
+from llmos.ipc.errors import NoMemory, TimedOut
+from llmos.services.scheduler.admission import Job, Machine, all_in_time, earliest
+from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, Host
+from llmos.services.scheduler.task import Place, Task
+
+STEPS_IN_FLIGHT = 2  # what a preempt cannot take back
+MESSAGES = 2.0e-3  # seconds for the messages between two quanta
+SAFETY = 1.05  # a promise assumes steps this much slower than the cautious estimate
+
+
+def check(hosts: list[Host], task: Task, now: float) -> Host | None:
+    """The first of these hosts that can keep the task's deadline and all it promised before.
+
+    Raises TimedOut with ``earliest``, the seconds after which a deadline could be kept, or NoMemory with
+    ``earliest`` where only the pages of other promises are in the way. None where nothing is known yet.
+    """
+    best, crowded = float("inf"), False
+    for host in hosts:
+        if not host.times:
+            return None
+        candidate, admitted = _job(host, task), [_job(host, each) for each in host.promised.values()]
+        start, machine = now + _lag(host), _machine(host, SAFETY)
+        if all_in_time([*admitted, candidate], machine, start):
+            return host
+        roomy = Machine(machine.step, machine.chunk, machine.slots, 1 << 40, turnover=machine.turnover)
+        crowded = crowded or all_in_time([*admitted, candidate], roomy, start)
+        best = min(best, earliest(candidate, admitted, machine, start) - now)
+    if not hosts:
+        return None
+    message = f"the deadline in {task.deadline - now:.3f} s cannot be kept; one in {best:.3f} s could"
+    if crowded:
+        raise NoMemory(f"{message}: the pages are promised to others", earliest=round(best, 3))
+    raise TimedOut(message, earliest=round(best, 3))
+
+
+def in_crunch(host: Host, now: float, max_steps: int) -> bool:
+    """Whether a promise would be broken if lower bands went on as they do."""
+    jobs = [_job(host, task) for task in host.promised.values() if task.place is not Place.STOPPED]
+    if not jobs or not host.times:
+        return False
+    others = [task for task in host.slots if task is not None and task.rank > 0]
+    load = len(others), sum(len(task.tokens) for task in others)
+    rows, context = len(jobs) + load[0], load[1] + sum(job.context for job in jobs)
+    ahead = QUANTA_IN_FLIGHT * max_steps * host.times.seconds(rows, context, 0, cautious=True)
+    return not all_in_time(jobs, _machine(host, SAFETY, load), now + _lag(host) + ahead)
+
+
+def _machine(host: Host, safety: float, others: tuple[int, int] = (0, 0)) -> Machine:
+    def step(rows: float, context: float, prefilled: float) -> float:
+        return safety * host.times.seconds(rows, context, prefilled, cautious=True)
+
+    turnover = (1 + STEPS_IN_FLIGHT) * _full_step(host) + MESSAGES
+    return Machine(
+        step, lambda *_: host.model.chunk_tokens, host.model.slots, host.model.pages, others, turnover
+    )
+
+
+def _lag(host: Host) -> float:
+    """Until a quantum composed now begins: the steps that are on the device, and messages."""
+    prefilled = max((c.length for flight in host.flight for c in flight.quantum.chunks), default=0)
+    return STEPS_IN_FLIGHT * _full_step(host, prefilled) + MESSAGES
+
+
+def _full_step(host: Host, prefilled: int = 0) -> float:
+    context = sum(len(task.tokens) for task in host.slots if task is not None)
+    return host.times.seconds(host.seated, context, prefilled, cautious=True)
+
+
+def _job(host: Host, task: Task) -> Job:
+    """What is left of a task, assuming that no prefix of it is cached."""
+    # Seated or keeping its pages: what was computed stays; else it has to be computed again.
+    left = len(task.tokens) - task.computed
+    prefill = 0 if left <= 1 and task.produced else left
+    decode = task.limit - len(task.tokens) - (1 if prefill else 0)
+    return Job(task.id, task.deadline, prefill, max(0, decode), len(task.tokens), host.pages_for(task.limit))
