@@ -3,5 +3,6 @@
 Read in this order: ``driver`` (the callbacks), ``engine`` (one loaded model), ``ledger`` (what the host
 knows of every slot; all validation), ``programs`` (what is compiled ahead, for which buckets),
 ``forward`` (the two model steps), ``state`` and ``sampling`` (the batch on the device), ``modules`` (the
-decoder in nnx), ``attention`` (backends), ``families`` (one file per model family) and ``weights``.
+decoder in nnx, of ``layers`` and ``experts``), ``attention`` (backends), ``families`` (one file per model
+family) and ``weights``. ``encoder`` and ``families.bert`` embed and classify texts, without any cache.
 """

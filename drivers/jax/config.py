@@ -26,12 +26,14 @@ class DecoderConfig:
     """Sizes and constants of a decoder; what has a default is what families differ in.
 
     ``rope_theta`` 0 means no rotary embedding; ``rotary`` is how many components of a head are turned (0:
-    all), and ``rope_factors`` divides each of their ``rotary // 2`` frequencies; empty means no scaling.
-    ``tied`` means that the output head is the embedding. ``windows`` gives each layer's sliding window in
-    tokens (0: all), empty for none; windowed layers have the rotary base ``local_theta``, unscaled, unless
-    that is 0. ``attention_scale`` 0 means head_dim ** -0.5, and a cap of 0 none. ``norm`` "rms_unit" is a
-    root-mean-square norm whose stored scale lacks its 1. With ``experts``, layers but ``dense_layers`` have
-    that many experts of ``expert_intermediate``, and a token goes to ``active_experts`` of them.
+    all), and ``rope_factors`` divides each of their ``rotary // 2`` frequencies; empty means no scaling. In
+    contexts longer than ``rope_original``, ``rope_long_factors`` take their place, if there are any;
+    ``rope_scale`` multiplies cosines and sines. ``tied`` means that the output head is the embedding.
+    ``windows`` gives each layer's sliding window in tokens (0: all), empty for none; windowed layers have
+    the rotary base ``local_theta``, unscaled, unless that is 0. ``attention_scale`` 0 means
+    head_dim ** -0.5, and a cap of 0 none. ``norm`` "rms_unit" is a root-mean-square norm whose stored scale
+    lacks its 1. With ``experts``, layers but ``dense_layers`` have that many experts of
+    ``expert_intermediate``, and a token goes to ``active_experts`` of them.
     """
 
     vocab_size: int
@@ -48,6 +50,9 @@ class DecoderConfig:
     tied: bool = False
     stop_tokens: tuple[int, ...] = ()
     rotary: int = 0
+    rope_long_factors: tuple[float, ...] = ()
+    rope_original: int = 0
+    rope_scale: float = 1.0
     local_theta: float = 0.0
     learned_positions: bool = False
     windows: tuple[int, ...] = ()
@@ -79,8 +84,9 @@ class DecoderConfig:
             raise InvalidArgument(f"head_dim {self.head_dim} is not a positive even number")
         if not 0 <= self.rotary <= self.head_dim or self.rotary % 2:
             raise InvalidArgument(f"{self.rotary} rotary components do not fit head_dim {self.head_dim}")
-        if self.rope_factors and len(self.rope_factors) != self.rotary_dim // 2:
-            raise InvalidArgument(f"{len(self.rope_factors)} rope factors for {self.rotary_dim} components")
+        for factors in (self.rope_factors, self.rope_long_factors):
+            if factors and (len(factors) != self.rotary_dim // 2 or min(factors) <= 0):
+                raise InvalidArgument(f"the rope factors {factors} do not fit {self.rotary_dim} components")
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise InvalidArgument(
                 f"the windows {self.windows} are not one per layer for {self.layers} layers"

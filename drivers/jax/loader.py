@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax import attention, buckets, families, platform, state
+from llmos.drivers.jax import attention, buckets, families, platform, rope, state
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
@@ -68,7 +68,8 @@ class Load:
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
         plan = self._timed("read", lambda: find_weights(request))
-        graph, tree, shapes = parameters(plan.config, DTYPES[request.dtype], self.device)
+        config = rope.for_context(plan.config, request.max_context)
+        graph, tree, shapes = parameters(config, DTYPES[request.dtype], self.device)
         weight_bytes = sum(prod(x.shape) * x.dtype.itemsize for x in shapes.values())
         limits, width = self._limits(plan.config, weight_bytes)
         backend = attention.select(self.attention, self.device.platform, plan.config, request)

@@ -125,7 +125,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         if not config.tied:
             self.head = Linear(config.vocab_size, config.hidden, init)
         self.tied, self.scale, self.cap = config.tied, config.embedding_scale, config.logit_cap
-        self.tables = tables(config)
+        self.tables, self.turn_scale = tables(config), config.rope_scale
 
     def embed(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
         """Token ids and their positions [...] -> activations [..., hidden]."""
@@ -136,7 +136,8 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
     def turns(self, position: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         """Cosines and sines of the positions by each of the model's rotary tables."""
-        return [rotation(position, np.asarray(table, np.float32)) for table in self.tables]
+        arrays = [np.asarray(table, np.float32) for table in self.tables]
+        return [rotation(position, array, self.turn_scale) for array in arrays]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Activations [..., hidden] -> float32 logits [..., vocab_size]."""

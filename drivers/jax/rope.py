@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,23 @@ def tables(config: DecoderConfig) -> Tables:
     return tuple(tuple(each.tolist()) for each in found)
 
 
+def for_context(config: DecoderConfig, context: int) -> DecoderConfig:
+    """The configuration with the factors that serve contexts of this length.
+
+    A loaded model has one set, for keys that were turned by one cannot be compared with queries turned by
+    another (Ding et al., 2024, LongRoPE; vLLM chooses likewise).
+    """
+    if not config.rope_long_factors or min(context, config.max_positions) <= config.rope_original:
+        return config
+    return replace(config, rope_factors=config.rope_long_factors)
+
+
+def longrope_scale(max_positions: int, original: int) -> float:
+    """What LongRoPE multiplies cosines and sines by, unless the model says (transformers' default)."""
+    factor = max_positions / original
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
 def _plain(theta: float, size: int) -> np.ndarray:
     if not size:
         return np.zeros(0, np.float32)
@@ -54,10 +72,10 @@ def llama3_factors(
     return tuple(factors)
 
 
-def rotation(positions: jax.Array, inverse: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., head_dim / 2] for integer ``positions`` [...]."""
+def rotation(positions: jax.Array, inverse: np.ndarray, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [..., head_dim / 2] for integer ``positions`` [...], multiplied by ``scale``."""
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse)
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

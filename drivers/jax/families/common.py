@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmos.drivers.jax.config import Activation, require
-from llmos.drivers.jax.rope import llama3_factors
+from llmos.drivers.jax.rope import llama3_factors, longrope_scale
 from llmos.drivers.jax.weights.source import Source
 from llmos.ipc.errors import InvalidArgument
 
@@ -54,10 +54,23 @@ def hf_rope(config: dict[str, Any], head_dim: int) -> dict[str, Any]:
     theta = float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
     share = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     turned = int(head_dim * float(share))
+    found = {"rope_theta": theta, "rotary": 0 if turned == head_dim else turned}
+    if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su"):
+        return found | _hf_longrope(config, rope)
+    return found | {"rope_factors": rope_factors(rope, turned, theta)}
+
+
+def _hf_longrope(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    longest = int(config.get("max_position_embeddings", 2048))
+    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    if not original or not 1 < int(original) <= 1 << 24:
+        raise InvalidArgument("rope scaling 'longrope' needs original_max_position_embeddings")
+    scale = rope.get("attention_factor") or longrope_scale(longest, int(original))
     return {
-        "rope_theta": theta,
-        "rope_factors": rope_factors(rope, turned, theta),
-        "rotary": 0 if turned == head_dim else turned,
+        "rope_factors": tuple(float(x) for x in require(rope, "short_factor")),
+        "rope_long_factors": tuple(float(x) for x in require(rope, "long_factor")),
+        "rope_original": int(original),
+        "rope_scale": float(scale),
     }
 
 
@@ -69,7 +82,7 @@ def rope_factors(rope: dict[str, Any], size: int, theta: float) -> tuple[float, 
     if kind == "linear":
         return (float(require(rope, "factor")),) * (size // 2)
     if kind != "llama3":
-        raise InvalidArgument(f"rope scaling '{kind}' is not known; known: default, linear, llama3")
+        raise InvalidArgument(f"rope scaling '{kind}' is not known; known: default, linear, llama3, longrope")
     return llama3_factors(
         size,
         theta,
@@ -138,24 +151,34 @@ def gguf_fields(source: Source, architecture: str) -> dict[str, Any]:
         "rope_theta": float(meta.get("rope.freq_base", 10000.0)),
         "rotary": 0 if turned == head_dim else turned,
         "max_positions": int(require(meta, "context_length")),
-        "rope_factors": _gguf_factors(source, meta, turned),
+        **_gguf_factors(source, meta, turned),
         "tied": source.shape("output.weight") is None,
         "stop_tokens": tuple(dict.fromkeys(int(stop) for stop in stops if stop is not None)),
     }
 
 
-def _gguf_factors(source: Source, meta: dict[str, Any], size: int) -> tuple[float, ...]:
+def _gguf_factors(source: Source, meta: dict[str, Any], size: int) -> dict[str, Any]:
     if source.shape("rope_freqs.weight"):
-        return tuple(float(x) for x in source.read("rope_freqs.weight"))
+        return {"rope_factors": _floats(source, "rope_freqs.weight")}
+    if source.shape("rope_factors_long.weight"):
+        return {
+            "rope_factors": _floats(source, "rope_factors_short.weight"),
+            "rope_long_factors": _floats(source, "rope_factors_long.weight"),
+            "rope_original": int(require(meta, "rope.scaling.original_context_length")),
+            "rope_scale": float(meta.get("rope.scaling.attn_factor") or 1.0),
+        }
     kind = meta.get("rope.scaling.type") or "none"
     if kind == "linear":
-        return (float(require(meta, "rope.scaling.factor")),) * (size // 2)
+        return {"rope_factors": (float(require(meta, "rope.scaling.factor")),) * (size // 2)}
     if kind != "none":
-        raise InvalidArgument(f"rope scaling '{kind}' is not known; known: none, linear")
-    for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
-        if source.shape(name):
-            raise InvalidArgument(f"rope scaling 'longrope' is not known ({name}); known: none, linear")
-    return ()
+        raise InvalidArgument(f"rope scaling '{kind}' is not known; known: none, linear, longrope")
+    return {}
+
+
+def _floats(source: Source, name: str) -> tuple[float, ...]:
+    if source.shape(name) is None:
+        raise InvalidArgument(f"tensor '{name}' is missing")
+    return tuple(float(x) for x in source.read(name))
 
 
 def gguf_experts(meta: dict[str, Any], inner: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.families import Family, Part
+from llmos.drivers.jax.families import Family, Part, Rules
 from llmos.drivers.jax.weights.source import Source
 from llmos.ipc.errors import InvalidArgument
 
@@ -29,7 +29,17 @@ def convert(
 
     Raises InvalidArgument naming the tensor that is missing, cut off, mis-shaped or not finite.
     """
-    rules = family.rules(config, source)
+    return apply(source, family.rules(config, source), shapes, place, progress)
+
+
+def apply(
+    source: Source,
+    rules: Rules,
+    shapes: dict[str, Any],
+    place: Place,
+    progress: Callable[[int, int], None],
+) -> dict[str, jax.Array]:
+    """As ``convert``, by the rules of any model."""
     for path in shapes:
         for part in rules[path]:
             _check_shape(source, part, shapes[path].shape)

@@ -47,7 +47,7 @@ class SafetensorsSource:
         self.config: dict[str, Any] = {}
         for name in ("generation_config.json", "config.json"):
             if name == "config.json" or (folder / name).exists():
-                self.config |= _json(folder / name)
+                self.config |= read_json(folder / name)
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise InvalidArgument(f"{folder} holds no .safetensors file")
@@ -75,7 +75,7 @@ class SafetensorsSource:
     def _check_index(self, index: Path) -> None:
         if not index.exists():
             return
-        missing = [name for name in _json(index).get("weight_map", {}) if name not in self._tensors]
+        missing = [name for name in read_json(index).get("weight_map", {}) if name not in self._tensors]
         if missing:
             raise InvalidArgument(f"tensor '{missing[0]}' is in {index.name} but in no shard of the folder")
 
@@ -105,7 +105,8 @@ def _header(path: Path) -> dict[str, _Tensor]:
         raise InvalidArgument(f"{path.name} is not a sound safetensors file: bad header") from cause
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a small JSON file; InvalidArgument says what is wrong with it."""
     if not path.exists():
         raise InvalidArgument(f"{path.parent} has no {path.name}")
     if path.stat().st_size > _MAX_JSON:

@@ -9,7 +9,6 @@ import pytest
 
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.experts import Experts, choose, route
-from llmos.drivers.jax.modules import random
 
 CONFIG = DecoderConfig(
     vocab_size=8,
@@ -39,13 +38,14 @@ def plain(experts: Experts, row: np.ndarray, shares: np.ndarray, chosen: np.ndar
 
 
 def test_all_groupings_agree() -> None:
-    experts = Experts(CONFIG, random(jnp.float32, 0))
-    rows = jnp.asarray(np.random.default_rng(1).standard_normal((5, 16)), jnp.float32)
+    rng = np.random.default_rng(1)
+    experts = Experts(CONFIG, lambda shape: jnp.asarray(rng.standard_normal(shape) / 4, jnp.float32))
+    rows = jnp.asarray(rng.standard_normal((5, 16)), jnp.float32)
 
     @jax.jit
     def every(rows: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
         shares, chosen = route(experts.router(rows), 2, True)
-        ways = (experts.gathered, experts.ragged, experts.turns)
+        ways = (experts.gathered, experts.ragged, experts.singly, experts.turns)
         return shares, chosen, [way(rows, shares, chosen) for way in ways]
 
     shares, chosen, results = every(rows)
@@ -64,7 +64,7 @@ def test_shares_are_of_all_experts_or_of_the_chosen() -> None:
 
 @pytest.mark.parametrize(
     ("assignments", "platform", "grouping"),
-    [(8, "gpu", "gather"), (8, "cpu", "gather"), (65, "gpu", "ragged"), (65, "cpu", "turns")],
+    [(8, "gpu", "gather"), (8, "cpu", "singly"), (65, "gpu", "ragged"), (65, "cpu", "turns")],
 )
 def test_few_tokens_gather_and_many_are_grouped(assignments: int, platform: str, grouping: str) -> None:
     assert choose(assignments, 128, platform) == grouping

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.rope import frequencies, llama3_factors, rotate, rotation
+from llmos.drivers.jax.rope import for_context, frequencies, llama3_factors, rotate, rotation, tables
 
 CONFIG = DecoderConfig(
     vocab_size=8,
@@ -52,3 +52,30 @@ def test_scores_depend_on_distance_alone() -> None:
 
     assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 8), abs=1e-3)
+
+
+def test_part_of_a_head_is_turned_and_the_rest_kept() -> None:
+    config = replace(CONFIG, rotary=4)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 8)), jnp.float32)
+    turned = rotate(x, *rotation(jnp.asarray([5]), frequencies(config)))
+    np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
+    assert not np.allclose(turned[..., :4], x[..., :4])
+
+
+def test_without_a_base_nothing_is_turned() -> None:
+    config = replace(CONFIG, rope_theta=0.0)
+    x = jnp.ones((1, 1, 8))
+    np.testing.assert_array_equal(rotate(x, *rotation(jnp.asarray([5]), frequencies(config))), x)
+
+
+def test_local_layers_have_a_table_of_their_own() -> None:
+    config = replace(CONFIG, local_theta=100.0, rope_factors=(2.0,) * 4)
+    assert tables(config)[0] == pytest.approx([0.5, 0.05, 0.005, 0.0005])
+    assert tables(config)[1] == pytest.approx([1.0, 100**-0.25, 0.1, 100**-0.75])
+
+
+def test_long_contexts_have_factors_of_their_own() -> None:
+    config = replace(CONFIG, rope_factors=(1.0,) * 4, rope_long_factors=(3.0,) * 4, rope_original=32)
+    assert for_context(config, 32).rope_factors == (1.0,) * 4
+    assert for_context(config, 33).rope_factors == (3.0,) * 4
+    assert for_context(replace(config, max_positions=32), 4096).rope_factors == (1.0,) * 4

@@ -30,6 +30,17 @@ SIZES = {
     "eos_token_id": 2,
 }
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+PHI4 = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "partial_rotary_factor": 0.75,
+    "tie_word_embeddings": True,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.3, 1.5, 1.8, 2.0],
+        "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+    },
+}
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "mistral": ("Mistral", {"sliding_window": 6, "head_dim": 16}),
@@ -60,13 +71,25 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3", {"sliding_window": 6}),
-    "phi4": ("Phi3", {"head_dim": 16, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
+    "phi4": ("Phi3", PHI4 | {"original_max_position_embeddings": 64}),
+    "phi4_long": ("Phi3", PHI4 | {"original_max_position_embeddings": 16}),
     "gpt2": (
         "GPT2",
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 96, "eos_token_id": 2},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", MOE | {"head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+}
+
+
+ENCODERS = {
+    "bert": ("BertModel", {"type_vocab_size": 2}),
+    "bert_pairs": ("BertForSequenceClassification", {"num_labels": 1}),
+    "roberta": ("RobertaModel", {"pad_token_id": 1, "type_vocab_size": 1}),
+    "roberta_labels": (
+        "RobertaForSequenceClassification",
+        {"num_labels": 3, "pad_token_id": 1, "type_vocab_size": 1},
+    ),
 }
 
 
@@ -102,6 +125,31 @@ def record_decoder(name: str) -> None:
     store(name, model, {"tokens": tokens[0].int(), "logits": logits, "greedy": known[0, LENGTH:].int()})
 
 
+def record_encoder(name: str) -> None:
+    """One encoder's fixture: a padded batch of three texts."""
+    kind, changes = ENCODERS[name]
+    settings = transformers.BertConfig if kind.startswith("Bert") else transformers.RobertaConfig
+    config = settings(**(SIZES | {"max_position_embeddings": 40} | changes))
+    config._attn_implementation = "eager"
+    model = getattr(transformers, kind)(config).eval()
+    randomise(model)
+    draw = torch.Generator().manual_seed(11)
+    lengths = torch.tensor([12, 5, 9])
+    mask = torch.arange(12) < lengths[:, None]
+    tokens = torch.where(mask, torch.randint(3, 96, (3, 12), generator=draw), config.pad_token_id)
+    types = (torch.arange(12) >= lengths[:, None] // 2) & mask & (config.type_vocab_size > 1)
+    with torch.no_grad():
+        found = model(tokens, attention_mask=mask.long(), token_type_ids=types.long())
+    expected = {"tokens": tokens.int(), "types": types.int(), "lengths": lengths.int()}
+    if kind.endswith("Model"):
+        summed = (found.last_hidden_state * mask[..., None]).sum(1) / lengths[:, None]
+        expected["mean"] = torch.nn.functional.normalize(summed)
+        expected["cls"] = found.last_hidden_state[:, 0]
+    else:
+        expected["logits"] = found.logits
+    store(name, model, expected)
+
+
 def store(name: str, model: Any, expected: dict[str, Any]) -> None:
     """Write a fixture's folder."""
     folder = FOLDER / name
@@ -111,5 +159,5 @@ def store(name: str, model: Any, expected: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or DECODERS:
-        record_decoder(name)
+    for name in sys.argv[1:] or [*DECODERS, *ENCODERS]:
+        (record_decoder if name in DECODERS else record_encoder)(name)

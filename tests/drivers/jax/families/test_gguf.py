@@ -84,8 +84,17 @@ def translated(name: str, architecture: str, config: DecoderConfig) -> dict[str,
     return made | {key: np.stack(values) for key, values in experts.items()}
 
 
-def write(path: Path, architecture: str, config: DecoderConfig, tensors: dict[str, np.ndarray]) -> Path:
+def write(
+    path: Path, architecture: str, config: DecoderConfig, tensors: dict[str, np.ndarray], scaling: str = ""
+) -> Path:
     writer = GGUFWriter(path, architecture)
+    if scaling:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    if config.rope_long_factors:
+        writer.add_rope_scaling_orig_ctx_len(config.rope_original)
+        writer.add_rope_scaling_attn_factors(config.rope_scale)
+        writer.add_tensor("rope_factors_short.weight", np.asarray(config.rope_factors, np.float32))
+        writer.add_tensor("rope_factors_long.weight", np.asarray(config.rope_long_factors, np.float32))
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.hidden)
     writer.add_block_count(config.layers)
@@ -160,9 +169,9 @@ def test_experts_in_tensors_of_their_own_are_read_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(other[key], value)
 
 
-def test_longrope_in_gguf_is_refused_by_name(tmp_path: Path) -> None:
+def test_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
     config, _ = converted(open_source(str(DATA / "phi3")))
-    tensors = translated("phi3", "phi3", config) | {"rope_factors_long.weight": np.ones(4, np.float32)}
-    path = write(tmp_path / "m.gguf", "phi3", config, tensors)
-    with pytest.raises(InvalidArgument, match="longrope"):
+    tensors = translated("phi3", "phi3", config)
+    path = write(tmp_path / "m.gguf", "phi3", config, tensors, scaling="yarn")
+    with pytest.raises(InvalidArgument, match=r"yarn.*known: none, linear, longrope"):
         converted(open_source(str(path)))

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from llmos.drivers.jax import families, loader, platform
+from llmos.drivers.jax import families, loader, platform, rope
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
@@ -28,10 +28,13 @@ from llmos.drivers.jax.weights.source import open_source
 from llmos.drivers.sdk.messages import LoadRequest
 
 DATA = Path(__file__).parents[3] / "data" / "families"
-DECODERS = "gemma2 gemma3 gpt2 llama mistral mixtral phi3 phi4 qwen2 qwen3 qwen3_moe".split()  # noqa: SIM905
+DECODERS = "gemma2 gemma3 gpt2 llama mistral mixtral phi3 phi4 phi4_long qwen2 qwen3 qwen3_moe".split()  # noqa: SIM905
 PAGE_TOKENS, CHUNK = 4, 10
-TOLERANCE = 2e-5
-"""Of float32 logits, whose largest are about 4 to 10."""
+SHORT = {"phi4": 64}
+"""The context that a model is loaded for, where it is less than its longest."""
+TOLERANCE = 5e-5
+"""Of float32 logits, which reach 4 to 8; transformers itself is 1e-5 off its float64, and taking one GELU
+for the other, the smallest mistake tried, is off by 1e-3."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,6 +47,7 @@ def read(folder: Path, dtype: Any = jnp.float32) -> tuple[DecoderConfig, Any]:
     source = open_source(str(folder))
     family = families.find(source)
     config = family.configure[source.format](source)
+    config = rope.for_context(config, SHORT.get(folder.name, config.max_positions))
     shapes = loader.parameters(config, dtype, jax.devices()[0])[-1]
     weights = convert(source, family, config, shapes, lambda _, x: jnp.asarray(x), lambda *_: None)
     graph, tree = nnx.split(Decoder(config, abstract(dtype)))
@@ -106,10 +110,10 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 def test_the_engine_continues_as_transformers_does(name: str, helpers: Any, cache_folder: Path) -> None:
     expected = load_file(DATA / name / "expected.tensors")
     driver = JaxDriver("cpu")
-    sizes = {"page_tokens": 4, "pages": 64, "slots": 2, "max_context": 64, "chunk_tokens": 32}
+    sizes = {"page_tokens": 4, "pages": 16, "slots": 1, "max_context": 64, "chunk_tokens": 16}
     source = str(DATA / name)
     request = LoadRequest(model=name, source=source, cache=str(cache_folder), **sizes)
     runner = helpers.Runner(driver, driver.load(request, helpers.ignore))
     greedy = expected["greedy"].tolist()
-    task = helpers.Task(expected["tokens"].tolist(), len(greedy), chunk=16)
+    task = helpers.Task(expected["tokens"].tolist(), len(greedy))
     assert runner.run(task) == [greedy]

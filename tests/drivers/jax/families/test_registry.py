@@ -16,6 +16,11 @@ from llmos.ipc.errors import InvalidArgument
 
 DATA = Path(__file__).parents[3] / "data" / "families"
 
+LONGROPE = {
+    "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+    "partial_rotary_factor": 0.75,
+}
+
 
 class Config:
     """A checkpoint of which only the configuration is looked at."""
@@ -50,7 +55,13 @@ def test_names_are_unique_and_unknown_ones_list_them() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("phi4", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ("phi4", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
+        (
+            "phi4",
+            LONGROPE | {"original_max_position_embeddings": "absent"},
+            "original_max_position_embeddings",
+        ),
+        ("phi4", LONGROPE, r"rope factors \(1.0,\) do not fit 12 components"),
         ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "yarn"),
         ("gemma2", {"hidden_activation": "relu2"}, "relu2"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
