@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmos.ipc.aio import AsyncClient
-
     from llmos.ipc.client import Client
 
 __all__ = ["AsyncClient", "Client"]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.conftest import System
 
 from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
 from llmos.ipc.client import Client
@@ -16,6 +15,7 @@ from llmos.ipc.errors import NotFound
 from llmos.ipc.grant import Grant
 from llmos.services.manifest import DriverSpec, Manifest
 from llmos.services.scheduler.messages import Finished, Host, SchedulerStats, Submit, Tokens
+from tests.conftest import System
 
 PAGE = (Path(__file__).parents[2] / "docs" / "drivers.md").read_text()
 MODEL = LoadRequest(

@@ -19,7 +19,6 @@ from typing import Any
 
 import msgpack
 import pytest
-from tests.conftest import wait_until
 
 from llmos.drivers.sdk.server import DriverServer
 from llmos.ipc import codec, header, limits
@@ -31,6 +30,7 @@ from llmos.services.models.server import ModelsServer
 from llmos.services.monitor.server import MonitorServer
 from llmos.services.scheduler.server import Scheduler
 from llmos.services.security.server import SecurityServer
+from tests.conftest import wait_until
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 PROGRAMS = dict(re.findall(r"```python\n# (\w+\.py): [^\n]*\n(.*?)```", PAGE, re.DOTALL))

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 
 import pytest
 import zmq
-from tests.conftest import System, wait_until
 
 from llmos.ipc import codec, header, paths
 from llmos.ipc.errors import AccessDenied, HostDown, InvalidArgument, TimedOut
 from llmos.ipc.grant import Grant
 from llmos.ipc.header import VERSION, Header, Kind
 from llmos.ipc.server import Incoming, Later, Server, method
+from tests.conftest import System, wait_until
 
 USER = Grant(
     principal="user", tenant="local", calls=["echo.*", "kernel.names", "kernel.stats", "kernel.trace"]

@@ -9,8 +9,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
-from tests.conftest import System
-from tests.kernel.test_kernel_process import GRANTS, Echo
 
 from llmos.ipc import codec, paths
 from llmos.ipc.client import Client
@@ -18,6 +16,8 @@ from llmos.ipc.errors import AccessDenied, HostDown, InvalidArgument
 from llmos.ipc.grant import Grant
 from llmos.ipc.sockets import CurveClient, check_address
 from llmos.kernel.messages import BootFile, Tcp
+from tests.conftest import System
+from tests.kernel.test_kernel_process import GRANTS, Echo
 
 
 def free_port() -> int:

@@ -23,7 +23,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.conftest import wait_until
 
 from llmos.ipc import paths
 from llmos.ipc.client import Client
@@ -31,6 +30,7 @@ from llmos.services.manifest import DEFAULT_MODEL
 from llmos.services.models import store
 from llmos.services.supervisor import status
 from llmos.services.supervisor.status import ProcessStatus, Status
+from tests.conftest import wait_until
 
 LLMOS = Path(sys.executable).with_name("llmos")
 BOOT_SECONDS = 600.0

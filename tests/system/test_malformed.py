@@ -13,13 +13,13 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.conftest import wait_until
 
 from llmos.ipc import codec, header, limits, paths
 from llmos.ipc.errors import LLMOSError
 from llmos.ipc.header import VERSION, Header, Kind
 from llmos.kernel.messages import Hello
 from llmos.services.manifest import DEFAULT_MODEL
+from tests.conftest import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.model, pytest.mark.timeout(600)]
 

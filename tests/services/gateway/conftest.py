@@ -15,7 +15,6 @@ import httpx
 import msgspec
 import pytest
 from openai import OpenAI
-from tests.conftest import System, wait_until
 
 from llmos.ipc.errors import AccessDenied, Busy, HostDown, InvalidArgument, IOFailure, NotFound
 from llmos.ipc.grant import Grant
@@ -26,6 +25,7 @@ from llmos.services.manifest import GatewaySpec, Manifest
 from llmos.services.models.messages import Chat, Complete, Done, Generation, ModelLine, ModelList, Text
 from llmos.services.monitor.messages import Health, Snapshot
 from llmos.services.scheduler.messages import Finished
+from tests.conftest import System, wait_until
 
 RIGHTS = ["models.chat", "models.complete", "models.list"]
 GRANTS = {

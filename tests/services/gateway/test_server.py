@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.conftest import System, wait_until
-from tests.services.gateway.conftest import GRANTS, FakeModels, FakeMonitor, FakeSecurity
 
 from llmos.ipc.errors import InvalidArgument, IOFailure
 from llmos.kernel.messages import Stop
 from llmos.services.gateway.server import bind, url
 from llmos.services.manifest import GatewaySpec, Manifest
+from tests.conftest import System, wait_until
+from tests.services.gateway.conftest import GRANTS, FakeModels, FakeMonitor, FakeSecurity
 
 ADA = {"Authorization": "Bearer key-ada"}
 BOB = {"Authorization": "Bearer key-bob"}

@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.services.models.gguf_file import write_gguf
 
 from llmos.ipc.errors import InvalidArgument, IOFailure
 from llmos.services.models.gguf import read_metadata
+from tests.services.models.gguf_file import write_gguf
 
 METADATA = {"a": 1, "b": "text", "c": [1, -2], "d": ["x", "ü"], "e": True, "f": 0.5}
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import System, wait_until
-from tests.services.models.gguf_file import METADATA, write_gguf
 
 from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
 from llmos.drivers.sdk.messages import Unload as UnloadRequest
@@ -35,6 +33,8 @@ from llmos.services.models.messages import (
 )
 from llmos.services.models.server import ModelsServer
 from llmos.services.scheduler.messages import Emitted, Finished, Host, Submit, Tokens, Unhost
+from tests.conftest import System, wait_until
+from tests.services.models.gguf_file import METADATA, write_gguf
 
 VERBS = ["chat", "complete", "list", "load", "unload", "tokenize", "detokenize"]
 CALLS = [f"models.{verb}" for verb in VERBS] + ["kernel.names"]

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.services.models.gguf_file import write_gguf
 
 from llmos.ipc.errors import InvalidArgument, IOFailure, NotFound, NotSupported
 from llmos.services.models import catalog, fetch, store
 from llmos.services.models.catalog import File, Hub, Wheel, resolve
 from llmos.services.models.fetch import PullProgress
+from tests.services.models.gguf_file import write_gguf
 
 NAME = "smollm2-135m-instruct"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.services.models.gguf_file import METADATA, write_gguf
 from tokenizers import Tokenizer
 from tokenizers import decoders as tokenizer_decoders
 from tokenizers import models as tokenizer_models
@@ -16,6 +15,7 @@ from tokenizers import pre_tokenizers as tokenizer_pre
 from llmos.ipc.errors import InvalidArgument, IOFailure, NotSupported
 from llmos.services.models import tokenizer as module
 from llmos.services.models.tokenizer import ModelTokenizer, load
+from tests.services.models.gguf_file import METADATA, write_gguf
 
 RECORDED = json.loads((Path(__file__).parent / "tokens.json").read_text())
 

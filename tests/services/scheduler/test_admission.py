@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.services.scheduler.traffic import expected, model, task
 
 from llmos.ipc.errors import NoMemory, TimedOut
 from llmos.services.scheduler.admission import Job, Machine, all_in_time, earliest, finish_times
 from llmos.services.scheduler.simulator import Simulator, StepTime
 from llmos.services.scheduler.task import Task
+from tests.services.scheduler.traffic import expected, model, task
 
 MACHINE = Machine(
     step=lambda rows, context, prefilled: 0.01 + 0.0001 * prefilled, chunk=lambda *_: 100, slots=2, pages=100

@@ -7,11 +7,11 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.services.scheduler.traffic import check_all, model, task
 
 from llmos.ipc.errors import Canceled, NoMemory
 from llmos.services.scheduler.simulator import Simulator, StepTime
 from llmos.services.scheduler.task import Place, Task
+from tests.services.scheduler.traffic import check_all, model, task
 
 tasks = st.lists(
     st.tuples(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.services.scheduler.traffic import model, task
 
 from llmos.services.scheduler.queue import AGED_EVERY, AGING_SECONDS, Counters, TaskQueue
 from llmos.services.scheduler.simulator import Simulator, StepTime
+from tests.services.scheduler.traffic import model, task
 
 SLOTS = 16
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.conftest import System, wait_until
 
 from llmos.drivers.null.driver import next_token
 from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
@@ -19,6 +18,7 @@ from llmos.ipc.header import Kind
 from llmos.services.manifest import DriverSpec, Manifest
 from llmos.services.memory.messages import Usage
 from llmos.services.scheduler.messages import Emitted, Finished, Host, SchedulerStats, Submit, Tasks, Tokens
+from tests.conftest import System, wait_until
 
 GRANTS = {
     "memory": Grant(principal="memory", tenant="system", serves="memory"),
