@@ -18,6 +18,15 @@ def decode_buckets(slots: int, smallest: int = 1, factor: int = 4) -> list[int]:
     return [*sizes, max(slots, smallest)]
 
 
+def doubling_buckets(chunk_tokens: int, smallest: int = 128) -> list[int]:
+    """Chunk lengths that double from ``smallest`` on; the last is ``chunk_tokens`` itself."""
+    sizes = []
+    while smallest < chunk_tokens:
+        sizes.append(smallest)
+        smallest *= 2
+    return [*sizes, chunk_tokens]
+
+
 def chunk_buckets(chunk_tokens: int, smallest: int = 32) -> list[int]:
     """Chunk lengths a factor of four apart, down to ``smallest``; the last is ``chunk_tokens`` itself."""
     sizes = [chunk_tokens]

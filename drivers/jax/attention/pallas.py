@@ -84,10 +84,29 @@ class PallasAttention:
     ) -> tuple[jax.Array, PagedCache]:
         if not fresh or scoring != PLAIN:
             return self._xla.prefill(plan, cache, q, k, v, scoring=scoring)
-        flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), flat_k, flat_v)
+        cache = write_pages(cache, plan, k, v)
         # The chunk attends to itself alone; what pads it comes after all that counts.
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.fresh), cache
+
+
+def write_pages(cache: PagedCache, plan: PrefillPlan, k: jax.Array, v: jax.Array) -> PagedCache:
+    """Put k and v [R, C, kv_heads, head_dim] of rows that start at position 0 into their pages, page by page.
+
+    Token by token this costs ten times as much. What pads a row's last page is overwritten as it grows.
+    """
+    rows, chunk, kv_heads, head_dim = k.shape
+    page_tokens, pages = cache.k.shape[2], -(-chunk // cache.k.shape[2])
+    padding = ((0, 0), (0, pages * page_tokens - chunk), (0, 0), (0, 0))
+    width = min(pages, plan.tables.shape[1])
+    used = jnp.arange(width) * page_tokens < plan.lengths[:, None]
+    ids = jnp.where(used, plan.tables[:, :width], cache.k.shape[0]).reshape(-1)
+
+    def put(part: jax.Array, new: jax.Array) -> jax.Array:
+        blocks = jnp.pad(new, padding).reshape(rows, pages, page_tokens, kv_heads, head_dim)[:, :width]
+        blocks = blocks.swapaxes(2, 3).reshape(-1, kv_heads, page_tokens, head_dim)
+        return part.at[ids].set(blocks.astype(part.dtype), mode="drop", unique_indices=True)
+
+    return PagedCache(put(cache.k, k), put(cache.v, v))
 
 
 def split_count(rows: int, kv_heads: int, pages: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmos.drivers.jax.buckets import bucket, chunk_buckets, decode_buckets, group, split
+from llmos.drivers.jax.buckets import bucket, chunk_buckets, decode_buckets, doubling_buckets, group, split
 from llmos.drivers.sdk.messages import Chunk
 
 
@@ -50,3 +50,10 @@ def test_chunks_of_like_length_share_a_call_and_those_of_a_slot_keep_their_order
     of_four = [call for _, _, calls in groups for call in calls if call.slot == 4]
     assert [call.start for call in of_four] == sorted(call.start for call in of_four)
     assert sum(call.length for call in of_four) == 300
+
+
+@pytest.mark.parametrize(
+    ("chunk", "sizes"), [(64, [64]), (512, [128, 256, 512]), (1536, [128, 256, 512, 1024, 1536])]
+)
+def test_on_accelerators_chunk_lengths_double(chunk: int, sizes: list[int]) -> None:
+    assert doubling_buckets(chunk) == sizes

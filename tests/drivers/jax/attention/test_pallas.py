@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.attention import select
-from llmos.drivers.jax.attention.pallas import paged_decode, split_count
+from llmos.drivers.jax.attention import PrefillPlan, select
+from llmos.drivers.jax.attention.pallas import PallasAttention, paged_decode, split_count
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest
@@ -34,6 +34,26 @@ def test_ragged_rows_attend_to_their_own_pages(splits: int) -> None:
     out = paged_decode(q, k, v, tables, lengths, splits=splits, interpret=True)
     expected = XlaAttention().attend(tables, lengths[:, None], lengths, PagedCache(k, v), q[:, None])[:, 0]
     np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [8, 40, 64])
+def test_a_fresh_prompt_is_written_page_by_page_as_it_is_token_by_token(chunk: int) -> None:
+    rng = np.random.default_rng(1)
+    _, k, v, tables = arrays(2)
+    new = [jnp.asarray(rng.normal(size=(2, chunk, 2, 32)), jnp.float32) for _ in range(3)]
+    counts = jnp.asarray([chunk, chunk // 2], jnp.int32)
+    offset = jnp.arange(chunk)
+    pages = jnp.where(offset < counts[:, None], tables[:, offset // PAGE_TOKENS], PAGES)
+    plan = PrefillPlan(tables, jnp.zeros(2, jnp.int32), counts, pages, jnp.tile(offset % PAGE_TOKENS, (2, 1)))
+    q = jnp.concatenate([new[0], new[0]], axis=2)
+    out, cache = PallasAttention(fresh="xla").prefill(plan, PagedCache(k, v), q, *new[1:], fresh=True)
+    expected, reference = XlaAttention().prefill(plan, PagedCache(k, v), q, *new[1:])
+    for row, count in enumerate(counts.tolist()):
+        np.testing.assert_allclose(out[row, :count], expected[row, :count], atol=2e-6)
+        for at in range(count):
+            where = (tables[row, at // PAGE_TOKENS], slice(None), at % PAGE_TOKENS)
+            np.testing.assert_array_equal(cache.k[where], reference.k[where])
+            np.testing.assert_array_equal(cache.v[where], reference.v[where])
 
 
 def test_a_row_that_is_not_live_gives_zero() -> None:
