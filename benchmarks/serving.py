@@ -24,6 +24,7 @@ from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
 from llmos.ipc import codec, header
 from llmos.ipc.calls import Answer
 from llmos.ipc.client import Client
+from llmos.ipc.grant import BANDS, Band
 from llmos.ipc.header import Kind
 from llmos.ipc.sockets import to_bytes
 from llmos.services.manifest import DriverSpec
@@ -45,7 +46,8 @@ class Request:
 class Load:
     """Sends requests on one connection and notes when their tokens arrive."""
 
-    def __init__(self, client: Client, model: LoadedModel) -> None:
+    def __init__(self, client: Client, model: LoadedModel, band: Band) -> None:
+        self._band = band
         self._client = client
         self._link = client._link
         self._model = model
@@ -59,7 +61,8 @@ class Load:
         self._requests = {}
         for _ in range(requests):
             tokens = self._rng.integers(0, self._model.vocab_size, prompt).tolist()
-            body = codec.encode(Submit(model=self._model.model, tokens=tokens, max_tokens=count))
+            submit = Submit(model=self._model.model, tokens=tokens, max_tokens=count, band=self._band)
+            body = codec.encode(submit)
             sent = time.perf_counter()
             call = self._link.call("scheduler.submit", body, 0, self._on_end)
             self._requests[call] = Request(sent, count)
@@ -148,6 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps in a quantum")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the requests, for small machines")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--band", default="interactive", choices=BANDS)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     options = parser.parse_args()
     driver = DriverSpec(name=DRIVER, kind="jax", options={"attention": options.attention})
@@ -166,7 +170,7 @@ def main() -> None:
     with Cluster(driver, options.steps) as cluster:
         loaded, seconds = cluster.load(request)
         report.figures["load"] = {"seconds": round(seconds, 1), **loaded.phases}
-        report.figures |= measure(Load(cluster.client, loaded), options.only, options.scale)
+        report.figures |= measure(Load(cluster.client, loaded, options.band), options.only, options.scale)
         (line,) = cluster.client.call("scheduler.stats", None, SchedulerStats).hosts
         report.figures["last_step_ms"] = round(line.step_micros / 1e3, 2)
         report.environment = {"model": options.model, "dtype": options.dtype, "attention": loaded.attention}

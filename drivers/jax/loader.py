@@ -189,7 +189,7 @@ class Load:
             chunk_sizes=buckets.chunk_buckets(limits.chunk_tokens)
             if on_cpu
             else buckets.doubling_buckets(limits.chunk_tokens),
-            prefill_rows=[1] if on_cpu else [1, 4, 16],
+            prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
             # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
             first=_FIRST_ON_CPU if on_cpu else 1 << 30,
         )

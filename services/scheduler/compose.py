@@ -6,7 +6,7 @@ from llmos.drivers.sdk.messages import Chunk, Growth, Quantum, Start
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.task import Place, Task
 
-STEP_BUDGET = (0.025, 0.050, 0.050)  # seconds of a step while a task of each band decodes
+STEP_BUDGET = (0.025, 0.065, 0.250)  # seconds of a step while a task of each band decodes
 STRETCH = (1.5, 2.0, 2.0)  # a step without prefill may take longer than that; then so much longer with it
 LEAST_CHUNK = 16
 
@@ -91,7 +91,7 @@ def _prefill(host: Host, tasks: list[Task], max_steps: int) -> tuple[list[Chunk]
 
 def decode_room(host: Host, tasks: list[Task]) -> tuple[int, int]:
     """The most urgent band that decodes, and how many tokens a step may prefill beside it."""
-    decoding = [task for task in tasks if task.prefilled >= task.base]
+    decoding = [task for task in tasks if task.prefilled >= task.base and task.planned < task.limit]
     rank = min((task.rank for task in decoding), default=2)
     context = sum(len(task.tokens) for task in decoding)
     return rank, chunk_room(host, rank, len(decoding), context)
