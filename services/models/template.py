@@ -97,18 +97,23 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         self._check_clock()
+        self._check_format(obj, attribute)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         self._check_clock()
+        self._check_format(obj, argument)
         return super().getitem(obj, argument)
+
+    def _check_format(self, obj: Any, name: Any) -> None:
+        # The sandbox wraps the method, so that its string is no longer to be seen when it is called.
+        if isinstance(obj, str) and name in ("format", "format_map") and _WIDE.search(obj):
+            raise InvalidArgument("the chat template formats to a width that is too large")
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_clock()
         if any(isinstance(a, int) and abs(a) > MAX_REPEAT for a in (*args, *kwargs.values())):
             raise InvalidArgument("the chat template calls with a number that is too large")
-        if isinstance(text := getattr(obj, "__self__", None), str) and _WIDE.search(text):
-            raise InvalidArgument("the chat template formats to a width that is too large")
         return super().call(context, obj, *args, **kwargs)
 
 
