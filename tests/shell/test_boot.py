@@ -43,6 +43,9 @@ def llmos(folder: Path) -> Iterator[Llmos]:
     """Start the command in that folder; whatever it started is stopped in the end."""
     environment = {**os.environ, **{f"LLMOS_{n.upper()}": str(folder / n) for n in ("run", "state", "cache")}}
 
+    # Whoever runs the tests in the background has Ctrl-C ignored, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def start(*arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "llmos.shell.main", *arguments],
@@ -51,8 +54,6 @@ def llmos(folder: Path) -> Iterator[Llmos]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Whoever runs the tests in the background has Ctrl-C ignored, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     yield start
