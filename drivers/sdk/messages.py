@@ -14,6 +14,7 @@ import msgspec
 
 DType = Literal["float32", "bfloat16", "int8", "float8"]
 FinishReason = Literal["stop", "length", "error"]
+Tier = Literal["device", "host", "disk"]
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -42,6 +43,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``cache`` is a folder the driver may keep converted weights and compiled programs in.
     ``pages`` 0 lets the driver take ``memory_fraction`` of what is free on the device after the weights.
     ``mesh`` maps axis names (data, tensor, pipeline, expert, sequence) to sizes; empty means one device.
+    ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to.
     """
 
     model: str
@@ -56,6 +58,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_context: int = 2048
     chunk_tokens: int = 256
     mesh: dict[str, int] = {}
+    host_pages: int = 0
+    disk_pages: int = 0
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -86,6 +90,8 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     stop_tokens: list[int]
     attention: str
+    host_pages: int = 0
+    disk_pages: int = 0
     phases: dict[str, float] = {}
 
 
@@ -183,6 +189,29 @@ class QuantumDone(msgspec.Struct, frozen=True, array_like=True):
     quantum: int
     steps: int
     preempted: bool
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """Copy the KV of pages from one tier to another: (number at the source, number at the target) each.
+
+    On the device the numbers are pages; in the host and disk tiers they are blocks of one page each. Blocks
+    on disk are sealed with the key of ``tenant``. A move reads what the quanta sent before it write, and a
+    quantum sent after its answer, a ``Moved``, reads what it wrote; steps go on meanwhile, and must not use
+    the pages that are written.
+    """
+
+    model: str
+    source: Tier
+    target: Tier
+    pages: list[tuple[int, int]]
+    tenant: str
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """A move is complete: ``bytes`` copied in ``micros``."""
+
+    bytes: int
+    micros: int
 
 
 class Preempt(msgspec.Struct, frozen=True):
