@@ -56,6 +56,9 @@ class JaxDriver(Driver):
         steps: Iterator[PendingStep] = engine.execute(quantum)
         return steps
 
+    def idle(self) -> bool:
+        return any(engine.rehearse() for engine in self._engines.values())
+
     def reset(self, model: str) -> None:
         if model not in self._engines:
             raise NotFound(f"model {model} is not loaded")

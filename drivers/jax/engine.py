@@ -16,7 +16,7 @@ import numpy as np
 
 from llmos.drivers.jax.buckets import group
 from llmos.drivers.jax.ledger import Ledger, Limits, Slot
-from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Programs
+from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Key, Programs
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
 from llmos.drivers.jax.state import (
     BatchState,
@@ -46,33 +46,62 @@ class Engine:
     ) -> None:
         self.limits = limits
         self.ledger = Ledger(limits)
-        self._programs = programs
+        self.unrehearsed: list[Key] = []
+        self.programs = programs
         self._weights = weights
         self._caches = caches
         self._batch = batch
         self._tallies: Tallies | None = None
         self._tallied: set[int] = set()
         self._rows: dict[tuple[int, ...], jax.Array] = {}
+        self._entering: list[Start] = []
         self._faulty: list[int] = []
         self._clock = clock
         self._completed = 0.0
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
-        """Check a quantum and apply its release, start and grow now; the iterator dispatches its steps."""
+        """Check a quantum and apply its release, start and grow now; the iterator dispatches its steps.
+
+        Starts reach the device behind the first prompts, which need nothing of the batch and are waited for.
+        """
         self.ledger.check(quantum)
         self._scrub()
         self.ledger.enter(quantum)
-        self._admit(quantum.start)
-        self._grow(quantum)
+        self._entering = quantum.start
+        if quantum.grow:
+            self._admit()
+            self._grow(quantum)
         return self._steps(quantum)
+
+    def rehearse(self) -> bool:
+        """Run the next of ``unrehearsed`` on rows that hold no sequence, and wait; False when none is left.
+
+        A GPU loads and plans a program when it first runs, for up to half a second that no request should
+        pay. It cannot do so while another program is being compiled.
+        """
+        if not self.unrehearsed:
+            return False
+        key = self.unrehearsed.pop(0)
+        program = self.programs.get(key)
+        match key:
+            case ("decode", int(size)):
+                self._caches, _ = program(self._weights, self._caches, self._batch, self._row_index([], size))
+            case ("prefill", int(height), int(size), bool()):
+                self._caches, _ = program(self._weights, self._caches, self._chunk([], height, size))
+            case ("sample", "greedy" | "plain" | "filtered", int(size)):
+                logits = jnp.zeros((size, self.limits.vocab_size), jnp.float32)
+                self._batch, *_ = program(logits, self._row_index([], size), self._batch)
+        jax.block_until_ready((self._caches, self._batch))  # type: ignore[no-untyped-call]
+        return True
 
     def close(self) -> None:
         """Stop what still runs in the background."""
-        self._programs.close()
+        self.programs.close()
 
     def reset(self) -> None:
         """Empty all slots; what is on the device is overwritten when a slot is taken again."""
         self.ledger = Ledger(self.limits)
+        self._entering = []
 
     def _steps(self, quantum: Quantum) -> Iterator[PendingStep]:
         chunks: dict[int, list[Chunk]] = {}
@@ -82,16 +111,18 @@ class Engine:
         for index in range(quantum.steps):
             rows = self.ledger.ready(quantum.decode)
             if not rows and index > last:
-                return
+                break
             begun = self._clock()
             outputs = [self._decode(rows)] if rows else []
             outputs += self._prefill(chunks.get(index, []))
             for _, packed in outputs:
                 packed.copy_to_host_async()
+            self._admit()
             yield self._pending(quantum.id, index, outputs, begun)
+        self._admit()
 
     def _decode(self, rows: list[int]) -> Output:
-        size, program = self._programs.decode(len(rows))
+        size, program = self.programs.decode(len(rows))
         index = self._row_index(rows, size)
         self._caches, logits = program(self._weights, self._caches, self._batch, index)
         for number in rows:
@@ -101,32 +132,41 @@ class Engine:
     def _prefill(self, chunks: list[Chunk]) -> list[Output]:
         """Prefill the chunks of a step, those of like length together; sample where a prompt is complete."""
         outputs = []
-        sizes = self._programs.spec.chunk_sizes
+        sizes = self.programs.spec.chunk_sizes
         for size, fresh, calls in group(chunks, sizes):
-            for at in range(0, len(calls), self._programs.rows_for(size)[-1]):
-                part = calls[at : at + self._programs.rows_for(size)[-1]]
+            for at in range(0, len(calls), self.programs.rows_for(size)[-1]):
+                part = calls[at : at + self.programs.rows_for(size)[-1]]
                 outputs += self._prefill_rows(part, size, fresh)
         return outputs
 
     def _prefill_rows(self, calls: list[Chunk], size: int, fresh: bool) -> list[Output]:
-        height, program = self._programs.prefill(len(calls), size, fresh)
-        chunk = np.zeros((height, size + 2), np.int32)
-        for row, call in enumerate(calls):
-            known = self.ledger.slots[call.slot].tokens
-            chunk[row, : call.length] = known[call.start : call.start + call.length]
-            chunk[row, -2:] = call.start, call.length
-        index = self._row_index([call.slot for call in calls], height)
-        self._caches, logits = program(self._weights, self._caches, self._batch, index, chunk)
+        height, program = self.programs.prefill(len(calls), size, fresh)
+        chunk = self._chunk(calls, height, size)
+        self._caches, logits = program(self._weights, self._caches, chunk)
         complete = [call.slot if self.ledger.fill(call) else self.limits.slots for call in calls]
         if all(slot == self.limits.slots for slot in complete):
             return []
         return [self._sample(complete, self._row_index(complete, height), logits)]
 
+    def _chunk(self, calls: list[Chunk], height: int, size: int) -> np.ndarray:
+        """What ``forward.prefill`` takes: [height, 2 + width + size], padded with empty rows."""
+        width = self._batch.tables.shape[1]
+        chunk = np.zeros((height, 2 + width + size), np.int32)
+        chunk[:, 2 : 2 + width] = self.limits.pages
+        for row, call in enumerate(calls):
+            slot = self.ledger.slots[call.slot]
+            chunk[row, :2] = call.start, call.length
+            chunk[row, 2 : 2 + slot.held] = slot.table
+            part = slot.tokens[call.start : call.start + call.length]
+            chunk[row, 2 + width : 2 + width + call.length] = part
+        return chunk
+
     def _sample(self, rows: list[int], index: jax.Array, logits: jax.Array) -> Output:
+        self._admit()
         slots = self.ledger.slots
         served = [(row, number, slots[number]) for row, number in enumerate(rows) if number in slots]
         variant: Variant = max((slot.variant for *_, slot in served), key=VARIANTS.index)
-        program = self._programs.get(("sample", variant, index.shape[0]))
+        program = self.programs.get(("sample", variant, index.shape[0]))
         if variant == "full":
             self._batch, self._tallies, packed = program(logits, index, self._batch, self._tallies)
         else:
@@ -170,8 +210,9 @@ class Engine:
             self._rows[padded] = jnp.asarray(padded, jnp.int32)
         return self._rows[padded]
 
-    def _admit(self, starts: list[Start]) -> None:
-        program = self._programs.get(("admit",))
+    def _admit(self) -> None:
+        starts, self._entering = self._entering, []
+        program = self.programs.get(("admit",))
         for first in range(0, len(starts), ADMIT_ROWS):
             self._batch = program(self._batch, *self._admission(starts[first : first + ADMIT_ROWS]))
         for start in starts:
@@ -197,7 +238,7 @@ class Engine:
         ids[: len(start.sampling.logit_bias)] = list(start.sampling.logit_bias)
         values[: len(start.sampling.logit_bias)] = list(start.sampling.logit_bias.values())
         counts = (np.int32(start.prompt), np.int32(len(start.tokens)))
-        program = self._programs.get(("tally",))
+        program = self.programs.get(("tally",))
         self._tallies = program(self._tallies, np.int32(start.slot), tokens, *counts, ids, values)
 
     def _grow(self, quantum: Quantum) -> None:
@@ -207,7 +248,7 @@ class Engine:
             held[growth.slot] -= len(growth.pages)
             first = held[growth.slot]
             cells += [(growth.slot, first + i, page) for i, page in enumerate(growth.pages)]
-        program = self._programs.get(("grow",))
+        program = self.programs.get(("grow",))
         for at in range(0, len(cells), GROW_ROWS):
             part = cells[at : at + GROW_ROWS]
             part += [(self.limits.slots + 1, 0, 0)] * (GROW_ROWS - len(part))
@@ -219,5 +260,5 @@ class Engine:
         for at in range(0, len(pages), SCRUB_PAGES):
             part = pages[at : at + SCRUB_PAGES]
             part += [self.limits.pages + 1] * (SCRUB_PAGES - len(part))
-            program = self._programs.get(("scrub",))
+            program = self.programs.get(("scrub",))
             self._caches = program(self._caches, np.asarray(part, np.int32))

@@ -54,22 +54,21 @@ def decode(
 def prefill(
     shape: Shape,
     fresh: bool,
+    width: int,
     weights: Any,
     caches: list[Any],
-    state: BatchState,
-    rows: jax.Array,
     chunk: jax.Array,
 ) -> tuple[list[Any], jax.Array]:
-    """Feed prompt tokens to the slots ``rows`` [R].
+    """Feed prompt tokens to R sequences; nothing of the batch is read, so a prompt need not be in it yet.
 
-    ``chunk`` [R, C + 2] holds for each row C tokens, the position of the first, and how many count.
-
-    With ``fresh`` all rows start at position 0, and attend to nothing that is in the cache.
+    ``chunk`` [R, 2 + width + C] holds for each row the position of its first token, how many tokens count,
+    its block table and the C tokens. With ``fresh`` all rows start at position 0, and attend to nothing that
+    is in the cache.
 
     Returns the caches and the float32 logits [R, vocab] after each row's last new token.
     """
-    tokens, starts, counts = chunk[:, :-2], chunk[:, -2], chunk[:, -1]
-    tables = state.tables[rows]
+    starts, counts, tables, tokens = jnp.split(chunk, [1, 2, 2 + width], axis=1)
+    starts, counts = starts[:, 0], counts[:, 0]
     offset = jnp.arange(tokens.shape[1])
     position = starts[:, None] + offset
     column = jnp.minimum(position // shape.page_tokens, tables.shape[1] - 1)

@@ -89,6 +89,8 @@ class Load:
             weights = self._timed("wait", lambda: self._attend(loading))
             caches, batch = self._attend(placing)
         engine = Engine(limits, programs, [weights[path] for path in shapes], caches, batch)
+        if self.device.platform != "cpu":
+            engine.unrehearsed = programs.ahead()
         return engine, self._loaded(plan, limits, weight_bytes, shapes, backend.name)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:

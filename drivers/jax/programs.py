@@ -160,9 +160,10 @@ class Programs:
                     (spec.weights, spec.caches, spec.batch, _ints(size)),
                 )
             case ("prefill", int(rows), int(size), bool(fresh)):
-                chunk = (_ints(rows), _ints(rows, size + 2))
-                arguments = (spec.weights, spec.caches, spec.batch, *chunk)
-                return partial(forward.prefill, spec.shape, fresh), (1,), arguments
+                width = spec.batch.tables.shape[1]
+                chunk = _ints(rows, 2 + width + size)
+                prefill = partial(forward.prefill, spec.shape, fresh, width)
+                return prefill, (1,), (spec.weights, spec.caches, chunk)
             case ("sample", "full", int(size)):
                 full = (self._logits(size), _ints(size), spec.batch, self._tallies())
                 return partial(sampling.sample, "full"), (2, 3), full

@@ -36,6 +36,11 @@ class Driver:
         """
         raise NotSupported("this driver executes nothing")
 
+    def idle(self) -> bool:
+        """Called while there is nothing to execute: do something useful for less than a second, if there is
+        anything; True asks to be called again."""
+        return False
+
     def reset(self, model: str) -> None:
         """Empty all slots of a model; nothing is in flight. The KV in its pages need not be kept."""
         raise NotSupported("this driver cannot empty its slots")

@@ -55,7 +55,7 @@ class DriverServer(Server):
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
 
     def work(self) -> bool:
-        return self._executor.advance()
+        return self._executor.advance() or self._driver.idle()
 
     def beat(self) -> Beat:
         return Beat(self.progress, self._limit)
