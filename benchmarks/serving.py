@@ -156,7 +156,7 @@ def main() -> None:
         "--settle",
         type=float,
         default=0.0,
-        help="seconds to leave the driver idle first: it rehearses programs",
+        help="seconds to leave the driver idle first, to rehearse",
     )
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     options = parser.parse_args()
