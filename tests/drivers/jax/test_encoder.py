@@ -44,7 +44,7 @@ def driver() -> Any:
 
 
 def load(driver: JaxDriver, source: str | Path, **more: Any) -> LoadedModel:
-    sizes = {"max_context": 32, "chunk_tokens": 32, **more}
+    sizes = {"max_context": 16, "chunk_tokens": 48, **more}
     return driver.load(LoadRequest(model="e", source=str(source), **sizes), lambda _: None)
 
 
@@ -121,8 +121,8 @@ def test_pooling_and_the_longest_text_are_the_folders(
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     (folder / "modules.json").write_text("[]")
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20}))
-    assert load(driver, folder).max_context == 20
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
+    assert load(driver, folder).max_context == 12
     expected, texts, types = inputs(folder)
     np.testing.assert_allclose(encode(driver, texts, types), expected["cls"], atol=2e-5)
 
