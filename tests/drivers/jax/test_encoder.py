@@ -1,4 +1,4 @@
-"""An encoder as the driver serves it: loaded by its folder, any batch of texts, refused if it does not fit."""
+"""An encoder as the driver serves it: loaded from its folder, batches of any kind, and what is refused."""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ def embed(world: World, **body: Any) -> Any:
 
 def test_a_text_becomes_a_vector_with_its_usage(world: World) -> None:
     answer = embed(world)  # the client asks for base64 and unpacks it
-    assert [(item.index, item.object, item.embedding) for item in answer.data] == [(0, "embedding", [3.0, 0.5])]
+    assert [(item.index, item.object, item.embedding) for item in answer.data] == [
+        (0, "embedding", [3.0, 0.5])
+    ]
     assert (answer.model, answer.object) == ("echo", "list")
     assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (3, 3)
 

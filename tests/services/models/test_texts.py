@@ -41,7 +41,9 @@ def test_a_bert_vocabulary_splits_words_and_drops_case_and_accents(bert: ModelTo
 
 def test_a_cased_vocabulary_keeps_them(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "unk_token": {"content": "[UNK]"}}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"do_lower_case": false, "unk_token": {"content": "[UNK]"}}'
+    )
     cased = load(tmp_path, tmp_path / "cache")
     assert words(cased, encode(cased, ["A é"], 8)[0]) == "[CLS] [UNK] é [SEP]"
 
@@ -69,9 +71,7 @@ def test_what_was_converted_is_kept(bert: ModelTokenizer, tmp_path: Path) -> Non
         ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\nx y\n"}, "do not fit|damaged"),
     ],
 )
-def test_a_damaged_vocabulary_says_what_is_wrong(
-    tmp_path: Path, files: dict[str, str], message: str
-) -> None:
+def test_a_damaged_vocabulary_says_what_is_wrong(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InvalidArgument, match=message):

@@ -48,7 +48,9 @@ class World:
         assert job.id not in self.ended
         self.ended[job.id] = error
 
-    def submit(self, texts: list[list[int]], tenant: str = "a", band: Any = "interactive", **more: Any) -> Job:
+    def submit(
+        self, texts: list[list[int]], tenant: str = "a", band: Any = "interactive", **more: Any
+    ) -> Job:
         self._ids += 1
         job = Job(self._ids, tenant, tenant, "e", band, texts, self.now, **more)
         self.encoding.submit(job, self.now)
@@ -170,7 +172,7 @@ def test_a_step_takes_no_longer_than_its_budget() -> None:
     world = World()
     world.submit(texts(100))
     for _ in range(20):
-        host, batch = world.sent[0]
+        batch = world.sent[0][1]
         world.step(batch.padded * 0.002)  # two milliseconds a token: 25 tokens fit in the budget
     assert world.sent[0][1].padded == 16
 
