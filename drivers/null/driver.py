@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
 
-from llmos.drivers.sdk.driver import Driver, PendingStep, Progress
+from llmos.drivers.sdk.driver import Driver, PendingEncoding, PendingStep, Progress
 from llmos.drivers.sdk.messages import (
     Device,
     DriverInfo,
+    EncodedStep,
+    EncodeStep,
     FinishReason,
     LoadedModel,
     LoadProgress,
@@ -28,6 +31,12 @@ def next_token(tokens: list[int]) -> int:
     return (tokens[-1] * 31 + len(tokens) * 7 + 11) % VOCABULARY
 
 
+def vector(tokens: list[int], types: list[int]) -> list[float]:
+    """What an encoder makes of a text: a fixed function of its tokens, their order and their types."""
+    places = sum(place * token for place, token in enumerate(tokens, 1))
+    return [float(len(tokens)), float(sum(tokens)), float(places), float(sum(types))]
+
+
 class _Sequence:
     def __init__(self, start: Start) -> None:
         self.start = start
@@ -38,9 +47,15 @@ class _Sequence:
 
 
 class NullDriver(Driver):
-    """Takes ``step_ms`` milliseconds a step, and ``prefill_us`` microseconds for each prompt token in it."""
+    """Takes ``step_ms`` milliseconds a step, and ``prefill_us`` microseconds for each prompt token in it.
 
-    def __init__(self, step_ms: float = 0.0, prefill_us: float = 0.0, decode_us: float = 0.0) -> None:
+    The model named ``encoder`` is loaded as one.
+    """
+
+    def __init__(
+        self, step_ms: float = 0.0, prefill_us: float = 0.0, decode_us: float = 0.0, encoder: str = ""
+    ) -> None:
+        self._encoder = encoder
         self._step = step_ms / 1e3
         self._prefill = prefill_us / 1e6
         self._decode = decode_us / 1e6
@@ -53,15 +68,19 @@ class NullDriver(Driver):
 
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         progress(LoadProgress("read", 1, 1))
+        encodes = request.model == self._encoder
         loaded = LoadedModel(
             model=request.model,
             family="null",
+            kind="encoder" if encodes else "decoder",
+            width=4 if encodes else 0,
+            token_types=2,
             parameters=0,
             weight_bytes=0,
-            pages=request.pages or DEFAULT_PAGES,
+            pages=0 if encodes else request.pages or DEFAULT_PAGES,
             page_tokens=request.page_tokens,
             page_bytes=request.page_tokens,
-            slots=request.slots,
+            slots=0 if encodes else request.slots,
             max_context=request.max_context,
             chunk_tokens=request.chunk_tokens,
             vocab_size=VOCABULARY,
@@ -81,6 +100,25 @@ class NullDriver(Driver):
         if self._models.pop(model, None) is None:
             raise NotFound(f"no model {model!r} is loaded here")
         del self._slots[model]
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        model = self._models.get(request.model)
+        if model is None or model.kind != "encoder":
+            raise NotFound(f"no encoder {request.model!r} is loaded here")
+        longest = max(len(text) for text in request.texts)
+        if longest * len(request.texts) > max(model.chunk_tokens, longest):
+            raise InvalidArgument(f"{len(request.texts)} texts of up to {longest} tokens exceed a step")
+        types = request.types or [[]] * len(request.texts)
+        rows = [vector(*text) for text in zip(request.texts, types, strict=True)]
+        packed = b"".join(struct.pack("<4f", *row) for row in rows)
+        cost = self._step + self._prefill * longest * len(rows)
+        ends = self._after(cost)
+
+        def wait() -> EncodedStep:
+            _sleep_until(ends)
+            return EncodedStep(packed, 4, round(cost * 1e6))
+
+        return wait
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
         model = self._models.get(quantum.model)
@@ -145,16 +183,24 @@ class NullDriver(Driver):
         for slot, _ in finished:
             slots[slot].finished = True
         cost = self._step + self._prefill * prefilled + self._decode * len(ready)
-        began = max(time.monotonic(), self._free_at)
-        self._free_at = ends = began + cost
+        ends = self._after(cost)
         step = Step(quantum.id, index, ready, tokens, finished, round(cost * 1e6))
 
         def wait() -> Step:
-            if (left := ends - time.monotonic()) > 0:
-                time.sleep(left)
+            _sleep_until(ends)
             return step
 
         return wait
+
+    def _after(self, cost: float) -> float:
+        """When a step that is dispatched now will be done: after those before it."""
+        self._free_at = max(time.monotonic(), self._free_at) + cost
+        return self._free_at
+
+
+def _sleep_until(then: float) -> None:
+    if (left := then - time.monotonic()) > 0:
+        time.sleep(left)
 
 
 def _decodes(sequence: _Sequence) -> bool:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadProgress, LoadRequest, Quantum, Step
+from llmos.drivers.sdk.messages import (
+    DriverInfo,
+    EncodedStep,
+    EncodeStep,
+    LoadedModel,
+    LoadProgress,
+    LoadRequest,
+    Quantum,
+    Step,
+)
 from llmos.ipc.errors import NotSupported
 
 PendingStep = Callable[[], Step]
 """Waits for a dispatched step and returns what it produced."""
+
+PendingEncoding = Callable[[], EncodedStep]
+"""Waits for a dispatched step of an encoder and returns what it made."""
 
 Progress = Callable[[LoadProgress], None]
 
@@ -40,6 +52,10 @@ class Driver:
         """Called while there is nothing to execute: do something useful for less than a second, if there is
         anything; True asks to be called again."""
         return False
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        """Dispatch one step of an encoder, and return at once with what waits for it."""
+        raise NotSupported("this driver has no encoders")
 
     def reset(self, model: str) -> None:
         """Empty all slots of a model; nothing is in flight. The KV in its pages need not be kept."""

@@ -9,6 +9,8 @@ from llmos.drivers.sdk.driver import Driver
 from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.messages import (
     DriverInfo,
+    EncodedStep,
+    EncodeStep,
     LoadedModel,
     LoadProgress,
     LoadRequest,
@@ -29,7 +31,7 @@ PROGRESS_SECONDS = 0.2
 
 
 class _CallSink:
-    """Sends the results of a quantum as the answers of the call that brought it."""
+    """Sends the results of a quantum, or of an encoder's step, as the answers of the call that brought it."""
 
     def __init__(self, call: Incoming) -> None:
         self._call = call
@@ -39,6 +41,9 @@ class _CallSink:
 
     def done(self, done: QuantumDone) -> None:
         self._call.end(done)
+
+    def encoded(self, result: EncodedStep) -> None:
+        self._call.reply(result)
 
     def fail(self, error: LLMOSError) -> None:
         self._call.fail(error)
@@ -108,12 +113,18 @@ class DriverServer(Server):
         return Later()
 
     @method
+    def encode(self, request: EncodeStep, call: Incoming) -> Later:
+        """Answers ``EncodedStep``."""
+        self._executor.encode(request, _CallSink(call))
+        return Later()
+
+    @method
     def preempt(self, request: Preempt, call: Incoming) -> None:
         self._executor.preempt(request.quantum)
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:
-        self._executor.abandon()
+        self._executor.abandon(request.model)
         self._driver.reset(request.model)
 
     @method
@@ -121,6 +132,6 @@ class DriverServer(Server):
         self._forget(request.model)
 
     def _forget(self, model: str) -> None:
-        self._executor.abandon()
+        self._executor.abandon(model)
         self._driver.unload(model)
         self._loaded.pop(model, None)
