@@ -30,8 +30,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One model to serve. ``source`` is a path, or empty for a model that was pulled under this name.
 
     ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits).
-    ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a smaller
-    model.
+    ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
+    smaller model.
     """
 
     name: str

@@ -46,7 +46,7 @@ class Acceptance:
 
 @dataclass
 class Timing:
-    """Seconds of one kind of step: the least of the first few, then a moving average; and its age in steps."""
+    """Seconds of one kind of step: the least of the first few, then a moving average; its age in steps."""
 
     seconds: float = 0.0
     count: int = 0

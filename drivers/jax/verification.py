@@ -26,10 +26,10 @@ NGRAM = 3
 
 
 class Guess(NamedTuple):
-    """``tokens`` [B, n] guessed to follow the last token of each row, and how many of them are to be verified.
+    """``tokens`` [B, n] are guessed to follow the last token of each row; ``counts`` [B] are to be verified.
 
-    ``counts`` [B] is -1 for a row that holds still. ``known`` [B] says whether there is a guess at all: the
-    first may be compared with what is sampled even where none is verified.
+    A row that holds still has -1. ``known`` [B] says whether there is a guess at all: the first may be
+    compared with what is sampled even where none is verified.
     """
 
     tokens: jax.Array
@@ -171,7 +171,7 @@ def _sampled(
     choice = Choice(*(jnp.repeat(field[rows], wide) for field in state.choice))
     flat = logits.reshape(-1, logits.shape[-1])
     if variant == "full":
-        assert tallies is not None and wide == 1
+        assert tallies is not None
         flat = adjust(flat, choice, Tallies(*(field[rows] for field in tallies)))
     return choose(variant, flat, choice, position.reshape(-1)).reshape(position.shape)
 

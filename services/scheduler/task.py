@@ -31,11 +31,11 @@ class Task:
 
     ``tokens`` is the prompt and everything produced. While it is on a device: ``base`` tokens were known
     when it started there, ``prefilled`` of them will be computed when the quanta in flight are done, and it
-    will then have ``planned`` tokens, or end before. ``residence`` counts how often it gave up its pages, ``stay``
-    how often it left a slot, ``ticket`` how often it was queued. ``bound`` is the host that promised to keep
-    its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that it
-    counts as interactive while it has its slot. ``pace`` is how many tokens it gains in a step, lately: more
-    than one where the driver speculates, so that ``planned`` is what it will have at least.
+    will then have ``planned`` tokens, or end before. ``residence`` counts how often it gave up its pages,
+    ``stay`` how often it left a slot, ``ticket`` how often it was queued. ``bound`` is the host that promised
+    to keep its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that
+    it counts as interactive while it has its slot. ``pace`` is how many tokens it gains in a step, lately:
+    more than one where the driver speculates, so that ``planned`` is what it will have at least.
     """
 
     id: int
