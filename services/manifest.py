@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from llmos.drivers.sdk.messages import DType
+from llmos.drivers.sdk.messages import DType, Speculation
 from llmos.ipc import codec, paths
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -30,6 +30,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One model to serve. ``source`` is a path, or empty for a model that was pulled under this name.
 
     ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits).
+    ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
+    smaller model.
     """
 
     name: str
@@ -43,6 +45,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_context: int = 2048
     chunk_tokens: int = 256
     mesh: dict[str, int] = {}
+    speculation: Speculation = "off"
+    speculation_tokens: int = 0
+    draft: str = ""
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,18 +18,26 @@ from llmos.drivers.jax.buckets import group
 from llmos.drivers.jax.ledger import Ledger, Limits, Slot
 from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Key, Programs
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
+from llmos.drivers.jax.speculating import Speculation
 from llmos.drivers.jax.state import (
     BatchState,
     Tallies,
     empty_tallies,
     pack_admission,
 )
+from llmos.drivers.jax.verification import no_guess
 from llmos.drivers.sdk.checks import BIAS_LIMIT
 from llmos.drivers.sdk.driver import PendingStep
 from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Start, Step
 
-Output = tuple[list[tuple[int, int, Slot]], jax.Array]
-"""(row, slot number, slot) for each that a sampling program served, and its packed result [2, rows]."""
+Served = list[tuple[int, int, Slot]]
+"""(row, slot number, slot) for each that a program served."""
+
+Output = tuple[Served, jax.Array, int]
+"""Whom a program served, its packed result, and how many guesses it verified (-1: it had none to make).
+
+The result is [2, rows]: token and finish; where there were guesses it is that of ``verification.accept``.
+"""
 
 
 class Engine:
@@ -43,6 +51,7 @@ class Engine:
         caches: list[Any],
         batch: BatchState,
         clock: Callable[[], float] = time.perf_counter,
+        speculation: Speculation | None = None,
     ) -> None:
         self.limits = limits
         self.ledger = Ledger(limits)
@@ -57,6 +66,7 @@ class Engine:
         self._entering: list[Start] = []
         self._faulty: list[int] = []
         self._clock = clock
+        self.speculation = speculation
         self._completed = 0.0
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
@@ -91,8 +101,20 @@ class Engine:
             case ("sample", "greedy" | "plain" | "filtered", int(size)):
                 logits = jnp.zeros((size, self.limits.vocab_size), jnp.float32)
                 self._batch, *_ = program(logits, self._row_index([], size), self._batch)
+            case (str(name), *_) if self.speculation is not None:
+                self._rehearse_speculation(self.speculation, name, key, program)
         jax.block_until_ready((self._caches, self._batch))  # type: ignore[no-untyped-call]
         return True
+
+    def _rehearse_speculation(self, speculation: Speculation, name: str, key: Key, program: Any) -> None:
+        if name == "verify":
+            rows = self._row_index([], int(key[1]))
+            self._caches, *_ = program(self._weights, self._caches, self._batch, speculation.history, rows)
+        elif name == "accept" and "full" not in key:
+            size, guesses = int(key[2]), int(key[3])
+            logits = jnp.zeros((size, guesses + 1, self.limits.vocab_size), jnp.float32)
+            held = (self._row_index([], size), self._batch, speculation.history)
+            self._batch, speculation.history, *_ = program(logits, no_guess(size, guesses), *held)
 
     def close(self) -> None:
         """Stop what still runs in the background."""
@@ -115,19 +137,38 @@ class Engine:
             begun = self._clock()
             outputs = [self._decode(rows)] if rows else []
             outputs += self._prefill(chunks.get(index, []))
-            for _, packed in outputs:
+            for _, packed, _ in outputs:
                 packed.copy_to_host_async()
             self._admit()
             yield self._pending(quantum.id, index, outputs, begun)
         self._admit()
 
     def _decode(self, rows: list[int]) -> Output:
+        if self.speculation is not None:
+            return self._speculate(self.speculation, rows)
         size, program = self.programs.decode(len(rows))
         index = self._row_index(rows, size)
         self._caches, logits = program(self._weights, self._caches, self._batch, index)
         for number in rows:
             self.ledger.advance(number)
         return self._sample(rows, index, logits)
+
+    def _speculate(self, speculation: Speculation, rows: list[int]) -> Output:
+        slots = self.ledger.slots
+        served = [(row, number, slots[number]) for row, number in enumerate(rows)]
+        variant: Variant = max((slot.variant for *_, slot in served), key=VARIANTS.index)
+        size, guesses = speculation.choose(rows, variant)
+        index = self._row_index(rows, size)
+        verify, accept = speculation.programs(variant, size, guesses)
+        arguments = (self._weights, self._caches, self._batch, speculation.history, index)
+        self._caches, logits, guess = verify(*arguments)
+        tallies = (self._tallies,) if variant == "full" else ()
+        results = accept(logits, guess, index, self._batch, speculation.history, *tallies)
+        self._batch, speculation.history, counted, packed = results
+        self._tallies = counted if tallies else self._tallies
+        for number in rows:
+            self.ledger.advance(number)
+        return served, packed, guesses
 
     def _prefill(self, chunks: list[Chunk]) -> list[Output]:
         """Prefill the chunks of a step, those of like length together; sample where a prompt is complete."""
@@ -171,35 +212,55 @@ class Engine:
             self._batch, self._tallies, packed = program(logits, index, self._batch, self._tallies)
         else:
             self._batch, _, packed = program(logits, index, self._batch)
-        return served, packed
+        return served, packed, -1
 
     def _pending(self, quantum: int, index: int, outputs: list[Output], begun: float) -> PendingStep:
         def resolve() -> Step:
-            results = [(served, np.asarray(packed)) for served, packed in outputs]
+            results = [(served, np.asarray(packed), guesses) for served, packed, guesses in outputs]
             now = self._clock()
             since, self._completed = max(begun, self._completed), now
-            slots, tokens, finished = self._collect(results)
+            slots: list[int] = []
+            tokens: list[int] = []
+            finished: list[tuple[int, FinishReason]] = []
+            for served, packed, guesses in results:
+                if guesses >= 0:
+                    self._resolved(served, packed, guesses, now - since if len(results) == 1 else 0.0)
+                    packed = packed[:-2]
+                self._collect(served, packed, slots, tokens, finished)
             return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))
 
         return resolve
 
+    def _resolved(self, served: Served, packed: np.ndarray, guesses: int, seconds: float) -> None:
+        """Learn from a step that may have verified guesses how many tokens each slot really gained."""
+        gained = (packed[:-3] >= 0).sum(axis=0).tolist()
+        trials, hits = packed[-2:].tolist()
+        present = self.ledger.slots
+        for row, number, slot in served:
+            slot.length += gained[row] - 1
+            if self.speculation is not None and present.get(number) is slot:
+                self.speculation.policy.observe(number, trials[row], hits[row])
+        if self.speculation is not None and seconds:
+            self.speculation.resolved(len(served), packed.shape[1], guesses, sum(gained), seconds)
+
     def _collect(
-        self, results: list[tuple[list[tuple[int, int, Slot]], np.ndarray]]
-    ) -> tuple[list[int], list[int], list[tuple[int, FinishReason]]]:
-        slots, tokens, finished = [], [], []
-        for served, packed in results:
-            chosen, codes = packed.tolist()
-            for row, number, slot in served:
-                token, code = chosen[row], codes[row]
-                if token >= 0:
-                    slots.append(number)
-                    tokens.append(token)
-                if code:
-                    finished.append((number, REASONS[code]))
-                    slot.finished = True
-                if code and REASONS[code] == "error":
-                    self._faulty += slot.table
-        return slots, tokens, finished
+        self,
+        served: Served,
+        packed: np.ndarray,
+        slots: list[int],
+        tokens: list[int],
+        finished: list[tuple[int, FinishReason]],
+    ) -> None:
+        *columns, codes = packed.tolist()
+        for row, number, slot in served:
+            made = [column[row] for column in columns if column[row] >= 0]
+            slots += [number] * len(made)
+            tokens += made
+            if code := codes[row]:
+                finished.append((number, REASONS[code]))
+                slot.finished = True
+            if code and REASONS[code] == "error":
+                self._faulty += slot.table
 
     def _row_index(self, rows: list[int], size: int) -> jax.Array:
         """Slot numbers padded with the spare row, kept on the device while the batch stays the same."""
@@ -215,6 +276,8 @@ class Engine:
         program = self.programs.get(("admit",))
         for first in range(0, len(starts), ADMIT_ROWS):
             self._batch = program(self._batch, *self._admission(starts[first : first + ADMIT_ROWS]))
+        if self.speculation is not None:
+            self.speculation.begin(starts)
         for start in starts:
             penalised = self.ledger.slots[start.slot].variant == "full"
             if penalised or start.slot in self._tallied:

@@ -37,6 +37,11 @@ def vector(tokens: list[int], types: list[int]) -> list[float]:
     return [float(len(tokens)), float(sum(tokens)), float(places), float(sum(types))]
 
 
+def burst_of(tokens: list[int], burst: int) -> int:
+    """How many tokens a sequence gains in a step: from 1 to ``burst``, as if some guesses had been right."""
+    return 1 + (tokens[-1] + len(tokens) * 5) % burst
+
+
 class _Sequence:
     def __init__(self, start: Start) -> None:
         self.start = start
@@ -45,17 +50,37 @@ class _Sequence:
         self.capacity = len(start.pages)
         self.finished = False
 
+    def room(self, page_tokens: int) -> int:
+        """How many more tokens it can gain in the pages it has; the last one needs none."""
+        return self.capacity * page_tokens + 1 - len(self.tokens)
+
+    def produce(self) -> FinishReason | None:
+        """Gain a token; why the sequence ends with it, if it does."""
+        token = next_token(self.tokens)
+        self.computed = len(self.tokens)
+        self.tokens.append(token)
+        if token in self.start.stop:
+            return "stop"
+        return "length" if len(self.tokens) >= self.start.limit else None
+
 
 class NullDriver(Driver):
     """Takes ``step_ms`` milliseconds a step, and ``prefill_us`` microseconds for each prompt token in it.
 
-    The model named ``encoder`` is loaded as one.
+    The model named ``encoder`` is loaded as one. With a ``burst`` it gives up to so many tokens a step, as a
+    driver that speculates.
     """
 
     def __init__(
-        self, step_ms: float = 0.0, prefill_us: float = 0.0, decode_us: float = 0.0, encoder: str = ""
+        self,
+        step_ms: float = 0.0,
+        prefill_us: float = 0.0,
+        decode_us: float = 0.0,
+        encoder: str = "",
+        burst: int = 1,
     ) -> None:
         self._encoder = encoder
+        self._burst = burst
         self._step = step_ms / 1e3
         self._prefill = prefill_us / 1e6
         self._decode = decode_us / 1e6
@@ -139,6 +164,8 @@ class NullDriver(Driver):
     ) -> Iterator[PendingStep]:
         for index in range(quantum.steps):
             ready = [s for s in quantum.decode if not slots[s].finished and _decodes(slots[s])]
+            if self._burst > 1:  # who plans the pages may be behind: without one a sequence holds still
+                ready = [s for s in ready if slots[s].room(model.page_tokens) > 0]
             prefilled = 0
             for chunk in quantum.chunks:
                 if chunk.step == index:
@@ -164,27 +191,29 @@ class NullDriver(Driver):
         prefilled: int,
         page_tokens: int,
     ) -> PendingStep:
+        seats: list[int] = []
         tokens: list[int] = []
         finished: list[tuple[int, FinishReason]] = []
         for slot in ready:
             sequence = slots[slot]
-            if len(sequence.tokens) > sequence.capacity * page_tokens:
+            if sequence.room(page_tokens) < 1:
                 raise InvalidArgument(
                     f"slot {slot}: {len(sequence.tokens)} tokens exceed its {sequence.capacity} pages"
                 )
-            token = next_token(sequence.tokens)
-            sequence.computed = len(sequence.tokens)
-            sequence.tokens.append(token)
-            tokens.append(token)
-            if token in sequence.start.stop:
-                finished.append((slot, "stop"))
-            elif len(sequence.tokens) >= sequence.start.limit:
-                finished.append((slot, "length"))
+            count = min(burst_of(sequence.tokens, self._burst), sequence.room(page_tokens))
+            end: FinishReason | None = None
+            while count and end is None:
+                end = sequence.produce()
+                seats.append(slot)
+                tokens.append(sequence.tokens[-1])
+                count -= 1
+            if end is not None:
+                finished.append((slot, end))
         for slot, _ in finished:
             slots[slot].finished = True
         cost = self._step + self._prefill * prefilled + self._decode * len(ready)
         ends = self._after(cost)
-        step = Step(quantum.id, index, ready, tokens, finished, round(cost * 1e6))
+        step = Step(quantum.id, index, seats, tokens, finished, round(cost * 1e6))
 
         def wait() -> Step:
             _sleep_until(ends)

@@ -18,6 +18,7 @@ DType = Literal["float32", "bfloat16", "int8", "float8"]
 FinishReason = Literal["stop", "length", "error"]
 Tier = Literal["device", "host", "disk"]
 Kind = Literal["decoder", "encoder"]
+Speculation = Literal["off", "auto", "ngram", "draft"]
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -47,6 +48,10 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``pages`` 0 lets the driver take ``memory_fraction`` of what is free on the device after the weights.
     ``mesh`` maps axis names (data, tensor, pipeline, expert, sequence) to sizes; empty means one device.
     ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to.
+    ``speculation`` guesses ``speculation_tokens`` tokens (0: as many as the driver likes) and verifies them
+    in one step, where that is measured to be faster: "ngram" takes guesses from the sequence's own past,
+    "draft" from the smaller model at the source ``draft``, which has the same vocabulary, and "auto" from the
+    draft model if there is one. The tokens are those of plain decoding.
     """
 
     model: str
@@ -63,6 +68,9 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     mesh: dict[str, int] = {}
     host_pages: int = 0
     disk_pages: int = 0
+    speculation: Speculation = "off"
+    speculation_tokens: int = 0
+    draft: str = ""
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -182,7 +190,8 @@ class Quantum(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
-    """What one step produced: ``tokens[i]`` belongs to ``slots[i]``; a slot may occur more than once.
+    """What one step produced: ``tokens[i]`` belongs to ``slots[i]``; a slot may occur more than once, its
+    tokens in order.
 
     The stop token itself is reported. ``micros`` is the time since the previous step completed, or since
     dispatch where the device was idle.

@@ -127,4 +127,7 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         max_context=spec.max_context,
         chunk_tokens=spec.chunk_tokens,
         mesh=spec.mesh,
+        speculation=spec.speculation,
+        speculation_tokens=spec.speculation_tokens,
+        draft=str(Path(spec.draft).expanduser().absolute()) if spec.draft else "",
     )
