@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax.buckets import group
@@ -25,7 +24,7 @@ from llmos.drivers.jax.state import (
     pack_admission,
 )
 from llmos.drivers.sdk.checks import BIAS_LIMIT
-from llmos.drivers.sdk.driver import PendingStep
+from llmos.drivers.sdk.driver import Pending, PendingStep
 from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Start, Step
 
 Output = tuple[list[tuple[int, int, Slot]], jax.Array]
@@ -33,7 +32,10 @@ Output = tuple[list[tuple[int, int, Slot]], jax.Array]
 
 
 class Engine:
-    """Executes quanta on one model; see ``Driver.execute`` for the contract."""
+    """Executes quanta on one replica of a model; see ``Driver.execute`` for the contract.
+
+    ``common`` is the sharding of what all devices of the replica have, such as ``batch``.
+    """
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class Engine:
         weights: Any,
         caches: list[Any],
         batch: BatchState,
+        common: Any = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.limits = limits
@@ -51,6 +54,7 @@ class Engine:
         self._weights = weights
         self._caches = caches
         self._batch = batch
+        self._common = common
         self._tallies: Tallies | None = None
         self._tallied: set[int] = set()
         self._rows: dict[tuple[int, ...], jax.Array] = {}
@@ -89,7 +93,7 @@ class Engine:
             case ("prefill", int(height), int(size), bool()):
                 self._caches, _ = program(self._weights, self._caches, self._chunk([], height, size))
             case ("sample", "greedy" | "plain" | "filtered", int(size)):
-                logits = jnp.zeros((size, self.limits.vocab_size), jnp.float32)
+                logits = jax.device_put(np.zeros((size, self.limits.vocab_size), np.float32), self._common)
                 self._batch, *_ = program(logits, self._row_index([], size), self._batch)
         jax.block_until_ready((self._caches, self._batch))  # type: ignore[no-untyped-call]
         return True
@@ -181,7 +185,8 @@ class Engine:
             slots, tokens, finished = self._collect(results)
             return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))
 
-        return resolve
+        arrays: list[Any] = [packed for _, packed in outputs]
+        return Pending(resolve, lambda: all(array.is_ready() for array in arrays))
 
     def _collect(
         self, results: list[tuple[list[tuple[int, int, Slot]], np.ndarray]]
@@ -207,7 +212,7 @@ class Engine:
         if padded not in self._rows:
             if len(self._rows) >= 4 * self.limits.slots + 16:
                 self._rows.clear()
-            self._rows[padded] = jnp.asarray(padded, jnp.int32)
+            self._rows[padded] = jax.device_put(np.asarray(padded, np.int32), self._common)
         return self._rows[padded]
 
     def _admit(self) -> None:
@@ -230,7 +235,8 @@ class Engine:
 
     def _tally(self, start: Start) -> None:
         if self._tallies is None:
-            self._tallies = empty_tallies(self.limits.slots, self.limits.vocab_size)
+            empty = empty_tallies(self.limits.slots, self.limits.vocab_size)
+            self._tallies = jax.device_put(empty, self._common)
         tokens = np.zeros(self.limits.max_context, np.int32)
         tokens[: len(start.tokens)] = start.tokens
         ids = np.full(BIAS_LIMIT, self.limits.vocab_size, np.int32)

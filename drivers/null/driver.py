@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from llmos.drivers.sdk.driver import Driver, PendingStep, Progress
+from llmos.drivers.sdk.driver import Driver, Pending, PendingStep, Progress
 from llmos.drivers.sdk.messages import (
     Device,
     DriverInfo,
@@ -38,15 +38,18 @@ class _Sequence:
 
 
 class NullDriver(Driver):
-    """Takes ``step_ms`` milliseconds a step, and ``prefill_us`` microseconds for each prompt token in it."""
+    """Takes ``step_ms`` milliseconds a step, and ``prefill_us`` microseconds for each prompt token in it.
+
+    Of a mesh only the data axis counts: each replica has its own time.
+    """
 
     def __init__(self, step_ms: float = 0.0, prefill_us: float = 0.0, decode_us: float = 0.0) -> None:
         self._step = step_ms / 1e3
         self._prefill = prefill_us / 1e6
         self._decode = decode_us / 1e6
         self._models: dict[str, LoadedModel] = {}
-        self._slots: dict[str, dict[int, _Sequence]] = {}
-        self._free_at = 0.0
+        self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
+        self._free_at: dict[int, float] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo("null", "1", [Device(0, "other", "null")], ["float32"])
@@ -67,26 +70,32 @@ class NullDriver(Driver):
             vocab_size=VOCABULARY,
             stop_tokens=[],
             attention="none",
+            replicas=request.mesh.get("data", 1),
         )
         self._models[request.model] = loaded
-        self._slots[request.model] = {}
+        self.reset(request.model)
         return loaded
 
-    def reset(self, model: str) -> None:
+    def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._models:
             raise NotFound(f"no model {model!r} is loaded here")
-        self._slots[model] = {}
+        for number in range(self._models[model].replicas) if replica < 0 else [replica]:
+            self._slots[model, number] = {}
 
     def unload(self, model: str) -> None:
-        if self._models.pop(model, None) is None:
+        loaded = self._models.pop(model, None)
+        if loaded is None:
             raise NotFound(f"no model {model!r} is loaded here")
-        del self._slots[model]
+        for number in range(loaded.replicas):
+            del self._slots[model, number]
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
         model = self._models.get(quantum.model)
         if model is None:
             raise NotFound(f"no model {quantum.model!r} is loaded here")
-        slots = self._slots[quantum.model]
+        if not 0 <= quantum.replica < model.replicas:
+            raise InvalidArgument(f"model {quantum.model!r} has no replica {quantum.replica}")
+        slots = self._slots[quantum.model, quantum.replica]
         _check(quantum, slots, model)
         for slot in quantum.release:
             del slots[slot]
@@ -145,8 +154,8 @@ class NullDriver(Driver):
         for slot, _ in finished:
             slots[slot].finished = True
         cost = self._step + self._prefill * prefilled + self._decode * len(ready)
-        began = max(time.monotonic(), self._free_at)
-        self._free_at = ends = began + cost
+        began = max(time.monotonic(), self._free_at.get(quantum.replica, 0.0))
+        self._free_at[quantum.replica] = ends = began + cost
         step = Step(quantum.id, index, ready, tokens, finished, round(cost * 1e6))
 
         def wait() -> Step:
@@ -154,7 +163,7 @@ class NullDriver(Driver):
                 time.sleep(left)
             return step
 
-        return wait
+        return Pending(wait, lambda: time.monotonic() >= ends)
 
 
 def _decodes(sequence: _Sequence) -> bool:

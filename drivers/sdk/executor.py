@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 import msgspec
 
-from llmos.drivers.sdk.driver import Driver, PendingStep
+from llmos.drivers.sdk.driver import Driver, Pending, PendingStep
 from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
 from llmos.ipc.errors import Canceled, LLMOSError
 
 IN_FLIGHT = 2
+POLL_SECONDS = 5e-5
 
 
 class Sink(Protocol):
@@ -34,25 +36,38 @@ class _Run:
         self.preempted = False
 
 
-class Executor:
-    """Runs quanta in the order they came; call ``advance`` for as long as it returns True."""
+class _Lane:
+    """The quanta of one replica, run in the order they came."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._queue: deque[_Run] = deque()
         self._pending: deque[tuple[_Run, PendingStep | None]] = deque()
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._queue or self._pending)
+
+    @property
+    def waits(self) -> bool:
+        """Whether delivering now would wait for the device."""
+        if not self._pending:
+            return True
+        pending = self._pending[0][1]
+        return isinstance(pending, Pending) and not pending.ready()
+
     def submit(self, quantum: Quantum, sink: Sink) -> None:
         self._queue.append(_Run(quantum, sink))
 
     def preempt(self, quantum: int) -> None:
-        """Dispatch no further step of this quantum or of any before it; their slots still change hands."""
         for run in self._queue:
             if run.quantum.id <= quantum:
                 run.preempted = True
 
+    def holds(self, quantum: int) -> bool:
+        return any(run.quantum.id == quantum for run in self._queue)
+
     def abandon(self) -> None:
-        """Run nothing that is queued, and wait for what is in flight; nobody wants the results."""
         for run in self._queue:
             if run.steps is not None:
                 _close(run.steps)
@@ -65,13 +80,15 @@ class Executor:
         self._queue.clear()
         self._pending.clear()
 
-    def advance(self) -> bool:
-        """Dispatch until two steps are in flight, then deliver the oldest; False when nothing is left."""
+    def dispatch(self) -> None:
+        """Dispatch until two steps are in flight."""
         while self._queue and sum(pending is not None for _, pending in self._pending) < IN_FLIGHT:
             self._dispatch(self._queue[0])
+
+    def deliver(self) -> None:
+        """Wait for the oldest step and pass on what it produced."""
         if self._pending:
             self._deliver(*self._pending.popleft())
-        return bool(self._queue or self._pending)
 
     def _dispatch(self, run: _Run) -> None:
         """Dispatch one step, or find that the quantum has no more."""
@@ -113,6 +130,50 @@ class Executor:
         self._pending = deque(entry for entry in self._pending if entry[0] is not failed)
         if self._queue and self._queue[0] is failed:
             self._queue.popleft()
+
+
+class Executor:
+    """Runs the quanta of each replica in their order; call ``advance`` for as long as it returns True.
+
+    Replicas run beside each other: while one's step is waited for, the others are kept fed.
+    """
+
+    def __init__(self, driver: Driver, pause: Callable[[float], None] = time.sleep) -> None:
+        self._driver = driver
+        self._pause = pause
+        self._lanes: dict[int, _Lane] = {}
+
+    def submit(self, quantum: Quantum, sink: Sink) -> None:
+        self._lanes.setdefault(quantum.replica, _Lane(self._driver)).submit(quantum, sink)
+
+    def preempt(self, quantum: int) -> None:
+        """Dispatch no further step of this quantum or of any before it for its replica; their slots still
+        change hands."""
+        for lane in self._lanes.values():
+            if lane.holds(quantum):
+                lane.preempt(quantum)
+
+    def abandon(self, replica: int = -1) -> None:
+        """Run nothing that is queued for a replica, or for any, and wait for what is in flight; nobody wants
+        the results."""
+        for number, lane in self._lanes.items():
+            if replica in (-1, number):
+                lane.abandon()
+
+    def advance(self) -> bool:
+        """Dispatch until two steps of each replica are in flight, then deliver the oldest of whichever is
+        done first; False when nothing is left."""
+        for lane in self._lanes.values():
+            lane.dispatch()
+        busy = [lane for lane in self._lanes.values() if lane.busy]
+        if len(busy) > 1:
+            done = [lane for lane in busy if not lane.waits]
+            if not done:
+                self._pause(POLL_SECONDS)
+            busy = done
+        for lane in busy:
+            lane.deliver()
+        return any(lane.busy for lane in self._lanes.values())
 
 
 def _without_steps(quantum: Quantum) -> Quantum:
