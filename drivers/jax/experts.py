@@ -45,7 +45,7 @@ class Experts(nnx.Module):  # type: ignore[misc]
         ways = {"gather": self.gathered, "ragged": self.ragged, "singly": self.singly, "turns": self.turns}
         run = ways[grouping]
         own = run(rows, shares.astype(x.dtype), chosen)
-        return total(own, self.split.expert + self.split.tensor).reshape(x.shape)
+        return total(own, self.split.wide).reshape(x.shape)
 
     def _own(self, shares: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Ids among this device's experts; a choice that is elsewhere has no share, and an id past them."""

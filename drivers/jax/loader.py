@@ -115,7 +115,8 @@ class Load:
         graph, tree, kept = parameters(config, DTYPES[request.dtype], place)
         shapes = place.arranged(config, kept)
         limits, width = self._limits(plan.config, place, sum(_bytes_on_one(x) for x in shapes.values()))
-        backend = attention.select(self.attention, place.device.platform, place.local(plan.config), request)
+        local = place.local(plan.config)
+        backend = place.attention(attention.select(self.attention, place.device.platform, local, request))
         shape = Shape(
             graph=graph,
             tree=tree,
@@ -200,14 +201,14 @@ class Load:
         context = min(request.max_context, config.max_positions)
         needed = -(-context // request.page_tokens)
         free = platform.free_memory(device) * request.memory_fraction - weight_bytes
-        page_bytes = page_size(place.local(config), request)
+        page_bytes = page_size(place.local(config), request) / place.page_parts
         pages = request.pages or int(free // page_bytes)
         if not request.pages and device.platform == "cpu":
-            pages = min(pages, request.slots * needed, max(_HOST_CACHE_BYTES // page_bytes, needed))
+            pages = min(pages, request.slots * needed, max(int(_HOST_CACHE_BYTES // page_bytes), needed))
         if pages < needed or (free and pages * page_bytes > free / request.memory_fraction):
             raise NoMemory(
-                f"{pages} pages of {page_bytes} bytes do not fit or hold less than one context of {context}; "
-                "lower max_context or pages, or raise memory_fraction"
+                f"{pages} pages of {page_bytes:.0f} bytes do not fit or hold less than one context of "
+                f"{context}; lower max_context or pages, or raise memory_fraction"
             )
         limits = Limits(
             slots=request.slots,

@@ -131,7 +131,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
     def embed(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
         """Token ids and their positions [...] -> activations [..., hidden]."""
-        found = find_rows(self.embedding[...], tokens, self.split.dense)
+        found = find_rows(self.embedding[...], tokens, self.split.wide)
         if self.scale != 1.0:
             found = found * jnp.asarray(self.scale, found.dtype)
         return found + self.positions[...][position] if self.learned else found
@@ -144,5 +144,5 @@ class Decoder(nnx.Module):  # type: ignore[misc]
     def logits(self, x: jax.Array) -> jax.Array:
         """Activations [..., hidden] -> float32 logits [..., vocab_size]."""
         weight = self.embedding[...] if self.tied else self.head.weight[...]
-        raw = columns(product(self.norm(x), weight, jnp.float32), self.split.dense, self.vocab)
+        raw = columns(product(self.norm(x), weight, jnp.float32), self.split.wide, self.vocab)
         return jnp.tanh(raw / self.cap) * self.cap if self.cap else raw

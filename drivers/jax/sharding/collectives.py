@@ -13,11 +13,10 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Split:
-    """How a module is cut: over the ``dense`` axes, and a layer of experts over ``expert`` and ``tensor``."""
+    """The axes that the vocabulary and layers of experts are cut over, and those of them that experts are."""
 
-    dense: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
     expert: tuple[str, ...] = ()
-    tensor: tuple[str, ...] = ()
 
 
 WHOLE = Split()

@@ -19,7 +19,11 @@ INNER = ("sequence", "expert", "tensor")
 
 @dataclass(frozen=True)
 class Axes:
-    """The size of each axis: ``data`` replicas of ``pipeline`` stages, each a mesh of the other three."""
+    """The size of each axis: ``data`` replicas of ``pipeline`` stages, each a mesh of the other three.
+
+    Heads are cut over the expert and tensor axes, KV pages over the sequence axis, experts over the expert
+    axis, and dense MLPs and the vocabulary over all three, so that no device only repeats another's work.
+    """
 
     data: int = 1
     pipeline: int = 1
@@ -34,13 +38,23 @@ class Axes:
 
     @property
     def parts(self) -> int:
-        """Into how many parts attention and dense layers are cut: the expert axis does not idle there."""
+        """Into how many parts heads are cut."""
         return self.tensor * self.expert
 
     @property
-    def dense(self) -> tuple[str, ...]:
-        """The axes that attention and dense layers are cut over."""
+    def slices(self) -> int:
+        """Into how many parts dense MLPs and the vocabulary are cut."""
+        return self.parts * self.sequence
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The axes that heads are cut over."""
         return self.named("expert", "tensor")
+
+    @property
+    def wide(self) -> tuple[str, ...]:
+        """The axes that dense MLPs and the vocabulary are cut over."""
+        return self.named(*INNER)
 
     def named(self, *names: str) -> tuple[str, ...]:
         """Those of the axes that are longer than one."""
@@ -61,7 +75,7 @@ def parse(mesh: dict[str, int]) -> Axes:
 def check_devices(axes: Axes, available: int) -> None:
     """Refuse a mesh that takes more devices than there are."""
     if axes.devices > available:
-        sizes = " x ".join(f"{f.name} {getattr(axes, f.name)}" for f in fields(axes) if axes.named(f.name))
+        sizes = _product(axes, *(field.name for field in fields(axes)))
         raise InvalidArgument(
             f"the mesh {sizes} takes {axes.devices} devices and this driver has {available}; "
             "lower an axis, or give the driver more devices"
@@ -70,25 +84,32 @@ def check_devices(axes: Axes, available: int) -> None:
 
 def check_model(axes: Axes, config: DecoderConfig) -> None:
     """Refuse a mesh that this model cannot be cut by, with the numbers that do not divide."""
-    parts = axes.parts
-    cut = (
-        f"tensor {axes.tensor} x expert {axes.expert} = {parts} parts"
-        if axes.expert > 1
-        else f"tensor {parts}"
-    )
-    _divides(config.heads, parts, "heads", cut)
-    if config.kv_heads % parts and parts % config.kv_heads:
+    if axes.pipeline > 1:
+        raise InvalidArgument(
+            f"mesh axis pipeline is {axes.pipeline}, but this driver has no pipeline stages: use tensor"
+        )
+    cut = _product(axes, "expert", "tensor")
+    _divides(config.heads, axes.parts, "heads", cut)
+    if config.kv_heads % axes.parts and axes.parts % config.kv_heads:
         raise InvalidArgument(
             f"{config.kv_heads} KV heads are neither divided by nor repeated over {cut}; "
-            f"one of {config.kv_heads} and {parts} must divide the other"
+            f"one of {config.kv_heads} and {axes.parts} must divide the other"
         )
     if any(not config.sparse(layer) for layer in range(config.layers)):
-        _divides(config.intermediate, parts, "intermediate", cut)
+        _divides(config.intermediate, axes.slices, "intermediate", _product(axes, *INNER))
     if axes.expert > 1 and not config.experts:
         raise InvalidArgument(f"mesh axis expert is {axes.expert}, but the model has no experts: use tensor")
-    _divides(config.experts, axes.expert, "experts", f"expert {axes.expert}")
+    _divides(config.experts, axes.expert, "experts", _product(axes, "expert"))
     if config.experts:
-        _divides(config.expert_intermediate, axes.tensor, "expert intermediate", f"tensor {axes.tensor}")
+        inner = axes.sequence * axes.tensor
+        _divides(
+            config.expert_intermediate, inner, "expert intermediate", _product(axes, "sequence", "tensor")
+        )
+
+
+def _product(axes: Axes, *names: str) -> str:
+    """The axes that something is cut by, for a person."""
+    return " x ".join(f"{name} {getattr(axes, name)}" for name in axes.named(*names)) or "1"
 
 
 def _divides(size: int, parts: int, what: str, cut: str) -> None:

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from llmos.drivers.jax.attention import AttentionBackend
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.modules import Decoder, struct
 from llmos.drivers.jax.sharding import rules
 from llmos.drivers.jax.sharding.mesh import Axes, make_mesh, replicas
+from llmos.drivers.jax.sharding.sequence import SequenceAttention
 
 Program = Callable[..., Any]
 
@@ -38,6 +40,15 @@ class Placement(Protocol):
 
     def cut(self, decoder: Decoder) -> None:
         """Make a decoder of the local configuration add up what the devices compute."""
+        ...
+
+    @property
+    def page_parts(self) -> int:
+        """Over how many devices pages are spread, so that each has fewer."""
+        ...
+
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        """The backend that attends over the pages as they are spread."""
         ...
 
     def kept(self, shapes: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +97,13 @@ class OneDevice:
     def cut(self, decoder: Decoder) -> None:
         return
 
+    @property
+    def page_parts(self) -> int:
+        return 1
+
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        return backend
+
     def kept(self, shapes: dict[str, Any]) -> dict[str, Any]:
         return {path: struct(x.shape, x.dtype, self.common) for path, x in shapes.items()}
 
@@ -124,7 +142,14 @@ class Sharded:
         return rules.local_config(config, self.axes)
 
     def cut(self, decoder: Decoder) -> None:
-        rules.cut(decoder, rules.split_of(self.axes))
+        rules.cut(decoder, self.axes)
+
+    @property
+    def page_parts(self) -> int:
+        return self.axes.sequence
+
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        return SequenceAttention(self.axes.sequence) if self.axes.sequence > 1 else backend
 
     def kept(self, shapes: dict[str, Any]) -> dict[str, Any]:
         """Cut as in the end, so that a device reads no more than its part, unless that does not divide."""
@@ -148,7 +173,10 @@ class Sharded:
 
     def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
         allocate = partial(make, rules.stored_config(config, self.axes))
-        shapes = _at(jax.eval_shape(allocate), lambda _: self._at(rules.spec(None, self.axes.dense)))
+        shapes = _at(
+            jax.eval_shape(allocate),
+            lambda _: self._at(rules.spec(self.axes.named("sequence"), self.axes.heads)),
+        )
         placed = jax.tree.map(lambda x: x.sharding, shapes)
         return shapes, jax.jit(allocate, out_shardings=placed)
 

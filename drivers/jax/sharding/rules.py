@@ -28,11 +28,6 @@ _ROWS = re.compile(r".*\.(attention\.out|mlp\.down)\.\w+")
 _EXPERTS = re.compile(r".*\.mlp\.(gate|up|down)")
 
 
-def split_of(axes: Axes) -> Split:
-    """The axes that modules sum and gather over."""
-    return Split(axes.dense, axes.named("expert"), axes.named("tensor"))
-
-
 def local_config(config: DecoderConfig, axes: Axes) -> DecoderConfig:
     """What one device computes; its layers of experts are made whole and cut by their parameters alone."""
     return replace(config, heads=config.heads // axes.parts, kv_heads=max(1, config.kv_heads // axes.parts))
@@ -43,15 +38,15 @@ def stored_config(config: DecoderConfig, axes: Axes) -> DecoderConfig:
     return replace(config, kv_heads=max(config.kv_heads, axes.parts))
 
 
-def cut(decoder: Decoder, split: Split) -> None:
-    """Tell the modules of a decoder that their parameters are parts."""
-    decoder.split = split
+def cut(decoder: Decoder, axes: Axes) -> None:
+    """Tell the modules of a decoder what their parameters are parts of."""
+    split = decoder.split = Split(axes.wide, axes.named("expert"))
     for layer in decoder.layers:
-        layer.attention.out.join = split.dense
+        layer.attention.out.join = axes.heads
         if isinstance(layer.mlp, Experts):
             layer.mlp.split = split
         else:
-            layer.mlp.down.join = split.dense
+            layer.mlp.down.join = axes.wide
 
 
 def spec(*axes: tuple[str, ...] | None) -> PartitionSpec:
@@ -64,31 +59,28 @@ def spec_of(path: str, rank: int, axes: Axes) -> PartitionSpec:
 
     A row-parallel product's weight is cut by its inputs; what else it has (a bias) belongs to its outputs.
     """
+    over = axes.heads if ".attention." in path else axes.wide
     if _COLUMNS.fullmatch(path):
-        return spec(axes.dense)
+        return spec(over)
     if _ROWS.fullmatch(path):
-        return spec(None, axes.dense) if rank > 1 else spec()
+        return spec(None, over) if rank > 1 else spec()
     if match := _EXPERTS.fullmatch(path):
-        expert, tensor = axes.named("expert"), axes.named("tensor")
-        return spec(expert, None, tensor) if match[1] == "down" else spec(expert, tensor)
+        expert, inner = axes.named("expert"), axes.named("sequence", "tensor")
+        return spec(expert, None, inner) if match[1] == "down" else spec(expert, inner)
     return spec()
 
 
 def arrangement(path: str, config: DecoderConfig, axes: Axes) -> Arrange | None:
     """How the rows of a parameter are reordered, repeated or padded for a mesh; None: not at all."""
-    parts = axes.parts
-    if parts == 1:
-        return None
-    if ".attention.qkv." in path:
+    if ".attention.qkv." in path and axes.parts > 1:
+        sizes, parts = [config.query_size, config.kv_size, config.kv_size], axes.parts
         repeats = max(1, parts // config.kv_heads)
-        return lambda x: _interleave(
-            x, [config.query_size, config.kv_size, config.kv_size], [1, repeats, repeats], parts
-        )
-    if ".mlp.gate_up." in path:
-        return lambda x: _interleave(x, [config.intermediate] * 2, [1, 1], parts)
-    if path == "embedding" or path.startswith("head."):
-        missing = -config.vocab_size % parts
-        return (lambda x: jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))) if missing else None
+        return lambda x: _interleave(x, sizes, [1, repeats, repeats], parts)
+    if ".mlp.gate_up." in path and axes.slices > 1:
+        return lambda x: _interleave(x, [config.intermediate] * 2, [1, 1], axes.slices)
+    missing = -config.vocab_size % axes.slices
+    if missing and (path == "embedding" or path.startswith("head.")):
+        return lambda x: jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
     return None
 
 

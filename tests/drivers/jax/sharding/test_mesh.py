@@ -60,6 +60,12 @@ def test_a_mesh_takes_the_product_of_its_axes() -> None:
             "6 KV heads are neither divided by nor repeated over tensor 4; one of 6 and 4",
         ),
         (Axes(tensor=4), {"intermediate": 50}, "intermediate 50 cannot be cut by tensor 4"),
+        (
+            Axes(sequence=4, tensor=2),
+            {"intermediate": 12},
+            "intermediate 12 cannot be cut by sequence 4 x tensor 2",
+        ),
+        (Axes(pipeline=2), {}, "mesh axis pipeline is 2, but this driver has no pipeline stages: use tensor"),
         (Axes(expert=2), {}, "mesh axis expert is 2, but the model has no experts: use tensor"),
         (
             Axes(expert=4),
@@ -74,7 +80,7 @@ def test_a_mesh_takes_the_product_of_its_axes() -> None:
         (
             Axes(tensor=4, expert=4),
             {"experts": 4, "active_experts": 2, "expert_intermediate": 24},
-            "heads 8 cannot be cut by tensor 4 x expert 4 = 16 parts",
+            "heads 8 cannot be cut by expert 4 x tensor 4; the largest that divides it is 8",
         ),
     ],
 )

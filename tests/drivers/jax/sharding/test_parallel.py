@@ -18,6 +18,7 @@ CASES = {
     "gpt2-biases": ("gpt2", {"tensor": 4}),
     "mixtral-expert": ("mixtral", {"expert": 4}),
     "mixtral-tensor": ("mixtral", {"tensor": 2}),
+    "gemma2-sequence-and-tensor": ("gemma2", {"sequence": 2, "tensor": 2}),
     "qwen3_moe-expert-and-tensor": ("qwen3_moe", {"expert": 2, "tensor": 2}),
 }
 
@@ -25,6 +26,13 @@ CASES = {
 @pytest.mark.parametrize(("name", "mesh"), CASES.values(), ids=CASES)
 def test_tokens_and_logits_are_those_of_one_device(on_mesh: OnMesh, name: str, mesh: dict[str, int]) -> None:
     on_mesh(name, mesh).check()
+
+
+def test_a_context_is_longer_than_one_device_holds(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"sequence": 4}, pages=32)
+    (held,) = {shard.data.shape[0] for shard in model.engines[0]._caches[0].k.addressable_shards}
+    assert held * model.loaded.page_tokens < len(model.prompt) + len(model.expected["greedy"])
+    model.check()
 
 
 def test_replicas_have_slots_and_pages_of_their_own(on_mesh: OnMesh) -> None:
