@@ -92,6 +92,7 @@ class Model:
             phase=progress.phase if self.loading else "",
             error=str(self.error or ""),
             phases=loaded.phases if loaded else {},
+            mesh=self.spec.mesh,
         )
 
     def _state(self) -> Literal["missing", "unloaded", "loading", "ready", "failed"]:

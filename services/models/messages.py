@@ -97,6 +97,7 @@ class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     phase: str = ""
     error: str = ""
     phases: dict[str, float] = {}
+    mesh: dict[str, int] = {}
 
 
 class ModelList(msgspec.Struct, frozen=True):
