@@ -53,6 +53,16 @@ def test_sampled_tokens_are_those_of_one_device(on_mesh: OnMesh) -> None:
 
 def test_a_step_sums_twice_a_layer_and_once_for_the_embedding(on_mesh: OnMesh) -> None:
     model = on_mesh("llama", {"tensor": 2})
-    program = model.engines[0]._programs.get(("decode", 2)).as_text()
+    engine = model.engines[0]
+    program = engine.programs.get(("decode", 2)).as_text()
     assert program.count(" all-reduce(") == 2 * 2 + 1
     assert program.count(" all-gather(") == 1
+
+
+def test_programs_are_rehearsed_over_a_mesh(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"tensor": 2})
+    engine = model.engines[0]
+    engine.unrehearsed = [("decode", 2), ("prefill", 1, 16, False), ("sample", "greedy", 2)]
+    while engine.rehearse():
+        pass
+    model.check()
