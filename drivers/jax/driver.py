@@ -29,7 +29,7 @@ class JaxDriver(Driver):
         self._platform = platform_name
         self._attention = attention
         self._found: list[Any] = []
-        self._engines: dict[str, Any] = {}
+        self._engines: dict[str, list[Any]] = {}
         self._encoders: dict[str, Any] = {}
 
     def describe(self) -> DriverInfo:
@@ -48,22 +48,26 @@ class JaxDriver(Driver):
         from llmos.drivers.jax.loader import Load
 
         if is_encoder(request.source):
-            encoder, loaded = EncoderLoad(request, self._devices()[0], progress).run()
+            encoder, loaded = EncoderLoad(request, self._devices(), progress).run()
             self._encoders[request.model] = encoder
             return loaded
-        engine, loaded = Load(request, self._devices()[0], progress, self._attention).run()
-        self._engines[request.model] = engine
+        engines, loaded = Load(request, self._devices(), progress, self._attention).run()
+        self._engines[request.model] = engines
         return loaded
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
-        engine = self._engines.get(quantum.model)
-        if engine is None:
+        engines = self._engines.get(quantum.model)
+        if engines is None:
             raise NotFound(f"model {quantum.model} is not loaded")
-        steps: Iterator[PendingStep] = engine.execute(quantum)
+        if not 0 <= quantum.replica < len(engines):
+            raise InvalidArgument(
+                f"model {quantum.model} has no replica {quantum.replica}, only {len(engines)}"
+            )
+        steps: Iterator[PendingStep] = engines[quantum.replica].execute(quantum)
         return steps
 
     def idle(self) -> bool:
-        return any(engine.rehearse() for engine in self._engines.values())
+        return any(engine.rehearse() for engines in self._engines.values() for engine in engines)
 
     def encode(self, request: EncodeStep) -> PendingEncoding:
         encoder = self._encoders.get(request.model)
@@ -72,16 +76,21 @@ class JaxDriver(Driver):
         pending: PendingEncoding = encoder.encode(request)
         return pending
 
-    def reset(self, model: str) -> None:
+    def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._engines:
             raise NotFound(f"model {model} is not loaded")
-        self._engines[model].reset()
+        for number, engine in enumerate(self._engines[model]):
+            if replica in (-1, number):
+                engine.reset()
 
     def unload(self, model: str) -> None:
-        engine = self._engines.pop(model, None) or self._encoders.pop(model, None)
-        if engine is None:
+        engines = self._engines.pop(model, None)
+        if engines is None and model in self._encoders:
+            engines = [self._encoders.pop(model)]
+        if engines is None:
             raise NotFound(f"model {model} is not loaded")
-        engine.close()
+        for engine in engines:
+            engine.close()
 
     def _devices(self) -> list[Any]:
         if not self._found:

@@ -6,7 +6,7 @@ import struct
 import time
 from collections.abc import Iterator
 
-from llmos.drivers.sdk.driver import Driver, PendingEncoding, PendingStep, Progress
+from llmos.drivers.sdk.driver import Driver, Pending, PendingEncoding, PendingStep, Progress
 from llmos.drivers.sdk.messages import (
     Device,
     DriverInfo,
@@ -68,7 +68,7 @@ class NullDriver(Driver):
     """Takes ``step_ms`` milliseconds a step, and ``prefill_us`` microseconds for each prompt token in it.
 
     The model named ``encoder`` is loaded as one. With a ``burst`` it gives up to so many tokens a step, as a
-    driver that speculates.
+    driver that speculates. Of a mesh only the data axis counts: each replica has its own time.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class NullDriver(Driver):
         self._prefill = prefill_us / 1e6
         self._decode = decode_us / 1e6
         self._models: dict[str, LoadedModel] = {}
-        self._slots: dict[str, dict[int, _Sequence]] = {}
-        self._free_at = 0.0
+        self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
+        self._free_at: dict[int, float] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo("null", "1", [Device(0, "other", "null")], ["float32"])
@@ -111,20 +111,24 @@ class NullDriver(Driver):
             vocab_size=VOCABULARY,
             stop_tokens=[],
             attention="none",
+            replicas=request.mesh.get("data", 1),
         )
         self._models[request.model] = loaded
-        self._slots[request.model] = {}
+        self.reset(request.model)
         return loaded
 
-    def reset(self, model: str) -> None:
+    def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._models:
             raise NotFound(f"no model {model!r} is loaded here")
-        self._slots[model] = {}
+        for number in range(self._models[model].replicas) if replica < 0 else [replica]:
+            self._slots[model, number] = {}
 
     def unload(self, model: str) -> None:
-        if self._models.pop(model, None) is None:
+        loaded = self._models.pop(model, None)
+        if loaded is None:
             raise NotFound(f"no model {model!r} is loaded here")
-        del self._slots[model]
+        for number in range(loaded.replicas):
+            del self._slots[model, number]
 
     def encode(self, request: EncodeStep) -> PendingEncoding:
         model = self._models.get(request.model)
@@ -149,7 +153,9 @@ class NullDriver(Driver):
         model = self._models.get(quantum.model)
         if model is None:
             raise NotFound(f"no model {quantum.model!r} is loaded here")
-        slots = self._slots[quantum.model]
+        if not 0 <= quantum.replica < model.replicas:
+            raise InvalidArgument(f"model {quantum.model!r} has no replica {quantum.replica}")
+        slots = self._slots[quantum.model, quantum.replica]
         _check(quantum, slots, model)
         for slot in quantum.release:
             del slots[slot]
@@ -212,19 +218,19 @@ class NullDriver(Driver):
         for slot, _ in finished:
             slots[slot].finished = True
         cost = self._step + self._prefill * prefilled + self._decode * len(ready)
-        ends = self._after(cost)
+        ends = self._after(cost, quantum.replica)
         step = Step(quantum.id, index, seats, tokens, finished, round(cost * 1e6))
 
         def wait() -> Step:
             _sleep_until(ends)
             return step
 
-        return wait
+        return Pending(wait, lambda: time.monotonic() >= ends)
 
-    def _after(self, cost: float) -> float:
+    def _after(self, cost: float, replica: int = 0) -> float:
         """When a step that is dispatched now will be done: after those before it."""
-        self._free_at = max(time.monotonic(), self._free_at) + cost
-        return self._free_at
+        self._free_at[replica] = max(time.monotonic(), self._free_at.get(replica, 0.0)) + cost
+        return self._free_at[replica]
 
 
 def _sleep_until(then: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from llmos.drivers.sdk.messages import (
     DriverInfo,
@@ -21,6 +22,18 @@ PendingStep = Callable[[], Step]
 
 PendingEncoding = Callable[[], EncodedStep]
 """Waits for a dispatched step of an encoder and returns what it made."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A ``PendingStep`` that tells, without waiting, whether it is done: replicas are waited for by turns."""
+
+    resolve: Callable[[], Step]
+    ready: Callable[[], bool]
+
+    def __call__(self) -> Step:
+        return self.resolve()
+
 
 Progress = Callable[[LoadProgress], None]
 
@@ -42,7 +55,8 @@ class Driver:
         raise NotSupported("this driver loads no models")
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
-        """Yield once for every step, *after dispatching it*; at most two are pending at a time.
+        """Yield once for every step, *after dispatching it*; at most two of a replica are pending at a time.
+        A driver with replicas yields ``Pending``.
 
         The SDK closes the generator between steps to preempt, so state must be consistent at each yield.
         """
@@ -57,8 +71,9 @@ class Driver:
         """Dispatch one step of an encoder, and return at once with what waits for it."""
         raise NotSupported("this driver has no encoders")
 
-    def reset(self, model: str) -> None:
-        """Empty all slots of a model; nothing is in flight. The KV in its pages need not be kept."""
+    def reset(self, model: str, replica: int) -> None:
+        """Empty all slots of a replica, of all where it is -1; nothing is in flight there. The KV in its
+        pages need not be kept."""
         raise NotSupported("this driver cannot empty its slots")
 
     def unload(self, model: str) -> None:

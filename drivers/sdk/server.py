@@ -124,8 +124,8 @@ class DriverServer(Server):
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:
-        self._executor.abandon(request.model)
-        self._driver.reset(request.model)
+        self._executor.abandon(request.model, request.replica)
+        self._driver.reset(request.model, request.replica)
 
     @method
     def unload(self, request: Unload, call: Incoming) -> None:

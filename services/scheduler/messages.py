@@ -148,7 +148,7 @@ class Cont(msgspec.Struct, frozen=True):
 
 
 class HostLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One model on one driver."""
+    """One replica of a model on one driver."""
 
     driver: str
     model: str
@@ -157,6 +157,7 @@ class HostLine(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     tokens: int
     step_micros: float
+    replica: int = 0
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
