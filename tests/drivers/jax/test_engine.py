@@ -99,7 +99,7 @@ def test_rehearsing_programs_changes_nothing_for_sequences(runner: Any, helpers:
     task = helpers.Task(PROMPTS[1], 12, sampling=SAMPLED)
     (whole,) = runner.run(task)
     half = runner.steps(8, start=[runner.start(0, task)], chunks=[Chunk(0, 0, 0, 57)], decode=[0])
-    engine = runner.driver._engines["tiny"]
+    engine = runner.driver._engines["tiny"][0]
     engine.unrehearsed = engine.programs.ahead()
     while runner.driver.idle():
         pass
