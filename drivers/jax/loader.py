@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from flax import nnx
 
 from llmos.drivers.jax import attention, buckets, families, platform, rope, state, verification
@@ -119,6 +120,8 @@ class Load:
             weights = self._timed("wait", lambda: self._attend(loading))
             engines = [parts.engine(weights, *self._attend(placing))]
         if others:
+            # Replicas are alike to the scheduler, whatever is free on their devices.
+            self.request = msgspec.structs.replace(request, pages=parts.limits.pages)
             copies = lambda: [self._replica(plan, place, weights) for place in others]  # noqa: E731
             engines += self._timed("replicate", copies)
         return engines, self._loaded(plan, parts, len(engines))

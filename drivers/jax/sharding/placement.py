@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -163,12 +164,17 @@ class Sharded:
         return made
 
     def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        made = {}
+        made: dict[str, jax.Array] = {}
+        programs: dict[str, Program] = {}
         for path in list(weights):
             value = weights.pop(path)
-            arrange = rules.arrangement(path, config, self.axes) or (lambda x: x)
-            shape = self._weight(path, jax.eval_shape(arrange, value))
-            made[path] = jax.jit(arrange, out_shardings=shape.sharding)(value)
+            if arrange := rules.arrangement(path, config, self.axes):
+                shape = self._weight(path, jax.eval_shape(arrange, value))
+                # Layers are alike: one program serves the parameter of all of them.
+                role = re.sub(r"\d+", "", path)
+                programs.setdefault(role, jax.jit(arrange, out_shardings=shape.sharding))
+                value = programs[role](value)
+            made[path] = value
         return made
 
     def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:

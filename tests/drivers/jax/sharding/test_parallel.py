@@ -38,6 +38,7 @@ def test_a_context_is_longer_than_one_device_holds(on_mesh: OnMesh) -> None:
 def test_replicas_have_slots_and_pages_of_their_own(on_mesh: OnMesh) -> None:
     model = on_mesh("llama", {"data": 2, "tensor": 2})
     assert model.loaded.replicas == 2
+    assert model.engines[0].limits == model.engines[1].limits
     devices = [{d for w in engine._weights for d in w.devices()} for engine in model.engines]
     assert [len(each) for each in devices] == [2, 2]
     assert not devices[0] & devices[1]
@@ -57,6 +58,21 @@ def test_a_step_sums_twice_a_layer_and_once_for_the_embedding(on_mesh: OnMesh) -
     program = engine.programs.get(("decode", 2)).as_text()
     assert program.count(" all-reduce(") == 2 * 2 + 1
     assert program.count(" all-gather(") == 1
+
+
+def test_a_step_updates_the_pages_of_every_device_in_place(on_mesh: OnMesh) -> None:
+    engine = on_mesh("llama", {"tensor": 2}).engines[0]
+    held = sum(
+        shard.data.nbytes for c in engine._caches for part in c for shard in part.addressable_shards[:1]
+    )
+    assert engine.programs.get(("decode", 2)).memory_analysis().alias_size_in_bytes == held
+
+
+def test_guesses_are_verified_over_a_mesh(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"tensor": 2}, speculation="ngram", speculation_tokens=2)
+    model.engines[0].speculation.policy.always = True
+    model.check()
+    assert model.engines[0].speculation.steps.keys() >= {(2, 2)}
 
 
 def test_programs_are_rehearsed_over_a_mesh(on_mesh: OnMesh) -> None:
