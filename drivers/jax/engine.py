@@ -113,13 +113,14 @@ class Engine:
     def _rehearse_speculation(self, speculation: Speculation, name: str, key: Key, program: Any) -> None:
         if name == "verify":
             rows = self._row_index([], int(key[1]))
-            self._caches, *_ = program(self._weights, self._caches, self._batch, speculation.history, rows)
+            held = (self._weights, self._caches, self._batch, speculation.history, rows)
+            self._caches, *_ = speculation.verify(program, int(key[2]), held)
         elif name == "accept" and "full" not in key:
             size, guesses = int(key[2]), int(key[3])
             logits = np.zeros((size, guesses + 1, self.limits.vocab_size), np.float32)
             logits, guess = jax.device_put((logits, no_guess(size, guesses)), self._common)
-            held = (self._row_index([], size), self._batch, speculation.history)
-            self._batch, speculation.history, *_ = program(logits, guess, *held)
+            rest = (self._row_index([], size), self._batch, speculation.history)
+            self._batch, speculation.history, *_ = program(logits, guess, *rest)
 
     def close(self) -> None:
         """Stop what still runs in the background."""
@@ -165,8 +166,8 @@ class Engine:
         size, guesses = speculation.choose(rows, variant)
         index = self._row_index(rows, size)
         verify, accept = speculation.programs(variant, size, guesses)
-        arguments = (self._weights, self._caches, self._batch, speculation.history, index)
-        self._caches, logits, guess = verify(*arguments)
+        held = (self._weights, self._caches, self._batch, speculation.history, index)
+        self._caches, logits, guess = speculation.verify(verify, guesses, held)
         tallies = (self._tallies,) if variant == "full" else ()
         results = accept(logits, guess, index, self._batch, speculation.history, *tallies)
         self._batch, speculation.history, counted, packed = results
@@ -245,7 +246,7 @@ class Engine:
         for row, number, slot in served:
             slot.length += gained[row] - 1
             if self.speculation is not None and present.get(number) is slot:
-                self.speculation.policy.observe(number, trials[row], hits[row])
+                self.speculation.observe(number, guesses, trials[row], hits[row])
         if self.speculation is not None and seconds:
             self.speculation.resolved(len(served), packed.shape[1], guesses, sum(gained), seconds)
 
