@@ -146,7 +146,7 @@ class Engine:
             for _, packed, _ in outputs:
                 packed.copy_to_host_async()
             self._admit()
-            yield self._pending(quantum.id, index, outputs, begun)
+            yield self._pending(quantum.id, index, outputs, begun, timed=index not in chunks)
         self._admit()
 
     def _decode(self, rows: list[int]) -> Output:
@@ -220,7 +220,9 @@ class Engine:
             self._batch, _, packed = program(logits, index, self._batch)
         return served, packed, -1
 
-    def _pending(self, quantum: int, index: int, outputs: list[Output], begun: float) -> PendingStep:
+    def _pending(
+        self, quantum: int, index: int, outputs: list[Output], begun: float, timed: bool
+    ) -> PendingStep:
         def resolve() -> Step:
             results = [(served, np.asarray(packed), guesses) for served, packed, guesses in outputs]
             now = self._clock()
@@ -230,7 +232,7 @@ class Engine:
             finished: list[tuple[int, FinishReason]] = []
             for served, packed, guesses in results:
                 if guesses >= 0:
-                    self._resolved(served, packed, guesses, now - since if len(results) == 1 else 0.0)
+                    self._resolved(served, packed, guesses, now - since if timed else 0.0)
                     packed = packed[:-2]
                 self._collect(served, packed, slots, tokens, finished)
             return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))

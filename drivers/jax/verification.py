@@ -153,41 +153,67 @@ def accept(
     the state, the history, the tallies, and int32 [C + 3, B]: C tokens, -1 from the first on that was not
     produced; how the sequence finished; the guesses that were put to the test; and those that were right.
     """
-    wide = logits.shape[1]
-    length, live = state.length[rows], guess.counts >= 0
-    position = length[:, None] + jnp.arange(wide)
-    token = _sampled(variant, logits, rows, position, state, tallies)
-    stopped = jnp.any(state.stop[rows][:, None] == token[..., None], axis=-1)
-    ends = jnp.where(stopped, 1, jnp.where(position + 1 >= state.limit[rows][:, None], 2, 0))
-    sound = jnp.isfinite(jnp.max(logits, axis=-1))
-    ends = jnp.where(sound, ends, 3)
-    right = token[:, : guess.tokens.shape[1]] == guess.tokens
-    offered = jnp.arange(wide - 1) < guess.counts[:, None]
-    follows = right[:, : wide - 1] & offered & (ends[:, :-1] == 0)
-    reached = jnp.cumprod(jnp.concatenate([live[:, None], follows], axis=1), axis=1) > 0
-    made = reached & sound
-    gained = jnp.sum(made, axis=1)
-    reason = jnp.max(jnp.where(reached, ends, 0), axis=1)
+    verdict = _judge(variant, logits, guess, rows, state, tallies)
+    token, made, reason = verdict.tokens, verdict.made, verdict.reason
+    length, gained = state.length[rows], jnp.sum(verdict.made, axis=1)
     last = jnp.take_along_axis(token, jnp.maximum(gained - 1, 0)[:, None], axis=1)[:, 0]
-    drafted = jnp.where(live & (wide > 1), length + gained - 1, history.drafted[rows])
-    history = History(
-        _remember(history.tokens, rows, state, jnp.where(made, token, -1)),
-        history.drafted.at[rows].set(drafted),
-    )
-    if variant == "full" and tallies is not None:
-        counted = tallies.output.at[rows, token[:, 0]].add(made[:, 0].astype(jnp.int32))
+    token = jnp.where(made, token, -1)
+    asked = (guess.counts >= 0) & (logits.shape[1] > 1)
+    drafted = jnp.where(asked, length + gained - 1, history.drafted[rows])
+    history = History(_remember(history.tokens, rows, state, token), history.drafted.at[rows].set(drafted))
+    if tallies is not None:
+        counted = tallies.output.at[rows, verdict.tokens[:, 0]].add(made[:, 0].astype(jnp.int32))
         tallies = tallies._replace(output=counted)
     state = state._replace(
         token=state.token.at[rows].set(jnp.where(gained > 0, last, state.token[rows])),
         length=state.length.at[rows].set(length + gained),
         live=state.live.at[rows].set(state.live[rows] & (reason == 0)),
     )
-    hits = jnp.maximum(gained - 1, 0) if wide > 1 else gained * (guess.known & right[:, 0])
-    # Having none to offer counts as one that was wrong; being cut short by the end of the sequence does not.
-    short = hits < guess.counts if wide > 1 else hits < gained
-    missed = live & (reason == 0) & (short | ~guess.known)
-    results = [jnp.where(made, token, -1).T, reason[None], (hits + missed)[None], hits[None]]
+    results = [token.T, reason[None], *_score(verdict, guess, gained)]
     return state, history, tallies, jnp.concatenate(results).astype(jnp.int32)
+
+
+class _Verdict(NamedTuple):
+    """Sampled ``tokens`` [B, C], which were ``made``, which guesses are ``right``, and a row's ``reason``."""
+
+    tokens: jax.Array
+    made: jax.Array
+    right: jax.Array
+    reason: jax.Array
+
+
+def _judge(
+    variant: Variant, logits: jax.Array, guess: Guess, rows: jax.Array, state: BatchState, tallies: Any
+) -> _Verdict:
+    """A token is made if its logits are sound, and all guesses before it are right and none is an end."""
+    tokens = logits.shape[1] - 1
+    position = state.length[rows][:, None] + jnp.arange(tokens + 1)
+    token = _sampled(variant, logits, rows, position, state, tallies)
+    stopped = jnp.any(state.stop[rows][:, None] == token[..., None], axis=-1)
+    ends = jnp.where(stopped, 1, jnp.where(position + 1 >= state.limit[rows][:, None], 2, 0))
+    sound = jnp.isfinite(jnp.max(logits, axis=-1))
+    ends = jnp.where(sound, ends, 3)
+    right = token[:, : guess.tokens.shape[1]] == guess.tokens
+    offered = jnp.arange(tokens) < guess.counts[:, None]
+    follows = right[:, :tokens] & offered & (ends[:, :-1] == 0)
+    reached = jnp.concatenate([(guess.counts >= 0)[:, None], follows], axis=1)
+    reached = jnp.cumprod(reached, axis=1) > 0
+    return _Verdict(token, reached & sound, right, jnp.max(jnp.where(reached, ends, 0), axis=1))
+
+
+def _score(verdict: _Verdict, guess: Guess, gained: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many guesses of each row were put to the test, and how many were right: [1, B] each.
+
+    Having none to offer counts as one that was wrong; being cut short by the end of the sequence does not.
+    """
+    if verdict.tokens.shape[1] > 1:
+        hits = jnp.maximum(gained - 1, 0)
+        short = hits < guess.counts
+    else:
+        hits = gained * (guess.known & verdict.right[:, 0])
+        short = hits < gained
+    missed = (guess.counts >= 0) & (verdict.reason == 0) & (short | ~guess.known)
+    return (hits + missed)[None], hits[None]
 
 
 def _sampled(
