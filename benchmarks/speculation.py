@@ -77,7 +77,7 @@ class Stream:
 
 def kinds(stream: Stream) -> dict[str, float]:
     """Tokens of a verifying step, and the share of those steps, since this was asked last."""
-    speculation = stream.driver._engines[stream.loaded.model].speculation
+    speculation = stream.driver._engines[stream.loaded.model][0].speculation
     if speculation is None:
         return {}
     verified = sum(n for (_, guesses), n in speculation.steps.items() if guesses)
@@ -119,7 +119,7 @@ def load(options: argparse.Namespace, driver: JaxDriver) -> dict[str, Stream]:
 
 def warm(stream: Stream, always: bool) -> None:
     """Compile what verifies, which a server does in the background; then leave the choice to the policy."""
-    speculation = stream.driver._engines[stream.loaded.model].speculation
+    speculation = stream.driver._engines[stream.loaded.model][0].speculation
     if speculation is not None:
         speculation.policy.always = True
         for sampling in TEXTS.values():

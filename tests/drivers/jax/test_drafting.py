@@ -34,7 +34,7 @@ def load(tiny_folder: Path, cache_folder: Path, helpers: Any) -> Iterator[Any]:
     def make(draft: Path, **fields: Any) -> Any:
         drivers.append(driver := JaxDriver("cpu"))
         loaded = driver.load(request(tiny_folder, cache_folder, draft, **fields), helpers.ignore)
-        driver._engines["drafted"].speculation.policy.always = True
+        driver._engines["drafted"][0].speculation.policy.always = True
         return helpers.Runner(driver, loaded)
 
     yield make
@@ -76,7 +76,7 @@ def test_two_sequences_are_drafted_at_once(runner: Any, twin: Any, helpers: Any)
 
 def test_what_plain_steps_produced_is_read_later(runner: Any, twin: Any, helpers: Any) -> None:
     (whole,) = runner.run(helpers.Task(PROMPT, 50))
-    policy = twin.driver._engines["drafted"].speculation.policy
+    policy = twin.driver._engines["drafted"][0].speculation.policy
     policy.always, policy.sizes = False, []
     done = twin.steps(
         12, start=[twin.start(0, helpers.Task(PROMPT, 50))],
