@@ -187,6 +187,7 @@ def main() -> None:
         help="seconds to leave the driver idle first, to rehearse",
     )
     parser.add_argument("--mesh", nargs="+", type=axis, default=[], metavar="AXIS=SIZE")
+    parser.add_argument("--speculation", default="off", choices=["off", "ngram"])
     parser.add_argument("--compare", type=Path, help="report of a run on one device")
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     options = parser.parse_args()
@@ -202,6 +203,7 @@ def main() -> None:
         chunk_tokens=options.chunk_tokens,
         max_context=options.max_context,
         mesh=dict(options.mesh),
+        speculation=options.speculation,
     )
     report = Report("serving")
     with Cluster(driver, options.steps) as cluster:

@@ -81,12 +81,13 @@ def kinds(stream: Stream) -> dict[str, float]:
     if speculation is None:
         return {}
     verified = sum(n for (_, guesses), n in speculation.steps.items() if guesses)
+    rows = sum(n for (_, guesses), n in speculation.rows.items() if guesses)
     gained = sum(n for (_, guesses), n in speculation.gained.items() if guesses)
     total = sum(speculation.steps.values())
     for counter in (speculation.steps, speculation.rows, speculation.gained):
         counter.clear()
     return {
-        "tokens_per_step": round(gained / max(verified, 1), 2),
+        "tokens_per_step": round(gained / max(rows, 1), 2),
         "verified": round(verified / max(total, 1), 2),
     }
 

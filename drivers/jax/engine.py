@@ -113,13 +113,14 @@ class Engine:
     def _rehearse_speculation(self, speculation: Speculation, name: str, key: Key, program: Any) -> None:
         if name == "verify":
             rows = self._row_index([], int(key[1]))
-            self._caches, *_ = program(self._weights, self._caches, self._batch, speculation.history, rows)
+            held = (self._weights, self._caches, self._batch, speculation.history, rows)
+            self._caches, *_ = speculation.verify(program, int(key[2]), held)
         elif name == "accept" and "full" not in key:
             size, guesses = int(key[2]), int(key[3])
             logits = np.zeros((size, guesses + 1, self.limits.vocab_size), np.float32)
             logits, guess = jax.device_put((logits, no_guess(size, guesses)), self._common)
-            held = (self._row_index([], size), self._batch, speculation.history)
-            self._batch, speculation.history, *_ = program(logits, guess, *held)
+            rest = (self._row_index([], size), self._batch, speculation.history)
+            self._batch, speculation.history, *_ = program(logits, guess, *rest)
 
     def close(self) -> None:
         """Stop what still runs in the background."""
@@ -145,7 +146,7 @@ class Engine:
             for _, packed, _ in outputs:
                 packed.copy_to_host_async()
             self._admit()
-            yield self._pending(quantum.id, index, outputs, begun)
+            yield self._pending(quantum.id, index, outputs, begun, timed=index not in chunks)
         self._admit()
 
     def _decode(self, rows: list[int]) -> Output:
@@ -165,8 +166,8 @@ class Engine:
         size, guesses = speculation.choose(rows, variant)
         index = self._row_index(rows, size)
         verify, accept = speculation.programs(variant, size, guesses)
-        arguments = (self._weights, self._caches, self._batch, speculation.history, index)
-        self._caches, logits, guess = verify(*arguments)
+        held = (self._weights, self._caches, self._batch, speculation.history, index)
+        self._caches, logits, guess = speculation.verify(verify, guesses, held)
         tallies = (self._tallies,) if variant == "full" else ()
         results = accept(logits, guess, index, self._batch, speculation.history, *tallies)
         self._batch, speculation.history, counted, packed = results
@@ -219,7 +220,9 @@ class Engine:
             self._batch, _, packed = program(logits, index, self._batch)
         return served, packed, -1
 
-    def _pending(self, quantum: int, index: int, outputs: list[Output], begun: float) -> PendingStep:
+    def _pending(
+        self, quantum: int, index: int, outputs: list[Output], begun: float, timed: bool
+    ) -> PendingStep:
         def resolve() -> Step:
             results = [(served, np.asarray(packed), guesses) for served, packed, guesses in outputs]
             now = self._clock()
@@ -229,7 +232,7 @@ class Engine:
             finished: list[tuple[int, FinishReason]] = []
             for served, packed, guesses in results:
                 if guesses >= 0:
-                    self._resolved(served, packed, guesses, now - since if len(results) == 1 else 0.0)
+                    self._resolved(served, packed, guesses, now - since if timed else 0.0)
                     packed = packed[:-2]
                 self._collect(served, packed, slots, tokens, finished)
             return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))
@@ -245,7 +248,7 @@ class Engine:
         for row, number, slot in served:
             slot.length += gained[row] - 1
             if self.speculation is not None and present.get(number) is slot:
-                self.speculation.policy.observe(number, trials[row], hits[row])
+                self.speculation.observe(number, guesses, trials[row], hits[row])
         if self.speculation is not None and seconds:
             self.speculation.resolved(len(served), packed.shape[1], guesses, sum(gained), seconds)
 

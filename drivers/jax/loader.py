@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from flax import nnx
 
 from llmos.drivers.jax import attention, buckets, families, platform, rope, state, verification
 from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.drafts import Draft, check_draft
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.ledger import Limits
@@ -69,6 +70,7 @@ class Parts:
     shapes: dict[str, Any]
     programs: Programs
     make: Callable[[], tuple[list[Any], state.BatchState]]
+    draft: Draft | None
 
     def engine(self, weights: dict[str, jax.Array], caches: list[Any], batch: state.BatchState) -> Engine:
         """An engine of this replica."""
@@ -85,7 +87,9 @@ class Parts:
             return None
         empty = verification.empty_history(self.limits.slots, self.limits.max_context)
         history = jax.device_put(empty, self.place.common)
-        return Speculation(self.programs, Policy(speculating.tokens, speculating.sizes), history)
+        policy = Policy(speculating.tokens, speculating.sizes, blind=self.draft is not None)
+        draft = self.draft.held(self.limits) if self.draft is not None else None
+        return Speculation(self.programs, policy, history, draft)
 
 
 @dataclass
@@ -132,7 +136,8 @@ class Load:
         config = rope.for_context(plan.config, request.max_context)
         graph, tree, kept = parameters(config, DTYPES[request.dtype], place)
         shapes = place.arranged(config, kept)
-        limits, width = self._limits(plan.config, place, sum(_bytes_on_one(x) for x in shapes.values()))
+        draft = self._draft(plan.config, place)
+        limits, width = self._limits(plan.config, place, shapes, draft)
         local = place.local(plan.config)
         backend = place.attention(attention.select(self.attention, place.device.platform, local, request))
         shape = Shape(
@@ -147,8 +152,27 @@ class Load:
         batch = lambda: state.empty_state(limits.slots, width, limits.pages)  # noqa: E731
         cache_shapes, caches = place.caches(allocate, plan.config)
         spec = self._spec(shape, place, list(shapes.values()), cache_shapes, jax.eval_shape(batch), limits)
+        spec = replace(spec, speculating=self._speculating(limits, draft, spec.decode_sizes))
         make = lambda: (caches(), jax.jit(batch, out_shardings=place.common)())  # noqa: E731
-        return Parts(place, limits, kept, shapes, Programs(spec), make)
+        return Parts(place, limits, kept, shapes, Programs(spec), make, draft)
+
+    def _draft(self, config: DecoderConfig, place: Placement) -> Draft | None:
+        """The draft model, if there is to be one; refused if it cannot guess for a model of ``config``."""
+        request = self.request
+        if request.speculation not in ("auto", "draft") or not request.draft:
+            return None
+        own = msgspec.structs.replace(request, source=request.draft)
+        plan = find_weights(own)
+        check_draft(plan.config, config, request.max_context)
+        mesh.check_model(mesh.parse(request.mesh), plan.config)
+        turned = rope.for_context(plan.config, request.max_context)
+        graph, tree, kept = parameters(turned, DTYPES[request.dtype], place)
+        local, platform_name = place.local(plan.config), place.device.platform
+        backend = place.attention(attention.select(self.attention, platform_name, local, request))
+        loader = Load(own, self.devices, self.report, self.attention)
+        load = lambda: place.arrange(plan.config, loader._kept_weights(plan, kept))  # noqa: E731
+        shapes = place.arranged(turned, kept)
+        return Draft(place, plan.config, graph, tree, backend, shapes, load, DTYPES[request.kv_dtype])
 
     def _replica(self, plan: Plan, place: Placement, weights: dict[str, jax.Array]) -> Engine:
         """Another replica, with a copy of the first one's weights."""
@@ -213,13 +237,19 @@ class Load:
             self._timed("save", save)
         return dict(weights)
 
-    def _limits(self, config: DecoderConfig, place: Placement, weight_bytes: int) -> tuple[Limits, int]:
-        """Sizes of a replica, and the width of its block tables; ``weight_bytes`` are those on one device."""
+    def _limits(
+        self, config: DecoderConfig, place: Placement, shapes: dict[str, Any], draft: Draft | None
+    ) -> tuple[Limits, int]:
+        """Sizes of a replica whose parameters are ``shapes``, and the width of its block tables."""
         request, device = self.request, place.device
         context = min(request.max_context, config.max_positions)
         needed = -(-context // request.page_tokens)
+        weights, configs = list(shapes.values()), [config]
+        if draft is not None:
+            weights, configs = weights + list(draft.shapes.values()), [config, draft.config]
+        weight_bytes = sum(_bytes_on_one(x) for x in weights)
         free = platform.free_memory(device) * request.memory_fraction - weight_bytes
-        page_bytes = page_size(place.local(config), request) / place.page_parts
+        page_bytes = sum(page_size(place.local(each), request) for each in configs) / place.page_parts
         pages = request.pages or int(free // page_bytes)
         if not request.pages and device.platform == "cpu":
             pages = min(pages, request.slots * needed, max(int(_HOST_CACHE_BYTES // page_bytes), needed))
@@ -259,17 +289,17 @@ class Load:
             prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
             # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
             first=_FIRST_ON_CPU if on_cpu else 1 << 30,
-            speculating=self._speculating(limits, on_cpu),
         )
 
-    def _speculating(self, limits: Limits, on_cpu: bool) -> Speculating | None:
+    def _speculating(self, limits: Limits, draft: Draft | None, sizes: list[int]) -> Speculating | None:
         if self.request.speculation == "off":
             return None
+        on_cpu = self.devices[0].platform == "cpu"
         tokens = self.request.speculation_tokens or _GUESSES[on_cpu]
         rows = _VERIFIED[on_cpu] // (tokens + 1)
-        sizes = [size for size in self._decode_sizes(limits.slots, on_cpu) if size <= max(rows, 1)]
         history = jax.eval_shape(lambda: verification.empty_history(limits.slots, limits.max_context))
-        return Speculating(tokens, sizes or self._decode_sizes(limits.slots, on_cpu)[:1], history)
+        small = [size for size in sizes if size <= rows] or sizes[:1]
+        return Speculating(tokens, small, history, draft.described(limits) if draft is not None else None)
 
     def _decode_sizes(self, slots: int, on_cpu: bool) -> list[int]:
         """Batch sizes to compile: few on a CPU, where compiling is slow and padding rows are cheap.
@@ -310,6 +340,8 @@ def check_request(request: LoadRequest) -> None:
     for name, (low, high) in {**ranges, "max_context": (2, 1 << 22)}.items():
         if not low <= getattr(request, name) <= high:
             raise InvalidArgument(f"{name} is {getattr(request, name)}, not in {low}..{high}")
+    if request.speculation == "draft" and not request.draft:
+        raise InvalidArgument("speculation by a draft model needs one: set draft to its source")
     if not 0 <= request.speculation_tokens <= 32:
         raise InvalidArgument(f"speculation_tokens is {request.speculation_tokens}, not in 0..32")
     if not 0.0 < request.memory_fraction <= 1.0:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import forward, sampling, state, verification
+from llmos.drivers.jax import drafting, forward, sampling, state, verification
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
@@ -37,11 +37,15 @@ Key = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Speculating:
-    """That decode steps can verify ``tokens`` guesses, in batches of ``sizes``; ``history`` is a shape."""
+    """That decode steps can verify ``tokens`` guesses, in batches of ``sizes``; shapes as in ``Spec``.
+
+    ``draft`` is what specialises the draft model's programs, its weights and its caches, if there is one.
+    """
 
     tokens: int
     sizes: list[int]
     history: Any
+    draft: tuple[Shape, Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,18 @@ class Programs:
 
     def _compile(self, key: Key) -> Callable[..., Any]:
         function, donated, arguments = self._describe(key)
-        return self.spec.place.compile(function, donated, arguments, _outputs(key))
+        return self.spec.place.compile(function, donated, arguments, self._outputs(key))
+
+    def _outputs(self, key: Key) -> Any:
+        """For each output of a program, the argument that it is laid out like; None: every device has it."""
+        if key[0] == "verify":
+            return (1, 6, None, None) if self._draft(key) else (1, None, None)
+        return {"decode": (1, None), "prefill": (1, None), "scrub": 0}.get(str(key[0]))
+
+    def _draft(self, key: Key) -> tuple[Shape, Any, Any] | None:
+        """The draft model that a verifying program asks, if it does."""
+        speculating = self.spec.speculating
+        return speculating.draft if speculating is not None and key[2] else None
 
     def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         """The function of a program, which arguments it donates, and their shapes."""
@@ -200,8 +215,7 @@ class Programs:
                 lean: Callable[..., Any] = partial(sampling.sample, cast(Variant, variant), tallies=None)
                 return lean, (2,), (self._logits(size), _ints(size), spec.batch)
             case ("verify", int(size), int(guesses)):
-                arguments = (spec.weights, spec.caches, spec.batch, self._history(), _ints(size))
-                return partial(verification.step, spec.shape, guesses), (1,), arguments
+                return self._describe_verify(size, guesses)
             case ("accept", str(variant), int(size), int(guesses)):
                 return self._describe_accept(cast(Variant, variant), size, guesses)
             case ("recall", int(rows)):
@@ -218,6 +232,17 @@ class Programs:
             case ("scrub",):
                 return self._scrub, (0,), (spec.caches, _ints(SCRUB_PAGES))
         raise KeyError(key)
+
+    def _describe_verify(
+        self, size: int, guesses: int
+    ) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
+        spec = self.spec
+        arguments = (spec.weights, spec.caches, spec.batch, self._history(), _ints(size))
+        draft = self._draft(("verify", size, guesses))
+        if draft is None:
+            return partial(verification.step, spec.shape, guesses), (1,), arguments
+        shape, *held = draft
+        return partial(drafting.step, spec.shape, shape, guesses), (1, 6), (*arguments, *held)
 
     def _describe_accept(
         self, variant: Variant, size: int, guesses: int
@@ -247,12 +272,6 @@ class Programs:
         width = self.spec.batch.tables.shape[1]
         packed = state.pack_admission([], ADMIT_ROWS, 0, [[0] * width] * ADMIT_ROWS)
         return jax.eval_shape(lambda: packed)  # type: ignore[no-any-return]
-
-
-def _outputs(key: Key) -> Any:
-    """For each output of a program, the argument that it is laid out like; None: every device has it."""
-    kinds = {"decode": (1, None), "prefill": (1, None), "verify": (1, None, None), "scrub": 0}
-    return kinds.get(str(key[0]))
 
 
 def _ints(*shape: int) -> Any:

@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import jax
 import numpy as np
 
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.programs import ADMIT_ROWS, Programs
 from llmos.drivers.jax.sampling import Variant
 from llmos.drivers.jax.speculation import Policy
+from llmos.drivers.jax.verification import History
 from llmos.drivers.sdk.messages import Start
 
 
 class Speculation:
     """What an engine has more when it speculates.
 
-    ``history`` holds the tokens of every slot on the device; ``counts`` says for each (batch size, guesses)
-    how many steps ran, how many rows they had, and how many tokens these gained.
+    ``history`` is on the device; ``steps``, ``rows`` and ``gained`` count for each (batch size, guesses) the
+    steps without prefill, their rows, and the tokens that these gained. ``draft`` are the weights and caches
+    of the draft model, if there is one.
     """
 
-    def __init__(self, programs: Programs, policy: Policy, history: jax.Array) -> None:
+    def __init__(
+        self, programs: Programs, policy: Policy, history: History, draft: tuple[Any, Any] | None = None
+    ) -> None:
         self.policy = policy
         self.history = history
+        self._draft = draft
         self.steps: Counter[tuple[int, int]] = Counter()
         self.rows: Counter[tuple[int, int]] = Counter()
         self.gained: Counter[tuple[int, int]] = Counter()
@@ -59,6 +63,21 @@ class Speculation:
         get = self._programs.get
         return get(("verify", size, guesses)), get(("accept", variant, size, guesses))
 
+    def verify(self, program: Any, guesses: int, held: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+        """Run a program of ``programs`` on what the engine holds: the caches, logits, and the guess."""
+        if self._draft is None or not guesses:
+            caches, logits, guess = program(*held)
+            return caches, logits, guess
+        weights, drafts = self._draft
+        caches, drafts, logits, guess = program(*held, weights, drafts)
+        self._draft = weights, drafts
+        return caches, logits, guess
+
+    def observe(self, slot: int, guesses: int, trials: int, hits: int) -> None:
+        """What became of the guesses for a slot; a plain step has looked some up, but not asked the draft."""
+        if guesses or self._draft is None:
+            self.policy.observe(slot, trials, hits)
+
     def resolved(self, rows: int, size: int, guesses: int, gained: int, seconds: float) -> None:
         """A step without prefill took so long and gained so many tokens."""
         key = size, guesses
@@ -68,8 +87,8 @@ class Speculation:
         self.policy.timed(size, guesses, seconds)
 
     def _recall(self, starts: list[Start], rows: int) -> None:
-        tokens = np.zeros((rows, self.history.shape[1]), np.int32)
-        slots = np.full(rows, self.history.shape[0], np.int32)
+        tokens = np.zeros((rows, self.history.tokens.shape[1]), np.int32)
+        slots = np.full(rows, self.history.tokens.shape[0], np.int32)
         for row, start in enumerate(starts):
             tokens[row, : len(start.tokens)] = start.tokens
             slots[row] = start.slot

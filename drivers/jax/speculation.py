@@ -1,10 +1,10 @@
 """Whether a decode step verifies guesses: only where that is measured to give more tokens a second. Pure.
 
-Each slot has an estimate of how likely a guess is right. It is learned on every step, for also a plain step
-computes what would have been guessed and compares it, so nothing has to be tried to find out that a text has
-begun to repeat itself. The time of either kind of step is measured per batch size, and the kind that is not
-in use is measured again now and then. At large batches a verifying step costs more than its guesses bring,
-and speculation turns itself off.
+Each slot has an estimate of how likely a guess is right. With prompt lookup it is learned on every step, for
+also a plain step computes what would have been guessed and compares it, so nothing has to be tried to find
+out that a text has begun to repeat itself; a draft model is tried again now and then. The time of either kind
+of step is measured per batch size, and the kind that is not in use is measured again now and then. At large
+batches a verifying step costs more than its guesses bring, and speculation turns itself off.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ PRIOR = 2.0  # outcomes that the average of earlier sequences counts for
 FIRST_GUESS = 0.5  # of the likelihood that a guess is right, before anything was seen
 SAMPLES = 3  # steps of a kind that are timed before the kinds are compared
 AGAIN = 512  # steps after which the other kind is timed again
+PROBE = 128  # steps after which guesses are tried again that cannot be compared without
 GAIN = 1.05  # a verifying step must promise so many times the tokens a second of a plain one
 PROMISING = 1.3  # tokens a step from which on the first verifying steps are tried
 OUTLIER = 3.0
@@ -67,12 +68,15 @@ class Timing:
 @dataclass
 class Policy:
     """Chooses for each step; ``guesses`` is how many a verifying step has, ``sizes`` the batch sizes that it
-    exists for. ``always`` verifies wherever it can (for tests and for measuring)."""
+    exists for. ``blind`` says that plain steps tell nothing about guesses. ``always`` verifies wherever it
+    can (for tests and for measuring)."""
 
     guesses: int
     sizes: Iterable[int]
+    blind: bool = False
     always: bool = False
     general: Acceptance = field(default_factory=lambda: Acceptance(FIRST_GUESS * PRIOR, PRIOR))
+    _trying: int = 0
     _slots: dict[int, Acceptance] = field(default_factory=dict)
     _times: dict[tuple[int, int], Timing] = field(default_factory=dict)
 
@@ -92,6 +96,9 @@ class Policy:
         if not plain.known:
             return 0
         expected = sum(self._slots[slot].tokens(self.guesses) for slot in slots) / len(slots)
+        if self.blind and (self._trying or not verifying.known or verifying.age > PROBE):
+            self._trying = (self._trying or SAMPLES) - 1
+            return self.guesses
         if not verifying.known or verifying.age > AGAIN:
             return self.guesses if expected >= PROMISING else 0
         if plain.age > AGAIN:

@@ -229,8 +229,9 @@ def _decode_kernel(
     last = jnp.minimum(first + share, pages)
     q = q_ref[...]
     padded, head_dim = q.shape
-    # A split in which a query sees nothing weighs nothing when the splits are joined.
-    limit = jnp.minimum(visible[0] + jnp.arange(padded) // max(group, 1), length)
+    if group:
+        # A split in which a query sees nothing weighs nothing when the splits are joined.
+        limit = jnp.minimum(visible[0] + jax.lax.div(jnp.arange(padded), group), length)
 
     def body(index: Any, carry: Any) -> Any:
         top, total, acc = carry

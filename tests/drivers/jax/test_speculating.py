@@ -31,9 +31,10 @@ def request(folder: Path, cache: Path, **fields: Any) -> LoadRequest:
 
 
 @pytest.fixture(scope="module")
-def guessing(tiny_folder: Path, cache_folder: Path, helpers: Any) -> tuple[JaxDriver, Any]:
+def guessing(tiny_folder: Path, cache_folder: Path, helpers: Any) -> Iterator[tuple[JaxDriver, Any]]:
     driver = JaxDriver("cpu")
-    return driver, driver.load(request(tiny_folder, cache_folder), helpers.ignore)
+    yield driver, driver.load(request(tiny_folder, cache_folder), helpers.ignore)
+    driver.unload("guesses")
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def test_a_text_that_repeats_takes_fewer_steps(
     assert helpers.tokens_of(done, 0) == helpers.dense_greedy(helpers.TINY, tensors, [7], 100)
     assert max(len(step.tokens) for step in done) == 8
     assert len(done) < 40
+    driver.unload("guesses")
 
 
 def test_a_mixed_batch_equals_each_alone(runner: Any, guesser: Any, helpers: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmos.drivers.jax.speculation import AGAIN, PROMISING, SAMPLES, Acceptance, Policy
+from llmos.drivers.jax.speculation import AGAIN, PROBE, PROMISING, SAMPLES, Acceptance, Policy
 
 
 def policy(plain: float = 1.0, verifying: float = 1.2, rate: float = 0.9) -> Policy:
@@ -112,6 +112,18 @@ def test_the_sequences_of_a_batch_decide_together() -> None:
         made.observe(slot, 1000, 0)
     assert made.choose([0, 1], 4) == 4
     assert made.choose([0, 1, 2], 4) == 0
+
+
+def test_guesses_that_only_trying_tells_about_are_tried_again_rarely() -> None:
+    made = policy(rate=0.0)
+    made.blind = True
+    chosen = []
+    for _ in range(3 * PROBE):
+        chosen.append(made.choose([0], 1))
+        made.timed(1, chosen[-1], 1.2 if chosen[-1] else 1.0)
+    assert 2 * SAMPLES <= chosen.count(4) <= 3 * SAMPLES
+    made.observe(0, 100, 100)
+    assert made.choose([0], 1) == 4
 
 
 def test_always_verifies_wherever_there_is_a_program() -> None:
