@@ -24,7 +24,7 @@ from llmos.drivers.sdk.messages import (
     Start,
     Step,
 )
-from llmos.drivers.sdk.tiers import HostTier
+from llmos.drivers.sdk.tiers import Tiers
 from llmos.ipc.errors import InvalidArgument, NotFound
 
 VOCABULARY = 256
@@ -50,7 +50,7 @@ class _Cache:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.device = Pages(loaded.pages, loaded.page_tokens)
-        self.host = HostTier(loaded.host_pages, loaded.page_bytes)
+        self.tiers = Tiers(loaded.model, loaded.page_bytes, loaded.host_pages, loaded.disk_pages)
 
 
 class NullDriver(Driver):
@@ -89,6 +89,7 @@ class NullDriver(Driver):
             stop_tokens=[],
             attention="none",
             host_pages=request.host_pages,
+            disk_pages=request.disk_pages,
         )
         self._models[request.model] = loaded
         self._caches[request.model] = _Cache(loaded)
@@ -103,19 +104,21 @@ class NullDriver(Driver):
     def unload(self, model: str) -> None:
         if self._models.pop(model, None) is None:
             raise NotFound(f"no model {model!r} is loaded here")
-        del self._slots[model], self._caches[model]
+        del self._slots[model]
+        self._caches.pop(model).tiers.close()
 
     def move(self, move: Move, key: bytes) -> PendingMove:
         cache, began = self._caches[move.model], time.monotonic()
-        # A copy: the steps that follow may write these pages.
+        if "device" not in (move.source, move.target):
+            return cache.tiers.move(move, key)
         pages = [bytes(cache.device[page]) for page, _ in move.pages] if move.source == "device" else []
 
         def copy() -> Finish:
             if move.source == "device":
                 for (_, block), page in zip(move.pages, pages, strict=True):
-                    cache.host[block][:] = page
+                    cache.tiers.put(move.target, block, page, key)
             else:
-                pages[:] = [bytes(cache.host[block]) for block, _ in move.pages]
+                pages[:] = [bytes(cache.tiers.get(move.source, block, key)) for block, _ in move.pages]
             if self._move:
                 time.sleep(self._move * len(move.pages))
             return finish

@@ -29,8 +29,8 @@ def check_move(move: Move, loaded: LoadedModel) -> None:
         if outside:
             raise InvalidArgument(f"{tier} has no page {outside[0]}: it has {sizes[tier]} of this model")
     targets = _sides(move)[1]
-    if len(set(targets)) < len(targets):
-        raise InvalidArgument("a move writes a page twice")
+    if not targets or len(set(targets)) < len(targets):
+        raise InvalidArgument("a move copies a page at least, and writes none twice")
     if not move.tenant:
         raise InvalidArgument("a move names the tenant whose pages they are")
 

@@ -185,7 +185,8 @@ def test_a_driver_that_moves_nothing_says_so() -> None:
         ({"pages": [(0, 4)]}, "host has no page 4: it has 4"),
         ({"pages": [(-1, 0)]}, "device has no page -1"),
         ({"target": "disk"}, "disk has no page 0: it has 0"),
-        ({"pages": [(0, 1), (2, 1)]}, "writes a page twice"),
+        ({"pages": [(0, 1), (2, 1)]}, "writes none twice"),
+        ({"pages": []}, "a page at least"),
         ({"tenant": ""}, "names the tenant"),
     ],
 )
