@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmos.drivers.sdk.driver import Driver
 from llmos.drivers.sdk.executor import Executor
+from llmos.drivers.sdk.keys import StorageKeys
 from llmos.drivers.sdk.messages import (
     DriverInfo,
     LoadedModel,
@@ -70,6 +71,7 @@ class DriverServer(Server):
         self._executor = Executor(driver)
         self._background = Background(self)
         self._moves = Moves(driver, self._executor, self._background)
+        self._keys = StorageKeys(self)
         self._limit = STEP_LIMIT
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
 
@@ -133,7 +135,10 @@ class DriverServer(Server):
         if request.model not in self._loaded:
             raise NotFound(f"no model {request.model!r} is loaded here")
         check_move(request, self._loaded[request.model][1])
-        self._moves.submit(request, b"", _MoveSink(call))
+        if "disk" in (request.source, request.target):
+            self._keys.use(request.tenant, "pages", call, lambda key: self._submit(request, key, call))
+        else:
+            self._submit(request, b"", call)
         return Later()
 
     @method
@@ -148,6 +153,13 @@ class DriverServer(Server):
     @method
     def unload(self, request: Unload, call: Incoming) -> None:
         self._forget(request.model)
+
+    def _submit(self, move: Move, key: bytes, call: Incoming) -> None:
+        # It may have been unloaded while its key was fetched.
+        if move.model not in self._loaded:
+            call.fail(NotFound(f"no model {move.model!r} is loaded here"))
+        else:
+            self._moves.submit(move, key, _MoveSink(call))
 
     def _forget(self, model: str) -> None:
         self._abandon()

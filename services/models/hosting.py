@@ -126,4 +126,6 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         max_context=spec.max_context,
         chunk_tokens=spec.chunk_tokens,
         mesh=spec.mesh,
+        host_pages=spec.host_pages,
+        disk_pages=spec.disk_pages,
     )
