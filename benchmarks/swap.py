@@ -49,8 +49,9 @@ class Loop:
         self._poll = select.poll()
         self._take: Callable[[], None] = lambda: None
         self._quanta = 0
+        self._driver = driver
         self.executor = Executor(driver)
-        self.moves = Moves(driver, self.executor, Background(self))  # type: ignore[arg-type]
+        self.moves = Moves(self.executor, Background(self))  # type: ignore[arg-type]
         self.steps: list[float] = []
         self.moved: list[float] = []
 
@@ -86,7 +87,8 @@ class Loop:
     def begin_swap(self, source: Any, target: Any, count: int, first: int) -> None:
         pages = [(first + i, i) if source == "device" else (i, first + i) for i in range(count)]
         move = Move(model="bench", source=source, target=target, pages=pages, tenant="bench")
-        self.moves.submit(move, b"", self)
+        begin = lambda: self._driver.move(move, b"")  # noqa: E731
+        self.moves.submit(begin, self, reads_device=source == "device")
 
     def step(self, step: Step) -> None:
         self.steps.append(time.perf_counter())

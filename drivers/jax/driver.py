@@ -8,12 +8,12 @@ from typing import Any
 import jax
 
 from llmos.drivers.jax import platform
-from llmos.drivers.sdk.driver import Driver, PendingMove, PendingStep, Progress
+from llmos.drivers.sdk.driver import Driver, Get, PendingMove, PendingStep, Progress, Put
 from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadRequest, Move, Quantum
 from llmos.ipc.errors import InvalidArgument, NotFound
 
 VERSION = "1"
-FEATURES = ["chunked-prefill", "penalties", "logit-bias", "seeded-sampling", "prefix-pages", "moves"]
+FEATURES = ["chunked-prefill", "penalties", "logit-bias", "seeded-sampling", "prefix-pages", "page-moves"]
 
 
 class JaxDriver(Driver):
@@ -45,13 +45,11 @@ class JaxDriver(Driver):
         if request.model in self._engines:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
         from llmos.drivers.jax.loader import Load
+        from llmos.drivers.jax.moves import open_mover
 
         engine, loaded = Load(request, self._devices()[0], progress, self._attention).run()
         self._engines[request.model] = engine
-        if loaded.host_pages or loaded.disk_pages:
-            from llmos.drivers.jax.moves import open_mover
-
-            self._movers[request.model] = open_mover(engine, loaded, self._devices()[0])
+        self._movers[request.model] = open_mover(engine, loaded, self._devices()[0])
         return loaded
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
@@ -65,6 +63,14 @@ class JaxDriver(Driver):
         pending: PendingMove = self._movers[move.model].move(move, key)
         return pending
 
+    def save(self, model: str, pages: list[int], put: Put) -> PendingMove:
+        pending: PendingMove = self._movers[model].save(pages, put)
+        return pending
+
+    def restore(self, model: str, pages: list[int], get: Get) -> PendingMove:
+        pending: PendingMove = self._movers[model].restore(pages, get)
+        return pending
+
     def reset(self, model: str) -> None:
         if model not in self._engines:
             raise NotFound(f"model {model} is not loaded")
@@ -75,8 +81,7 @@ class JaxDriver(Driver):
         if engine is None:
             raise NotFound(f"model {model} is not loaded")
         engine.close()
-        if model in self._movers:
-            self._movers.pop(model).close()
+        self._movers.pop(model).close()
 
     def _devices(self) -> list[Any]:
         if not self._found:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from llmos.drivers.null.pages import Pages, page_size
-from llmos.drivers.sdk.driver import Driver, Finish, PendingMove, PendingStep, Progress
+from llmos.drivers.sdk.driver import Driver, Finish, Get, PendingMove, PendingStep, Progress, Put
 from llmos.drivers.sdk.messages import (
     Device,
     DriverInfo,
@@ -108,29 +108,49 @@ class NullDriver(Driver):
         self._caches.pop(model).tiers.close()
 
     def move(self, move: Move, key: bytes) -> PendingMove:
-        cache, began = self._caches[move.model], time.monotonic()
-        if "device" not in (move.source, move.target):
-            return cache.tiers.move(move, key)
-        pages = [bytes(cache.device[page]) for page, _ in move.pages] if move.source == "device" else []
+        tiers = self._caches[move.model].tiers
+        sources, targets = [source for source, _ in move.pages], [target for _, target in move.pages]
+        if move.source == "device":
+            return self.save(
+                move.model, sources, lambda i, data: tiers.put(move.target, targets[i], data, key)
+            )
+        if move.target == "device":
+            return self.restore(move.model, targets, lambda i: bytes(tiers.get(move.source, sources[i], key)))
+        return tiers.move(move, key)
+
+    def save(self, model: str, pages: list[int], put: Put) -> PendingMove:
+        device, began = self._caches[model].device, time.monotonic()
+        # Copies: the steps that follow may write these pages.
+        read = [bytes(device[page]) for page in pages]
 
         def copy() -> Finish:
-            if move.source == "device":
-                for (_, block), page in zip(move.pages, pages, strict=True):
-                    cache.tiers.put(move.target, block, page, key)
-            else:
-                pages[:] = [bytes(cache.tiers.get(move.source, block, key)) for block, _ in move.pages]
-            if self._move:
-                time.sleep(self._move * len(move.pages))
-            return finish
-
-        def finish() -> Moved:
-            if move.target == "device":
-                for (_, page), block in zip(move.pages, pages, strict=True):
-                    cache.device[page][:] = block
-            micros = round((time.monotonic() - began) * 1e6)
-            return Moved(len(move.pages) * cache.device.size, micros)
+            for index, page in enumerate(read):
+                put(index, page)
+            return self._moved(read, began)
 
         return copy
+
+    def restore(self, model: str, pages: list[int], get: Get) -> PendingMove:
+        device, began = self._caches[model].device, time.monotonic()
+
+        def copy() -> Finish:
+            written = [bytes(get(index)) for index in range(len(pages))]
+            moved = self._moved(written, began)
+
+            def finish() -> Moved:
+                for page, data in zip(pages, written, strict=True):
+                    device[page][:] = data
+                return moved()
+
+            return finish
+
+        return copy
+
+    def _moved(self, pages: list[bytes], began: float) -> Finish:
+        if self._move:
+            time.sleep(self._move * len(pages))
+        moved = Moved(sum(map(len, pages)), round((time.monotonic() - began) * 1e6))
+        return lambda: moved
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
         model = self._models.get(quantum.model)

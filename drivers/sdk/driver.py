@@ -25,6 +25,14 @@ PendingMove = Callable[[], Finish]
 """The slow part of a move, run on a worker thread while steps go on: it copies, and returns what is left
 to do on the driver's thread, which must be quick and may dispatch to the device."""
 
+Bytes = bytes | memoryview
+
+Put = Callable[[int, Bytes], None]
+"""Takes the bytes of the page at an index; may be called from several threads at once."""
+
+Get = Callable[[int], Bytes]
+"""Returns the bytes of the page at an index; may be called from several threads at once."""
+
 Progress = Callable[[LoadProgress], None]
 
 
@@ -60,6 +68,16 @@ class Driver:
         came before are dispatched. Moves are copied one at a time, in the order of the calls of ``move``.
         """
         raise NotSupported("this driver moves no pages")
+
+    def save(self, model: str, pages: list[int], put: Put) -> PendingMove:
+        """Read pages for a file, in the manner of a move from the device: ``put(i, ...)`` takes page i of
+        the list. They are read as the steps dispatched so far leave them, though their owner may be gone."""
+        raise NotSupported("this driver saves no pages")
+
+    def restore(self, model: str, pages: list[int], get: Get) -> PendingMove:
+        """Write pages from a file, in the manner of a move to the device: ``get(i)`` has page i of the list,
+        and raises IOFailure where the file was changed: then nothing may be written to any of them."""
+        raise NotSupported("this driver restores no pages")
 
     def reset(self, model: str) -> None:
         """Empty all slots of a model; nothing is in flight. The KV in its pages need not be kept."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
+from llmos.ipc.errors import LLMOSError
 from llmos.ipc.server import Incoming, Server
 from llmos.services.security.messages import StorageKey, StorageKeyQuery
 
@@ -23,7 +24,8 @@ class StorageKeys:
         self._known: dict[tuple[str, Purpose], bytes] = {}
 
     def use(self, tenant: str, purpose: Purpose, call: Incoming, act: Callable[[bytes], None]) -> None:
-        """Act with a tenant's key, at once where it is known; a refusal fails the call."""
+        """Act with a tenant's key, at once where it is known; a refusal, or what acting raises, fails the
+        call."""
         known = self._known.get((tenant, purpose))
         if known is not None:
             act(known)
@@ -34,7 +36,10 @@ class StorageKeys:
                 call.fail(answer.error)
                 return
             key = self._known[tenant, purpose] = codec.decode(answer.body, StorageKey).key
-            act(key)
+            try:
+                act(key)
+            except LLMOSError as error:
+                call.fail(error)
 
         query = StorageKeyQuery(tenant, purpose)
         self._server.call("security.storage_key", query, answered, timeout=KEY_SECONDS)

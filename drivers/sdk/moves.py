@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Protocol
 
-from llmos.drivers.sdk.driver import Driver, Finish
+from llmos.drivers.sdk.driver import Finish, PendingMove
 from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.messages import LoadedModel, Move, Moved, Tier
 from llmos.ipc.background import Background
 from llmos.ipc.errors import Canceled, InvalidArgument, LLMOSError
+
+Begin = Callable[[], PendingMove]
 
 
 class Sink(Protocol):
@@ -42,9 +45,8 @@ def _sides(move: Move) -> tuple[list[int], list[int]]:
 class _Transfer:
     """A move between its arrival and its answer."""
 
-    def __init__(self, move: Move, key: bytes, sink: Sink) -> None:
-        self.move = move
-        self.key = key
+    def __init__(self, begin: Begin, sink: Sink) -> None:
+        self.begin = begin
         self.sink = sink
         self.copying: Future[Finish] | None = None
         self.reached = False
@@ -53,21 +55,20 @@ class _Transfer:
 class Moves:
     """The moves that are under way. Used from the driver's thread, beside which ``background`` copies."""
 
-    def __init__(self, driver: Driver, executor: Executor, background: Background) -> None:
-        self._driver = driver
+    def __init__(self, executor: Executor, background: Background) -> None:
         self._executor = executor
         self._background = background
         self._open: list[_Transfer] = []
 
-    def submit(self, move: Move, key: bytes, sink: Sink) -> None:
+    def submit(self, begin: Begin, sink: Sink, *, reads_device: bool) -> None:
         """Begin a checked move behind the quanta submitted so far.
 
         One that does not read the device is copied meanwhile, unless it might overtake one that does.
         """
-        transfer = _Transfer(move, key, sink)
+        transfer = _Transfer(begin, sink)
         ahead = all(other.copying is not None for other in self._open)
         self._open.append(transfer)
-        if move.source != "device" and ahead:
+        if ahead and not reads_device:
             self._begin(transfer)
         self._executor.after(lambda: self._reach(transfer))
 
@@ -80,7 +81,7 @@ class Moves:
 
     def _begin(self, transfer: _Transfer) -> None:
         try:
-            pending = self._driver.move(transfer.move, transfer.key)
+            pending = transfer.begin()
         except LLMOSError as error:
             self._open.remove(transfer)
             transfer.sink.fail(error)

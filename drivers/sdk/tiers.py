@@ -14,13 +14,11 @@ import secrets
 import time
 from pathlib import Path
 
-from llmos.drivers.sdk.driver import Finish, PendingMove
+from llmos.drivers.sdk.driver import Bytes, Finish, PendingMove
 from llmos.drivers.sdk.messages import Move, Moved
 from llmos.ipc import paths
 from llmos.ipc.errors import IOFailure, NoMemory
 from llmos.services.security import keys
-
-Bytes = bytes | memoryview
 
 _ALIGN = 4096
 

@@ -26,6 +26,7 @@ class Model:
         self.source = source
         self.tokenizer: ModelTokenizer | None = None
         self.template: ChatTemplate | None = None
+        self.fingerprint = ""
         self.loaded: LoadedModel | None = None
         self.loading = False
         self.hosted = False

@@ -72,6 +72,13 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     usage: Finished
 
 
+class Resume(msgspec.Struct, frozen=True):
+    """Go on with the saved task of this name in the folder of saved tasks. A stream of ``Text``, the first of
+    which is what it had said before, ended by ``Done``."""
+
+    name: str
+
+
 class Load(msgspec.Struct, frozen=True):
     """Load a model of the manifest onto its driver; chunks are the driver's ``LoadProgress``."""
 
