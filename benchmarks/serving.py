@@ -152,6 +152,12 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the requests, for small machines")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--band", default="interactive", choices=BANDS)
+    parser.add_argument(
+        "--settle",
+        type=float,
+        default=0.0,
+        help="seconds to leave the driver idle first, to rehearse",
+    )
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     options = parser.parse_args()
     driver = DriverSpec(name=DRIVER, kind="jax", options={"attention": options.attention})
@@ -170,6 +176,7 @@ def main() -> None:
     with Cluster(driver, options.steps) as cluster:
         loaded, seconds = cluster.load(request)
         report.figures["load"] = {"seconds": round(seconds, 1), **loaded.phases}
+        time.sleep(options.settle)
         report.figures |= measure(Load(cluster.client, loaded, options.band), options.only, options.scale)
         (line,) = cluster.client.call("scheduler.stats", None, SchedulerStats).hosts
         report.figures["last_step_ms"] = round(line.step_micros / 1e3, 2)

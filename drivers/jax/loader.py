@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax import attention, buckets, families, pages, platform, rope, state
+from llmos.drivers.jax import attention, buckets, families, pages, platform, rope, state, verification
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.modules import Decoder, abstract, struct
-from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec
+from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec, Speculating
+from llmos.drivers.jax.speculating import Speculation
+from llmos.drivers.jax.speculation import Policy
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.random import PREFIX, RandomSource, fill
@@ -35,6 +37,10 @@ from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _TABLE_MULTIPLE = 16
 _FIRST_ON_CPU = 7
+# Guesses of a step, and tokens verified in a step over all its rows: elsewhere, and on a CPU, where a few
+# rows already take longer than one.
+_GUESSES = (7, 3)
+_VERIFIED = (256, 32)
 _HOST_CACHE_BYTES = 512 << 20
 
 
@@ -88,7 +94,11 @@ class Load:
             self._timed("compile", lambda: programs.compile_ahead(self._compiling(loading)))
             weights = self._timed("wait", lambda: self._attend(loading))
             caches, batch = self._attend(placing)
-        engine = Engine(limits, programs, [weights[path] for path in shapes], caches, batch)
+        ordered = [weights[path] for path in shapes]
+        speculation = self._speculation(programs, limits)
+        engine = Engine(limits, programs, ordered, caches, batch, speculation=speculation)
+        if self.device.platform != "cpu":
+            engine.unrehearsed = programs.ahead()
         return engine, self._loaded(plan, limits, weight_bytes, shapes, backend.name)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
@@ -164,6 +174,7 @@ class Load:
             max_context=context,
             chunk_tokens=min(request.chunk_tokens, context),
             vocab_size=config.vocab_size,
+            overtaking=request.speculation != "off",
         )
         return limits, -(-needed // _TABLE_MULTIPLE) * _TABLE_MULTIPLE
 
@@ -195,7 +206,24 @@ class Load:
             # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
             first=_FIRST_ON_CPU if on_cpu else 1 << 30,
             move_sizes=pages.block_sizes(caches) if tiers else (),
+            speculating=self._speculating(limits),
         )
+
+    def _speculating(self, limits: Limits) -> Speculating | None:
+        if self.request.speculation == "off":
+            return None
+        tokens = self.request.speculation_tokens or _GUESSES[self.device.platform == "cpu"]
+        rows = _VERIFIED[self.device.platform == "cpu"] // (tokens + 1)
+        sizes = [size for size in self._decode_sizes(limits.slots) if size <= max(rows, 1)]
+        history = jax.eval_shape(lambda: verification.empty_history(limits.slots, limits.max_context))
+        return Speculating(tokens, sizes or self._decode_sizes(limits.slots)[:1], history)
+
+    def _speculation(self, programs: Programs, limits: Limits) -> Speculation | None:
+        speculating = programs.spec.speculating
+        if speculating is None:
+            return None
+        history = verification.empty_history(limits.slots, limits.max_context)
+        return Speculation(programs, Policy(speculating.tokens, speculating.sizes), history)
 
     def _decode_sizes(self, slots: int) -> list[int]:
         """Batch sizes to compile: few on a CPU, where compiling is slow and padding rows are cheap.
@@ -241,6 +269,8 @@ def check_request(request: LoadRequest) -> None:
     for name, (low, high) in {**ranges, "max_context": (2, 1 << 22)}.items():
         if not low <= getattr(request, name) <= high:
             raise InvalidArgument(f"{name} is {getattr(request, name)}, not in {low}..{high}")
+    if not 0 <= request.speculation_tokens <= 32:
+        raise InvalidArgument(f"speculation_tokens is {request.speculation_tokens}, not in 0..32")
     if not 0.0 < request.memory_fraction <= 1.0:
         raise InvalidArgument(f"memory_fraction is {request.memory_fraction}, not in 0..1")
 

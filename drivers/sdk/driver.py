@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 from llmos.drivers.sdk.messages import (
     DriverInfo,
+    EncodedStep,
+    EncodeStep,
     LoadedModel,
     LoadProgress,
     LoadRequest,
@@ -18,6 +20,9 @@ from llmos.ipc.errors import NotSupported
 
 PendingStep = Callable[[], Step]
 """Waits for a dispatched step and returns what it produced."""
+
+PendingEncoding = Callable[[], EncodedStep]
+"""Waits for a dispatched step of an encoder and returns what it made."""
 
 Finish = Callable[[], Moved]
 
@@ -58,6 +63,15 @@ class Driver:
         The SDK closes the generator between steps to preempt, so state must be consistent at each yield.
         """
         raise NotSupported("this driver executes nothing")
+
+    def idle(self) -> bool:
+        """Called while there is nothing to execute: do something useful for less than a second, if there is
+        anything; True asks to be called again."""
+        return False
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        """Dispatch one step of an encoder, and return at once with what waits for it."""
+        raise NotSupported("this driver has no encoders")
 
     def move(self, move: Move, key: bytes) -> PendingMove:
         """Dispatch the copying of pages between tiers, without waiting for it.

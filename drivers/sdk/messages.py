@@ -4,6 +4,8 @@ A *sequence* sits in a *slot* of the driver's batch. A *quantum* is a short prog
 slots to empty, which sequences to start, which pages to append, and for each of its steps which prompt
 chunks to prefill; the slots in ``decode`` advance by a token on every step. Tokens never travel to the
 driver during decode: the last token, the position and the random counter of a slot live on the device.
+
+An *encoder* has no slots and keeps nothing: it is sent texts, a step's worth at a time, and answers numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import msgspec
 DType = Literal["float32", "bfloat16", "int8", "float8"]
 FinishReason = Literal["stop", "length", "error"]
 Tier = Literal["device", "host", "disk"]
+Kind = Literal["decoder", "encoder"]
+Speculation = Literal["off", "auto", "ngram", "draft"]
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -44,6 +48,10 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``pages`` 0 lets the driver take ``memory_fraction`` of what is free on the device after the weights.
     ``mesh`` maps axis names (data, tensor, pipeline, expert, sequence) to sizes; empty means one device.
     ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to.
+    ``speculation`` guesses ``speculation_tokens`` tokens (0: as many as the driver likes) and verifies them
+    in one step, where that is measured to be faster: "ngram" takes guesses from the sequence's own past,
+    "draft" from the smaller model at the source ``draft``, which has the same vocabulary, and "auto" from the
+    draft model if there is one. The tokens are those of plain decoding.
     """
 
     model: str
@@ -60,6 +68,9 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     mesh: dict[str, int] = {}
     host_pages: int = 0
     disk_pages: int = 0
+    speculation: Speculation = "off"
+    speculation_tokens: int = 0
+    draft: str = ""
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -71,10 +82,15 @@ class LoadProgress(msgspec.Struct, frozen=True):
 
 
 class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that is ready to execute quanta.
+    """A model that is ready to execute quanta, or to encode.
 
     ``pages`` counts the usable pages, numbered 0 to ``pages - 1``; each holds ``page_tokens`` tokens and
     ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step.
+
+    Of an encoder ``pages`` and ``slots`` are 0, ``max_context`` is the longest text, and ``chunk_tokens``
+    bounds the texts of one step, each counted as long as the longest. It makes ``width`` numbers of a text:
+    a vector, or where it has ``labels`` a score for each, ``exclusive`` if only one of them can be true.
+    ``token_types`` is how many types its tokens may be of.
     """
 
     model: str
@@ -93,6 +109,11 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     host_pages: int = 0
     disk_pages: int = 0
     phases: dict[str, float] = {}
+    kind: Kind = "decoder"
+    width: int = 0
+    labels: list[str] = []
+    exclusive: bool = True
+    token_types: int = 1
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -169,7 +190,8 @@ class Quantum(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
-    """What one step produced: ``tokens[i]`` belongs to ``slots[i]``; a slot may occur more than once.
+    """What one step produced: ``tokens[i]`` belongs to ``slots[i]``; a slot may occur more than once, its
+    tokens in order.
 
     The stop token itself is reported. ``micros`` is the time since the previous step completed, or since
     dispatch where the device was idle.
@@ -189,6 +211,22 @@ class QuantumDone(msgspec.Struct, frozen=True, array_like=True):
     quantum: int
     steps: int
     preempted: bool
+
+
+class EncodeStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One step of an encoder; ``types`` are the token types of each text, left out where all are 0."""
+
+    model: str
+    texts: list[list[int]]
+    types: list[list[int]] = []
+
+
+class EncodedStep(msgspec.Struct, frozen=True):
+    """``rows`` is float32, little-endian, [texts, width]. ``micros`` as in ``Step``."""
+
+    rows: bytes
+    width: int
+    micros: int
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):

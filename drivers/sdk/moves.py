@@ -45,7 +45,8 @@ def _sides(move: Move) -> tuple[list[int], list[int]]:
 class _Transfer:
     """A move between its arrival and its answer."""
 
-    def __init__(self, begin: Begin, sink: Sink) -> None:
+    def __init__(self, model: str, begin: Begin, sink: Sink) -> None:
+        self.model = model
         self.begin = begin
         self.sink = sink
         self.copying: Future[Finish] | None = None
@@ -60,21 +61,23 @@ class Moves:
         self._background = background
         self._open: list[_Transfer] = []
 
-    def submit(self, begin: Begin, sink: Sink, *, reads_device: bool) -> None:
+    def submit(self, model: str, begin: Begin, sink: Sink, *, reads_device: bool) -> None:
         """Begin a checked move behind the quanta submitted so far.
 
         One that does not read the device is copied meanwhile, unless it might overtake one that does.
         """
-        transfer = _Transfer(begin, sink)
+        transfer = _Transfer(model, begin, sink)
         ahead = all(other.copying is not None for other in self._open)
         self._open.append(transfer)
         if ahead and not reads_device:
             self._begin(transfer)
-        self._executor.after(lambda: self._reach(transfer))
+        self._executor.after(model, lambda: self._reach(transfer))
 
-    def abandon(self) -> None:
-        """Drop all moves; what is being copied is waited for, since its pages may be gone next."""
-        dropped, self._open = self._open, []
+    def abandon(self, model: str = "") -> None:
+        """Drop the moves of a model (of all, if none is named); what is being copied is waited for, since its
+        pages may be gone next."""
+        dropped = [transfer for transfer in self._open if model in ("", transfer.model)]
+        self._open = [transfer for transfer in self._open if transfer not in dropped]
         wait([transfer.copying for transfer in dropped if transfer.copying is not None])
         for transfer in dropped:
             transfer.sink.fail(Canceled("the driver's pages were given up"))

@@ -12,6 +12,8 @@ from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.keys import StorageKeys
 from llmos.drivers.sdk.messages import (
     DriverInfo,
+    EncodedStep,
+    EncodeStep,
     LoadedModel,
     LoadProgress,
     LoadRequest,
@@ -42,7 +44,7 @@ PROGRESS_SECONDS = 0.2
 
 
 class _CallSink:
-    """Sends the results of a quantum as the answers of the call that brought it."""
+    """Sends the results of a quantum, or of an encoder's step, as the answers of the call that brought it."""
 
     def __init__(self, call: Incoming) -> None:
         self._call = call
@@ -52,6 +54,9 @@ class _CallSink:
 
     def done(self, done: QuantumDone) -> None:
         self._call.end(done)
+
+    def encoded(self, result: EncodedStep) -> None:
+        self._call.reply(result)
 
     def fail(self, error: LLMOSError) -> None:
         self._call.fail(error)
@@ -84,7 +89,7 @@ class DriverServer(Server):
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
 
     def work(self) -> bool:
-        return self._executor.advance()
+        return self._executor.advance() or self._driver.idle()
 
     def beat(self) -> Beat:
         return Beat(self.progress, self._limit)
@@ -138,6 +143,12 @@ class DriverServer(Server):
         return Later()
 
     @method
+    def encode(self, request: EncodeStep, call: Incoming) -> Later:
+        """Answers ``EncodedStep``."""
+        self._executor.encode(request, _CallSink(call))
+        return Later()
+
+    @method
     def move(self, request: Move, call: Incoming) -> Later:
         """The reply is ``Moved``."""
         check_move(request, self._model(request.model))
@@ -156,7 +167,7 @@ class DriverServer(Server):
         def begin(key: bytes) -> None:
             loaded, layout = self._model(request.model), self._layout(request.model)
             task = saving.Saving(self._driver, request, loaded, layout, key)
-            self._moves.submit(task.begin, saving.SavedSink(task, call), reads_device=True)
+            self._moves.submit(request.model, task.begin, saving.SavedSink(task, call), reads_device=True)
 
         self._keys.use(request.tenant, "tasks", call, begin)
         return Later()
@@ -181,7 +192,7 @@ class DriverServer(Server):
             self._model(request.model)
             layout = self._layout(request.model)
             start = lambda: saving.restore(self._driver, request, layout, key)  # noqa: E731
-            self._moves.submit(start, _MoveSink(call), reads_device=False)
+            self._moves.submit(request.model, start, _MoveSink(call), reads_device=False)
 
         self._keys.use(request.tenant, "tasks", call, begin)
         return Later()
@@ -192,7 +203,7 @@ class DriverServer(Server):
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:
-        self._abandon()
+        self._abandon(request.model)
         self._driver.reset(request.model)
 
     @method
@@ -203,7 +214,7 @@ class DriverServer(Server):
         # Its model may have been unloaded while the key was fetched.
         self._model(move.model)
         begin = lambda: self._driver.move(move, key)  # noqa: E731
-        self._moves.submit(begin, _MoveSink(call), reads_device=move.source == "device")
+        self._moves.submit(move.model, begin, _MoveSink(call), reads_device=move.source == "device")
 
     def _model(self, name: str) -> LoadedModel:
         if name not in self._loaded:
@@ -217,10 +228,10 @@ class DriverServer(Server):
         return ":".join((*parts, str(loaded.page_tokens), str(loaded.page_bytes)))
 
     def _forget(self, model: str) -> None:
-        self._abandon()
+        self._abandon(model)
         self._driver.unload(model)
         self._loaded.pop(model, None)
 
-    def _abandon(self) -> None:
-        self._executor.abandon()
-        self._moves.abandon()
+    def _abandon(self, model: str = "") -> None:
+        self._executor.abandon(model)
+        self._moves.abandon(model)

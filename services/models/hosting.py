@@ -93,6 +93,7 @@ class Model:
             phase=progress.phase if self.loading else "",
             error=str(self.error or ""),
             phases=loaded.phases if loaded else {},
+            kind=loaded.kind if loaded else "decoder",
         )
 
     def _state(self) -> Literal["missing", "unloaded", "loading", "ready", "failed"]:
@@ -129,4 +130,7 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         mesh=spec.mesh,
         host_pages=spec.host_pages,
         disk_pages=spec.disk_pages,
+        speculation=spec.speculation,
+        speculation_tokens=spec.speculation_tokens,
+        draft=str(Path(spec.draft).expanduser().absolute()) if spec.draft else "",
     )

@@ -16,16 +16,20 @@ from llmos.ipc.server import Incoming, Later, Server, method
 from llmos.services import manifest, saved
 from llmos.services.models import requests, resuming
 from llmos.services.models.detokenizer import detokenizer
+from llmos.services.models.encoding import Encodings
 from llmos.services.models.generation import Answer
 from llmos.services.models.hosting import Model
 from llmos.services.models.loader import Loader
 from llmos.services.models.messages import (
     Chat,
+    Classify,
     Complete,
     Detokenize,
+    Embed,
     Generation,
     Load,
     ModelList,
+    Rerank,
     Resume,
     TokenIds,
     Tokenize,
@@ -50,12 +54,14 @@ class ModelsServer(Server):
         super().__init__(run)
         self._loader = Loader(self, manifest.read_running(run), cache or paths.cache_dir())
         self._streams = Streams(self)
+        self._encodings = Encodings(self)
 
     def start(self) -> None:
         self._loader.start()
 
     def stop(self) -> None:
         self._loader.close()
+        self._encodings.close()
 
     def on_up(self, name: str, connection: int) -> None:
         if name == "scheduler":
@@ -90,6 +96,24 @@ class ModelsServer(Server):
             return _encode(model, request.prompt, template=False)
 
         return self._generate(request.model, request.generation, prompt, call)
+
+    @method
+    def embed(self, request: Embed, call: Incoming) -> Later:
+        """Answers ``Embedded``."""
+        requests.check_band(call.origin.grant, request.band)
+        return self._when(request.model, call, lambda model: self._encodings.embed(request, model, call))
+
+    @method
+    def rerank(self, request: Rerank, call: Incoming) -> Later:
+        """Answers ``Ranked``."""
+        requests.check_band(call.origin.grant, request.band)
+        return self._when(request.model, call, lambda model: self._encodings.rerank(request, model, call))
+
+    @method
+    def classify(self, request: Classify, call: Incoming) -> Later:
+        """Answers ``Classified``."""
+        requests.check_band(call.origin.grant, request.band)
+        return self._when(request.model, call, lambda model: self._encodings.classify(request, model, call))
 
     @method
     def list(self, request: None, call: Incoming) -> ModelList:
@@ -171,6 +195,7 @@ class ModelsServer(Server):
         def begin(model: Model) -> None:
             assert model.loaded is not None
             assert model.tokenizer is not None
+            requests.check_decoder(model.loaded)
             tokens, grant = prompt(model), call.origin.grant
             stop = model.tokenizer.info.stop
             submit = requests.to_submit(

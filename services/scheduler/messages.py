@@ -70,8 +70,37 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     total: float
 
 
+class Encode(msgspec.Struct, frozen=True, kw_only=True):
+    """Have an encoder make a row of numbers of each text, its tokens as they are, ``types`` theirs (none: 0).
+
+    Chunks are ``Rows``, in any order, the end is ``Encoded``; cancelling the call ends the job.
+    """
+
+    model: str
+    texts: list[list[int]]
+    types: list[list[int]] = []
+    band: Band = "interactive"
+    label: str = ""
+
+
+class Rows(msgspec.Struct, frozen=True, array_like=True):
+    """What one step made: ``data`` is float32, little-endian, [indices, width] of these texts."""
+
+    indices: list[int]
+    data: bytes
+
+
+class Encoded(msgspec.Struct, frozen=True, kw_only=True):
+    """All texts are encoded. Times in seconds: waiting for the first step, and in all."""
+
+    task: int
+    tokens: int
+    queued: float
+    total: float
+
+
 class Host(msgspec.Struct, frozen=True):
-    """A driver has loaded a model and will execute quanta for it."""
+    """A driver has loaded a model and will execute quanta for it, or encode."""
 
     driver: str
     model: LoadedModel

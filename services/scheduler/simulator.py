@@ -2,7 +2,8 @@
 
 Weeks of traffic run in seconds, and a policy is compared with others on the same trace. Nothing is mocked
 but time: messages take ``latency`` seconds, steps take what ``StepTime`` says, two steps are in flight as in
-the driver SDK, and tokens are those of the null driver, so that every task's output can be checked.
+the driver SDK, and tokens are those of the null driver, so that every task's output can be checked. With a
+``burst`` a step gives a task up to so many tokens, as a driver that speculates.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from llmos.drivers.null.driver import next_token
+from llmos.drivers.null.driver import burst_of, next_token
 from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, QuantumDone, Step
 from llmos.ipc.errors import LLMOSError, NoMemory
 from llmos.services.memory.arena import Arena
@@ -72,6 +73,7 @@ class Simulator:
         max_steps: int = 8,
         latency: float = 2.5e-4,
         hosts: int = 1,
+        burst: int = 1,
         make_core: Callable[[Simulator, int], Core] = Core,
     ) -> None:
         self.now = 0.0
@@ -80,6 +82,7 @@ class Simulator:
         self.core = make_core(self, max_steps)
         self._step_time = step_time
         self._latency = latency
+        self.burst = burst
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self.hosts = [Host(f"sim{i}", model) for i in range(hosts)]
@@ -177,7 +180,19 @@ class _Seat:
     stop: list[int]
     limit: int
     known: int
+    capacity: int
     finished: bool = False
+
+    def gain(self, tokens: int) -> FinishReason | None:
+        """Produce up to so many tokens, as far as the pages reach; why the sequence ended, if it did."""
+        for _ in range(min(tokens, self.capacity + 1 - len(self.tokens))):
+            token = next_token(self.tokens)
+            self.computed = len(self.tokens)
+            self.tokens.append(token)
+            if token in self.stop or len(self.tokens) >= self.limit:
+                self.finished = True
+                return "stop" if token in self.stop else "length"
+        return None
 
 
 class _Device:
@@ -236,8 +251,15 @@ class _Device:
         for start in quantum.start:
             assert start.slot not in self._seats, f"slot {start.slot} is taken"
             self._seats[start.slot] = _Seat(
-                list(start.tokens), start.cached, start.stop, start.limit, len(start.tokens)
+                list(start.tokens),
+                start.cached,
+                start.stop,
+                start.limit,
+                len(start.tokens),
+                len(start.pages) * self._host.model.page_tokens,
             )
+        for growth in quantum.grow:
+            self._seats[growth.slot].capacity += len(growth.pages) * self._host.model.page_tokens
 
     def _step(self, quantum: Quantum) -> Step | None:
         """Compute a step's tokens now, and book the device's time for it."""
@@ -254,21 +276,20 @@ class _Device:
                     ready.append(chunk.slot)
         if not ready and not prefilled:
             return None
-        tokens, finished = [], list[tuple[int, FinishReason]]()
+        tokens, finished = list[int](), list[tuple[int, FinishReason]]()
         context = sum(len(seats[slot].tokens) for slot in ready)
+        slots = list[int]()
         for slot in ready:
-            seat = seats[slot]
-            token = next_token(seat.tokens)
-            seat.computed = len(seat.tokens)
-            seat.tokens.append(token)
-            tokens.append(token)
-            if token in seat.stop or len(seat.tokens) >= seat.limit:
-                finished.append((slot, "stop" if token in seat.stop else "length"))
-                seat.finished = True
+            seat, before = seats[slot], len(seats[slot].tokens)
+            if reason := seat.gain(burst_of(seat.tokens, self._sim.burst)):
+                finished.append((slot, reason))
+            tokens += seat.tokens[before:]
+            slots += [slot] * (len(seat.tokens) - before)
+            assert slots[-1:] == [slot] or self._sim.burst > 1, f"slot {slot} has no page for its token"
         seconds = self._sim.step_seconds(len(ready), context, prefilled)
         self._free_at = max(self._free_at, self._sim.now) + seconds
         self._sim.busy += seconds
-        return Step(quantum.id, index, ready, tokens, finished, round(seconds * 1e6))
+        return Step(quantum.id, index, slots, tokens, finished, round(seconds * 1e6))
 
 
 def _arena(host: Host) -> ArenaSpec:

@@ -20,7 +20,7 @@ SUPERVISOR, USER = "supervisor", "user"
 TOKEN_BYTES = 32
 
 DRIVER_METHODS: dict[str, tuple[str, ...]] = {
-    "scheduler": ("execute", "preempt", "reset", "move", "save", "restore"),
+    "scheduler": ("execute", "encode", "preempt", "reset", "move", "save", "restore"),
     "models": ("load", "unload", "open"),
     USER: ("describe",),
 }

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring
+from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.config import DecoderConfig
 
 _MASKED = -1e30
@@ -71,6 +71,17 @@ class XlaAttention:
         cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), k, v)
         visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
         return self.attend(plan.tables, visible, plan.lengths, cache, q, scoring), cache
+
+    def verify(
+        self,
+        plan: VerifyPlan,
+        cache: PagedCache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, PagedCache]:
+        return self.prefill(PrefillPlan(*plan), cache, q, k, v, scoring=scoring)
 
     def attend(
         self,

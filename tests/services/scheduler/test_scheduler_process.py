@@ -51,12 +51,14 @@ def expected(prompt: list[int], count: int) -> list[int]:
 class Bench:
     """The system under test, and the ways to use it."""
 
-    def __init__(self, system: System, slots: int = 4, pages: int = 256, step_ms: float = 0.0) -> None:
+    def __init__(
+        self, system: System, slots: int = 4, pages: int = 256, step_ms: float = 0.0, burst: int = 1
+    ) -> None:
         self.system = system
         self.load = LoadRequest(
             model="m", source="", slots=slots, pages=pages, page_tokens=4, max_context=512, chunk_tokens=16
         )
-        driver = DriverSpec(name="null0", kind="null", options={"step_ms": step_ms})
+        driver = DriverSpec(name="null0", kind="null", options={"step_ms": step_ms, "burst": burst})
         system.write_manifest(Manifest(drivers=[driver], models=[]))
         system.kernel()
         self.start("memory")
@@ -171,10 +173,11 @@ def test_many_tasks_share_slots_and_pages_and_all_end_right(bench: Callable[...,
     wait_until(lambda: b.usage().owned == 0, what="pages given back")
 
 
+@pytest.mark.parametrize("burst", [1, 3], ids=["plain", "speculating"])
 def test_a_higher_band_takes_the_slot_of_a_lower_one_which_continues_exactly(
-    bench: Callable[..., Bench],
+    bench: Callable[..., Bench], burst: int
 ) -> None:
-    b = bench(slots=1, step_ms=2)
+    b = bench(slots=1, step_ms=2, burst=burst)
     batch = b.system.client("batch")
     low = b.stream([1, 2], 200, batch, band="batch")
     first = next(low)
@@ -184,8 +187,11 @@ def test_a_higher_band_takes_the_slot_of_a_lower_one_which_continues_exactly(
     assert b.user.call("scheduler.stats", None, SchedulerStats).displaced >= 1
 
 
-def test_tasks_continue_by_themselves_when_the_driver_is_killed(bench: Callable[..., Bench]) -> None:
-    b = bench(step_ms=2)
+@pytest.mark.parametrize("burst", [1, 3], ids=["plain", "speculating"])
+def test_tasks_continue_by_themselves_when_the_driver_is_killed(
+    bench: Callable[..., Bench], burst: int
+) -> None:
+    b = bench(step_ms=2, burst=burst)
     reader = b.system.client()
     stream = b.stream([3, 4], 150, reader)
     first = next(stream)
@@ -257,8 +263,11 @@ def test_what_can_never_be_served_is_refused_at_once(bench: Callable[..., Bench]
         list(b.user.stream("scheduler.submit", Submit(model="other", tokens=[1], max_tokens=1)))
 
 
-def test_a_stopped_task_gives_up_its_slot_and_continues_exactly(bench: Callable[..., Bench]) -> None:
-    b = bench(slots=1, step_ms=2)
+@pytest.mark.parametrize("burst", [1, 3], ids=["plain", "speculating"])
+def test_a_stopped_task_gives_up_its_slot_and_continues_exactly(
+    bench: Callable[..., Bench], burst: int
+) -> None:
+    b = bench(slots=1, step_ms=2, burst=burst)
     stream = b.stream([3, 4], 200, b.system.client())
     first = next(stream)
     (line,) = b.user.call("scheduler.tasks", None, Tasks).tasks
