@@ -18,7 +18,7 @@ from llmos.drivers.sdk.driver import (
     Put,
 )
 from llmos.drivers.sdk.messages import DriverInfo, EncodeStep, LoadedModel, LoadRequest, Move, Quantum
-from llmos.ipc.errors import InvalidArgument, NotFound
+from llmos.ipc.errors import InvalidArgument, LLMOSError, NotFound
 
 VERSION = "1"
 FEATURES = [
@@ -70,8 +70,12 @@ class JaxDriver(Driver):
             self._encoders[request.model] = encoder
             return loaded
         engine, loaded = Load(request, self._devices()[0], progress, self._attention).run()
+        try:
+            self._movers[request.model] = open_mover(engine, loaded, self._devices()[0])
+        except LLMOSError:
+            engine.close()
+            raise
         self._engines[request.model] = engine
-        self._movers[request.model] = open_mover(engine, loaded, self._devices()[0])
         return loaded
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:

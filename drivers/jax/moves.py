@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import jax
@@ -114,7 +114,11 @@ class Mover:
 
     def _each(self, part: range, act: Callable[[int, int], None]) -> None:
         """Act on every row of a block, several at once: NumPy and the cipher let other threads run."""
-        list(self._pool.map(act, range(len(part)), part))
+        acts = [self._pool.submit(act, row, index) for row, index in enumerate(part)]
+        # All of them end before an error is raised: the rows and the file must outlive them.
+        wait(acts)
+        for done in acts:
+            done.result()
 
 
 def open_mover(engine: Engine, loaded: LoadedModel, device: Any) -> Mover:
