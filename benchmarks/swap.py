@@ -88,7 +88,7 @@ class Loop:
         pages = [(first + i, i) if source == "device" else (i, first + i) for i in range(count)]
         move = Move(model="bench", source=source, target=target, pages=pages, tenant="bench")
         begin = lambda: self._driver.move(move, b"")  # noqa: E731
-        self.moves.submit(move.model, begin, self, reads_device=source == "device")
+        self.moves.submit(move.model, move.replica, begin, self, reads_device=source == "device")
 
     def step(self, step: Step) -> None:
         self.steps.append(time.perf_counter())

@@ -18,6 +18,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def mesh_words(mesh: dict[str, int]) -> str:
+    """The axes that a model is spread over; empty on one device."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> str:
     """Columns as wide as they need to be; those named in ``right`` are aligned to the right."""
     lines = [list(head), *([_clean(cell) for cell in row] for row in rows)]

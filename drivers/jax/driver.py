@@ -18,7 +18,7 @@ from llmos.drivers.sdk.driver import (
     Put,
 )
 from llmos.drivers.sdk.messages import DriverInfo, EncodeStep, LoadedModel, LoadRequest, Move, Quantum
-from llmos.ipc.errors import InvalidArgument, LLMOSError, NotFound
+from llmos.ipc.errors import InvalidArgument, LLMOSError, NotFound, NotSupported
 
 VERSION = "1"
 FEATURES = [
@@ -45,8 +45,8 @@ class JaxDriver(Driver):
         self._platform = platform_name
         self._attention = attention
         self._found: list[Any] = []
-        self._engines: dict[str, Any] = {}
-        self._movers: dict[str, Any] = {}
+        self._engines: dict[str, list[Any]] = {}
+        self._movers: dict[str, list[Any]] = {}
         self._encoders: dict[str, Any] = {}
 
     def describe(self) -> DriverInfo:
@@ -63,42 +63,47 @@ class JaxDriver(Driver):
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
         from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
         from llmos.drivers.jax.loader import Load
-        from llmos.drivers.jax.moves import open_mover
+        from llmos.drivers.jax.moves import open_movers
 
         if is_encoder(request.source):
-            encoder, loaded = EncoderLoad(request, self._devices()[0], progress).run()
+            encoder, loaded = EncoderLoad(request, self._devices(), progress).run()
             self._encoders[request.model] = encoder
             return loaded
-        engine, loaded = Load(request, self._devices()[0], progress, self._attention).run()
+        engines, loaded = Load(request, self._devices(), progress, self._attention).run()
         try:
-            self._movers[request.model] = open_mover(engine, loaded, self._devices()[0])
+            self._movers[request.model] = open_movers(engines, loaded)
         except LLMOSError:
-            engine.close()
+            for engine in engines:
+                engine.close()
             raise
-        self._engines[request.model] = engine
+        self._engines[request.model] = engines
         return loaded
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
-        engine = self._engines.get(quantum.model)
-        if engine is None:
+        engines = self._engines.get(quantum.model)
+        if engines is None:
             raise NotFound(f"model {quantum.model} is not loaded")
-        steps: Iterator[PendingStep] = engine.execute(quantum)
+        if not 0 <= quantum.replica < len(engines):
+            raise InvalidArgument(
+                f"model {quantum.model} has no replica {quantum.replica}, only {len(engines)}"
+            )
+        steps: Iterator[PendingStep] = engines[quantum.replica].execute(quantum)
         return steps
 
     def move(self, move: Move, key: bytes) -> PendingMove:
-        pending: PendingMove = self._movers[move.model].move(move, key)
+        pending: PendingMove = self._mover(move.model, move.replica).move(move, key)
         return pending
 
-    def save(self, model: str, pages: list[int], put: Put) -> PendingMove:
-        pending: PendingMove = self._movers[model].save(pages, put)
+    def save(self, model: str, replica: int, pages: list[int], put: Put) -> PendingMove:
+        pending: PendingMove = self._mover(model, replica).save(pages, put)
         return pending
 
-    def restore(self, model: str, pages: list[int], get: Get) -> PendingMove:
-        pending: PendingMove = self._movers[model].restore(pages, get)
+    def restore(self, model: str, replica: int, pages: list[int], get: Get) -> PendingMove:
+        pending: PendingMove = self._mover(model, replica).restore(pages, get)
         return pending
 
     def idle(self) -> bool:
-        return any(engine.rehearse() for engine in self._engines.values())
+        return any(engine.rehearse() for engines in self._engines.values() for engine in engines)
 
     def encode(self, request: EncodeStep) -> PendingEncoding:
         encoder = self._encoders.get(request.model)
@@ -107,17 +112,29 @@ class JaxDriver(Driver):
         pending: PendingEncoding = encoder.encode(request)
         return pending
 
-    def reset(self, model: str) -> None:
+    def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._engines:
             raise NotFound(f"model {model} is not loaded")
-        self._engines[model].reset()
+        for number, engine in enumerate(self._engines[model]):
+            if replica in (-1, number):
+                engine.reset()
 
     def unload(self, model: str) -> None:
-        engine = self._engines.pop(model, None) or self._encoders.pop(model, None)
-        if engine is None:
+        engines = self._engines.pop(model, None)
+        if engines is None and model in self._encoders:
+            engines = [self._encoders.pop(model)]
+        if engines is None:
             raise NotFound(f"model {model} is not loaded")
-        engine.close()
-        self._movers.pop(model).close()
+        for engine in engines:
+            engine.close()
+        for mover in self._movers.pop(model, []):
+            mover.close()
+
+    def _mover(self, model: str, replica: int) -> Any:
+        movers = self._movers[model]
+        if not movers:
+            raise NotSupported("the pages of a model that is cut over several devices stay where they are")
+        return movers[replica]
 
     def _devices(self) -> list[Any]:
         if not self._found:

@@ -53,15 +53,17 @@ class EncoderLoad(Load):
         check_request(request)
         if request.dtype not in DTYPES:
             raise InvalidArgument(f"an encoder's dtype is one of {', '.join(DTYPES)}, not {request.dtype}")
+        if prod(request.mesh.values()) != 1:
+            raise InvalidArgument("an encoder runs on one device: leave mesh empty")
         self.report(self._latest)
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
         plan = self._timed("read", lambda: find_encoder(request))
         config = cast(EncoderConfig, plan.config)
-        graph, tree, shapes = parameters(config, DTYPES[request.dtype], self.device)
+        graph, tree, shapes = parameters(config, DTYPES[request.dtype], self.devices[0])
         programs = EncoderPrograms(self._encoder_spec(config, graph, tree, list(shapes.values())))
         with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-            loading = pool.submit(self._weights, plan, shapes)
+            loading = pool.submit(self._kept_weights, plan, shapes)
             self._timed("compile", lambda: programs.compile_ahead(self._compiling(loading)))
             weights = self._timed("wait", lambda: self._attend(loading))
         engine = EncoderEngine(config, programs, [weights[path] for path in shapes])
@@ -69,7 +71,7 @@ class EncoderLoad(Load):
 
     def _encoder_spec(self, config: EncoderConfig, graph: Any, tree: Any, weights: list[Any]) -> EncoderSpec:
         lengths = length_buckets(min(config.max_tokens, self.request.max_context))
-        on_cpu = self.device.platform == "cpu"
+        on_cpu = self.devices[0].platform == "cpu"
         return EncoderSpec(
             graph=graph,
             tree=tree,

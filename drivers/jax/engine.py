@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax.buckets import group
@@ -27,7 +26,7 @@ from llmos.drivers.jax.state import (
 )
 from llmos.drivers.jax.verification import no_guess
 from llmos.drivers.sdk.checks import BIAS_LIMIT
-from llmos.drivers.sdk.driver import PendingStep
+from llmos.drivers.sdk.driver import Pending, PendingStep
 from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Start, Step
 
 Served = list[tuple[int, int, Slot]]
@@ -41,7 +40,10 @@ The result is [2, rows]: token and finish; where there were guesses it is that o
 
 
 class Engine:
-    """Executes quanta on one model; see ``Driver.execute`` for the contract."""
+    """Executes quanta on one replica of a model; see ``Driver.execute`` for the contract.
+
+    ``common`` is the sharding of what all devices of the replica have, such as ``batch``.
+    """
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class Engine:
         weights: Any,
         caches: list[Any],
         batch: BatchState,
+        common: Any = None,
         clock: Callable[[], float] = time.perf_counter,
         speculation: Speculation | None = None,
     ) -> None:
@@ -60,6 +63,7 @@ class Engine:
         self._weights = weights
         self._caches = caches
         self._batch = batch
+        self._common = common
         self._tallies: Tallies | None = None
         self._tallied: set[int] = set()
         self._rows: dict[tuple[int, ...], jax.Array] = {}
@@ -82,11 +86,6 @@ class Engine:
             self._admit()
             self._grow(quantum)
         return self._steps(quantum)
-
-    @property
-    def caches(self) -> Any:
-        """The shapes of the caches."""
-        return self.programs.spec.caches
 
     def read_pages(self, numbers: list[int]) -> jax.Array:
         """Dispatch a gather: the pages as one block, as the steps dispatched so far leave them."""
@@ -115,8 +114,12 @@ class Engine:
             case ("prefill", int(height), int(size), bool()):
                 self._caches, _ = program(self._weights, self._caches, self._chunk([], height, size))
             case ("sample", "greedy" | "plain" | "filtered", int(size)):
-                logits = jnp.zeros((size, self.limits.vocab_size), jnp.float32)
+                logits = jax.device_put(np.zeros((size, self.limits.vocab_size), np.float32), self._common)
                 self._batch, *_ = program(logits, self._row_index([], size), self._batch)
+            case ("gather" | "scatter", int(size)) if size <= self.limits.pages:
+                # What is written back is what is there.
+                numbers = list(range(size))
+                self.write_pages(numbers, self.read_pages(numbers))
             case (str(name), *_) if self.speculation is not None:
                 self._rehearse_speculation(self.speculation, name, key, program)
         jax.block_until_ready((self._caches, self._batch))  # type: ignore[no-untyped-call]
@@ -128,9 +131,10 @@ class Engine:
             self._caches, *_ = program(self._weights, self._caches, self._batch, speculation.history, rows)
         elif name == "accept" and "full" not in key:
             size, guesses = int(key[2]), int(key[3])
-            logits = jnp.zeros((size, guesses + 1, self.limits.vocab_size), jnp.float32)
+            logits = np.zeros((size, guesses + 1, self.limits.vocab_size), np.float32)
+            logits, guess = jax.device_put((logits, no_guess(size, guesses)), self._common)
             held = (self._row_index([], size), self._batch, speculation.history)
-            self._batch, speculation.history, *_ = program(logits, no_guess(size, guesses), *held)
+            self._batch, speculation.history, *_ = program(logits, guess, *held)
 
     def close(self) -> None:
         """Stop what still runs in the background."""
@@ -245,7 +249,8 @@ class Engine:
                 self._collect(served, packed, slots, tokens, finished)
             return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))
 
-        return resolve
+        arrays: list[Any] = [packed for _, packed, _ in outputs]
+        return Pending(resolve, lambda: all(array.is_ready() for array in arrays))
 
     def _resolved(self, served: Served, packed: np.ndarray, guesses: int, seconds: float) -> None:
         """Learn from a step that may have verified guesses how many tokens each slot really gained."""
@@ -284,7 +289,7 @@ class Engine:
         if padded not in self._rows:
             if len(self._rows) >= 4 * self.limits.slots + 16:
                 self._rows.clear()
-            self._rows[padded] = jnp.asarray(padded, jnp.int32)
+            self._rows[padded] = jax.device_put(np.asarray(padded, np.int32), self._common)
         return self._rows[padded]
 
     def _admit(self) -> None:
@@ -309,7 +314,8 @@ class Engine:
 
     def _tally(self, start: Start) -> None:
         if self._tallies is None:
-            self._tallies = empty_tallies(self.limits.slots, self.limits.vocab_size)
+            empty = empty_tallies(self.limits.slots, self.limits.vocab_size)
+            self._tallies = jax.device_put(empty, self._common)
         tokens = np.zeros(self.limits.max_context, np.int32)
         tokens[: len(start.tokens)] = start.tokens
         ids = np.full(BIAS_LIMIT, self.limits.vocab_size, np.int32)

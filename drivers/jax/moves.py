@@ -19,6 +19,7 @@ import numpy as np
 from llmos.drivers.jax import pages
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.link import Link, open_link, view
+from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.sdk.driver import Bytes, Finish, Get, PendingMove, Put
 from llmos.drivers.sdk.messages import LoadedModel, Move, Moved, Tier
 from llmos.drivers.sdk.tiers import Tiers
@@ -121,11 +122,16 @@ class Mover:
             done.result()
 
 
-def open_mover(engine: Engine, loaded: LoadedModel, device: Any) -> Mover:
-    """The mover of a model that was just loaded; NoMemory or IOFailure where a tier cannot be had."""
-    caches = engine.caches
-    sizes = pages.page_bytes(caches), loaded.host_pages, loaded.disk_pages
-    return Mover(engine, caches, open_link(device), Tiers(loaded.model, *sizes))
+def open_movers(engines: list[Engine], loaded: LoadedModel) -> list[Mover]:
+    """The mover of each replica of a model that was just loaded, each with tiers of its own; none where a
+    replica is cut over several devices. NoMemory or IOFailure where a tier cannot be had."""
+    movers = []
+    for engine in engines:
+        place, caches = engine.programs.spec.place, engine.programs.spec.caches
+        if isinstance(place, OneDevice):
+            sizes = pages.page_bytes(caches), loaded.host_pages, loaded.disk_pages
+            movers.append(Mover(engine, caches, open_link(place.device), Tiers(loaded.model, *sizes)))
+    return movers
 
 
 def _lay(row: np.ndarray, data: Bytes) -> None:

@@ -24,6 +24,7 @@ from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
 from llmos.drivers.jax.sampling import Variant
+from llmos.drivers.jax.sharding.placement import Placement
 from llmos.drivers.sdk.checks import BIAS_LIMIT
 
 ADMIT_ROWS = 8
@@ -52,6 +53,7 @@ class Spec:
     """
 
     shape: Shape
+    place: Placement
     weights: Any
     caches: Any
     batch: state.BatchState
@@ -177,7 +179,7 @@ class Programs:
 
     def _compile(self, key: Key) -> Callable[..., Any]:
         function, donated, arguments = self._describe(key)
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        return self.spec.place.compile(function, donated, arguments, _outputs(key))
 
     def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         """The function of a program, which arguments it donates, and their shapes."""
@@ -252,6 +254,12 @@ class Programs:
         width = self.spec.batch.tables.shape[1]
         packed = state.pack_admission([], ADMIT_ROWS, 0, [[0] * width] * ADMIT_ROWS)
         return jax.eval_shape(lambda: packed)  # type: ignore[no-any-return]
+
+
+def _outputs(key: Key) -> Any:
+    """For each output of a program, the argument that it is laid out like; None: every device has it."""
+    kinds = {"decode": (1, None), "prefill": (1, None), "verify": (1, None, None), "scrub": 0, "scatter": 0}
+    return kinds.get(str(key[0]))
 
 
 def _ints(*shape: int) -> Any:

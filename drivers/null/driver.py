@@ -15,6 +15,7 @@ from llmos.drivers.sdk.driver import (
     Driver,
     Finish,
     Get,
+    Pending,
     PendingEncoding,
     PendingMove,
     PendingStep,
@@ -93,7 +94,7 @@ class NullDriver(Driver):
     ``decode_us`` for each sequence that decodes, and ``move_us`` for each page that is moved.
 
     The model named ``encoder`` is loaded as one. With a ``burst`` it gives up to so many tokens a step, as a
-    driver that speculates.
+    driver that speculates. Of a mesh only the data axis counts: each replica has its own time.
     """
 
     def __init__(
@@ -112,9 +113,9 @@ class NullDriver(Driver):
         self._decode = decode_us / 1e6
         self._move = move_us / 1e6
         self._models: dict[str, LoadedModel] = {}
-        self._caches: dict[str, _Cache] = {}
-        self._slots: dict[str, dict[int, _Sequence]] = {}
-        self._free_at = 0.0
+        self._caches: dict[tuple[str, int], _Cache] = {}
+        self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
+        self._free_at: dict[int, float] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo("null", "1", [Device(0, "other", "null")], ["float32"])
@@ -141,36 +142,44 @@ class NullDriver(Driver):
             attention="none",
             host_pages=request.host_pages,
             disk_pages=request.disk_pages,
+            replicas=request.mesh.get("data", 1),
         )
         self._models[request.model] = loaded
-        self._caches[request.model] = _Cache(loaded)
-        self._slots[request.model] = {}
+        for number in range(loaded.replicas):
+            self._caches[request.model, number] = _Cache(loaded)
+        self.reset(request.model)
         return loaded
 
-    def reset(self, model: str) -> None:
+    def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._models:
             raise NotFound(f"no model {model!r} is loaded here")
-        self._slots[model] = {}
+        for number in range(self._models[model].replicas) if replica < 0 else [replica]:
+            self._slots[model, number] = {}
 
     def unload(self, model: str) -> None:
-        if self._models.pop(model, None) is None:
+        loaded = self._models.pop(model, None)
+        if loaded is None:
             raise NotFound(f"no model {model!r} is loaded here")
-        del self._slots[model]
-        self._caches.pop(model).tiers.close()
+        for number in range(loaded.replicas):
+            del self._slots[model, number]
+            self._caches.pop((model, number)).tiers.close()
 
     def move(self, move: Move, key: bytes) -> PendingMove:
-        tiers = self._caches[move.model].tiers
+        model, replica = move.model, move.replica
+        tiers = self._caches[model, replica].tiers
         sources, targets = [source for source, _ in move.pages], [target for _, target in move.pages]
         if move.source == "device":
             return self.save(
-                move.model, sources, lambda i, data: tiers.put(move.target, targets[i], data, key)
+                model, replica, sources, lambda i, data: tiers.put(move.target, targets[i], data, key)
             )
         if move.target == "device":
-            return self.restore(move.model, targets, lambda i: bytes(tiers.get(move.source, sources[i], key)))
+            return self.restore(
+                model, replica, targets, lambda i: bytes(tiers.get(move.source, sources[i], key))
+            )
         return tiers.move(move, key)
 
-    def save(self, model: str, pages: list[int], put: Put) -> PendingMove:
-        device, began = self._caches[model].device, time.monotonic()
+    def save(self, model: str, replica: int, pages: list[int], put: Put) -> PendingMove:
+        device, began = self._caches[model, replica].device, time.monotonic()
         # Copies: the steps that follow may write these pages.
         read = [bytes(device[page]) for page in pages]
 
@@ -181,8 +190,8 @@ class NullDriver(Driver):
 
         return copy
 
-    def restore(self, model: str, pages: list[int], get: Get) -> PendingMove:
-        device, began = self._caches[model].device, time.monotonic()
+    def restore(self, model: str, replica: int, pages: list[int], get: Get) -> PendingMove:
+        device, began = self._caches[model, replica].device, time.monotonic()
 
         def copy() -> Finish:
             written = [bytes(get(index)) for index in range(len(pages))]
@@ -226,7 +235,10 @@ class NullDriver(Driver):
         model = self._models.get(quantum.model)
         if model is None:
             raise NotFound(f"no model {quantum.model!r} is loaded here")
-        slots, cache = self._slots[quantum.model], self._caches[quantum.model]
+        if not 0 <= quantum.replica < model.replicas:
+            raise InvalidArgument(f"model {quantum.model!r} has no replica {quantum.replica}")
+        slots = self._slots[quantum.model, quantum.replica]
+        cache = self._caches[quantum.model, quantum.replica]
         _check(quantum, slots, model)
         for start in quantum.start:
             cache.device.check(start.pages, start.tokens[: start.cached])
@@ -290,19 +302,19 @@ class NullDriver(Driver):
         for slot, _ in finished:
             slots[slot].finished = True
         cost = self._step + self._prefill * prefilled + self._decode * len(ready)
-        ends = self._after(cost)
+        ends = self._after(cost, quantum.replica)
         step = Step(quantum.id, index, seats, tokens, finished, round(cost * 1e6))
 
         def wait() -> Step:
             _sleep_until(ends)
             return step
 
-        return wait
+        return Pending(wait, lambda: time.monotonic() >= ends)
 
-    def _after(self, cost: float) -> float:
+    def _after(self, cost: float, replica: int = 0) -> float:
         """When a step that is dispatched now will be done: after those before it."""
-        self._free_at = max(time.monotonic(), self._free_at) + cost
-        return self._free_at
+        self._free_at[replica] = max(time.monotonic(), self._free_at.get(replica, 0.0)) + cost
+        return self._free_at[replica]
 
 
 def _sleep_until(then: float) -> None:

@@ -5,17 +5,19 @@ The steps of quanta and those of encoders take turns, so that neither waits for 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import msgspec
 
-from llmos.drivers.sdk.driver import Driver, PendingStep
+from llmos.drivers.sdk.driver import Driver, Pending, PendingStep
 from llmos.drivers.sdk.messages import EncodedStep, EncodeStep, Quantum, QuantumDone, Step
 from llmos.ipc.errors import Canceled, LLMOSError
 
 IN_FLIGHT = 2
+POLL_SECONDS = 5e-5
 
 
 class Sink(Protocol):
@@ -68,8 +70,8 @@ class _Barrier:
         self.function = function
 
 
-class Executor:
-    """Runs quanta in the order they came; call ``advance`` for as long as it returns True."""
+class _Lane:
+    """The steps of one replica, run in the order they came."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -78,26 +80,34 @@ class Executor:
         self._turn = False  # of the encodings
         self._pending: deque[tuple[_Run | _Encoding, Callable[[], Any] | None]] = deque()
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._queue or self._encodings or self._pending)
+
+    @property
+    def waits(self) -> bool:
+        """Whether delivering now would wait for the device."""
+        if not self._pending:
+            return True
+        pending = self._pending[0][1]
+        return isinstance(pending, Pending) and not pending.ready()
+
     def submit(self, quantum: Quantum, sink: Sink) -> None:
         self._queue.append(_Run(quantum, sink))
 
     def after(self, model: str, function: Callable[[], None]) -> None:
-        """Call ``function`` once the steps of all quanta submitted so far are dispatched; never if the model
-        is abandoned."""
         self._queue.append(_Barrier(model, function))
 
     def encode(self, request: EncodeStep, sink: EncodingSink) -> None:
         self._encodings.append(_Encoding(request, sink))
 
     def preempt(self, quantum: int) -> None:
-        """Dispatch no further step of this quantum or of any before it; their slots still change hands."""
-        for run in self._queue:
-            if isinstance(run, _Run) and run.quantum.id <= quantum:
-                run.preempted = True
+        runs = [run for run in self._queue if isinstance(run, _Run)]
+        if any(run.quantum.id == quantum for run in runs):
+            for run in runs:
+                run.preempted = run.preempted or run.quantum.id <= quantum
 
-    def abandon(self, model: str = "") -> None:
-        """Run nothing of a model (of any, if none is named) that is queued, and wait for what is in flight;
-        nobody wants the results."""
+    def abandon(self, model: str) -> None:
         gone: set[_Run | _Encoding] = {
             run
             for run in (*self._queue, *self._encodings, *(run for run, _ in self._pending))
@@ -115,8 +125,8 @@ class Executor:
         self._encodings = deque(run for run in self._encodings if run not in gone)
         self._pending = deque(entry for entry in self._pending if entry[0] not in gone)
 
-    def advance(self) -> bool:
-        """Dispatch until two steps are in flight, then deliver the oldest; False when nothing is left."""
+    def dispatch(self) -> None:
+        """Dispatch until two steps are in flight."""
         while (self._queue or self._encodings) and self._in_flight < IN_FLIGHT:
             head = self._queue[0] if self._queue else None
             if isinstance(head, _Barrier):
@@ -128,9 +138,11 @@ class Executor:
             elif head is not None:
                 self._dispatch(head)
             self._turn = not self._turn
+
+    def deliver(self) -> None:
+        """Wait for the oldest step and pass on what it produced."""
         if self._pending:
             self._deliver(*self._pending.popleft())
-        return bool(self._queue or self._encodings or self._pending)
 
     @property
     def _in_flight(self) -> int:
@@ -186,6 +198,61 @@ class Executor:
         self._pending = deque(entry for entry in self._pending if entry[0] is not failed)
         if self._queue and self._queue[0] is failed:
             self._queue.popleft()
+
+
+class Executor:
+    """Runs the quanta of each replica in their order; call ``advance`` for as long as it returns True.
+
+    Replicas run beside each other: while one's step is waited for, the others are kept fed.
+    """
+
+    def __init__(self, driver: Driver, pause: Callable[[float], None] = time.sleep) -> None:
+        self._driver = driver
+        self._pause = pause
+        self._lanes: dict[int, _Lane] = {}
+
+    def submit(self, quantum: Quantum, sink: Sink) -> None:
+        self._lane(quantum.replica).submit(quantum, sink)
+
+    def after(self, model: str, replica: int, function: Callable[[], None]) -> None:
+        """Call ``function`` once the steps of all quanta submitted so far for a replica are dispatched; never
+        if the model is abandoned there."""
+        self._lane(replica).after(model, function)
+
+    def encode(self, request: EncodeStep, sink: EncodingSink) -> None:
+        """Run a step of an encoder, in turns with the quanta of the first replica."""
+        self._lane(0).encode(request, sink)
+
+    def preempt(self, quantum: int) -> None:
+        """Dispatch no further step of this quantum or of any before it for its replica; their slots still
+        change hands."""
+        for lane in self._lanes.values():
+            lane.preempt(quantum)
+
+    def abandon(self, model: str = "", replica: int = -1) -> None:
+        """Run nothing that is queued for a model (any, if none is named) and a replica (any, if -1), and wait
+        for what is in flight; nobody wants the results."""
+        for number, lane in self._lanes.items():
+            if replica in (-1, number):
+                lane.abandon(model)
+
+    def advance(self) -> bool:
+        """Dispatch until two steps of each replica are in flight, then deliver the oldest of whichever is
+        done first; False when nothing is left."""
+        for lane in self._lanes.values():
+            lane.dispatch()
+        busy = [lane for lane in self._lanes.values() if lane.busy]
+        if len(busy) > 1:
+            done = [lane for lane in busy if not lane.waits]
+            if not done:
+                self._pause(POLL_SECONDS)
+            busy = done
+        for lane in busy:
+            lane.deliver()
+        return any(lane.busy for lane in self._lanes.values())
+
+    def _lane(self, replica: int) -> _Lane:
+        return self._lanes.setdefault(replica, _Lane(self._driver))
 
 
 def _without_steps(quantum: Quantum) -> Quantum:

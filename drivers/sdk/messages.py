@@ -85,7 +85,8 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is ready to execute quanta, or to encode.
 
     ``pages`` counts the usable pages, numbered 0 to ``pages - 1``; each holds ``page_tokens`` tokens and
-    ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step.
+    ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step. Each of the
+    ``replicas`` has as many slots and pages of its own, and executes quanta beside the others.
 
     Of an encoder ``pages`` and ``slots`` are 0, ``max_context`` is the longest text, and ``chunk_tokens``
     bounds the texts of one step, each counted as long as the longest. It makes ``width`` numbers of a text:
@@ -114,6 +115,7 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     labels: list[str] = []
     exclusive: bool = True
     token_types: int = 1
+    replicas: int = 1
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -173,7 +175,7 @@ class Growth(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Quantum(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Work for ``steps`` steps of one model's batch, applied in the order of the fields.
+    """Work for ``steps`` steps of the batch of one model's replica, applied in the order of the fields.
 
     A slot in ``decode`` produces one token a step from the step after its last chunk on, until it finishes;
     a slot that has finished, or is not in ``decode``, holds still.
@@ -187,6 +189,7 @@ class Quantum(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     grow: list[Growth] = []
     chunks: list[Chunk] = []
     decode: list[int] = []
+    replica: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
@@ -243,6 +246,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     target: Tier
     pages: list[tuple[int, int]]
     tenant: str
+    replica: int = 0
 
 
 class Moved(msgspec.Struct, frozen=True):
@@ -265,6 +269,7 @@ class SaveTask(msgspec.Struct, frozen=True, kw_only=True):
     pages: list[int]
     digest: bytes
     state: bytes
+    replica: int = 0
 
 
 class TaskSaved(msgspec.Struct, frozen=True):
@@ -299,18 +304,21 @@ class RestoreTask(msgspec.Struct, frozen=True, kw_only=True):
     pages: list[int]
     first: int
     digest: bytes
+    replica: int = 0
 
 
 class Preempt(msgspec.Struct, frozen=True):
-    """Dispatch no further step of this quantum or of any before it."""
+    """Dispatch no further step of this quantum or of any before it that is for the same replica."""
 
     quantum: int
 
 
 class Reset(msgspec.Struct, frozen=True):
-    """Empty all slots of a model: the scheduler that filled them is gone."""
+    """Empty all slots of one replica of a model, of all of them where it is -1: the scheduler that filled
+    them is gone."""
 
     model: str
+    replica: int = -1
 
 
 class Unload(msgspec.Struct, frozen=True):

@@ -6,6 +6,7 @@ import secrets
 
 from llmos.drivers.sdk.driver import Driver, Finish, PendingMove, Put
 from llmos.drivers.sdk.messages import LoadedModel, Moved, RestoreTask, SaveTask, TaskSaved
+from llmos.drivers.sdk.moves import check_replica
 from llmos.drivers.sdk.saved import Contents, SavedFile, write
 from llmos.ipc.errors import InvalidArgument, IOFailure, LLMOSError, NotSupported
 from llmos.ipc.server import Incoming
@@ -14,8 +15,9 @@ from llmos.services.saved import FileHeader
 FILE_ID_BYTES = 16
 
 
-def check_pages(pages: list[int], loaded: LoadedModel) -> None:
-    """Refuse pages that are not there, or named twice."""
+def check_pages(pages: list[int], replica: int, loaded: LoadedModel) -> None:
+    """Refuse a replica or pages that are not there, or named twice."""
+    check_replica(replica, loaded)
     outside = [page for page in pages if not 0 <= page < loaded.pages]
     if outside or len(set(pages)) < len(pages):
         raise InvalidArgument(f"pages are different numbers below {loaded.pages}")
@@ -41,7 +43,9 @@ class Saving:
         pending: PendingMove | None = None
         if pages:
             try:
-                pending = self._driver.save(self._request.model, pages, lambda i, data: self._put(i, data))
+                pending = self._driver.save(
+                    self._request.model, self._request.replica, pages, lambda i, data: self._put(i, data)
+                )
             except NotSupported:
                 pages = []
         return lambda: self._write(pending, len(pages))
@@ -86,7 +90,9 @@ def restore(driver: Driver, request: RestoreTask, layout: str, key: bytes) -> Pe
     file = SavedFile(request.name, key)
     try:
         _check(file.contents, request, layout)
-        pending = driver.restore(request.model, request.pages, lambda index: file.page(request.first + index))
+        pending = driver.restore(
+            request.model, request.replica, request.pages, lambda index: file.page(request.first + index)
+        )
     except LLMOSError:
         file.close()
         raise

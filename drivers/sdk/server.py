@@ -161,13 +161,15 @@ class DriverServer(Server):
     @method
     def save(self, request: SaveTask, call: Incoming) -> Later:
         """The reply is ``TaskSaved``."""
-        saving.check_pages(request.pages, self._model(request.model))
+        saving.check_pages(request.pages, request.replica, self._model(request.model))
         saved.path_of(request.name)
 
         def begin(key: bytes) -> None:
             loaded, layout = self._model(request.model), self._layout(request.model)
             task = saving.Saving(self._driver, request, loaded, layout, key)
-            self._moves.submit(request.model, task.begin, saving.SavedSink(task, call), reads_device=True)
+            self._moves.submit(
+                request.model, request.replica, task.begin, saving.SavedSink(task, call), reads_device=True
+            )
 
         self._keys.use(request.tenant, "tasks", call, begin)
         return Later()
@@ -186,13 +188,13 @@ class DriverServer(Server):
     @method
     def restore(self, request: RestoreTask, call: Incoming) -> Later:
         """The reply is ``Moved``."""
-        saving.check_pages(request.pages, self._model(request.model))
+        saving.check_pages(request.pages, request.replica, self._model(request.model))
 
         def begin(key: bytes) -> None:
             self._model(request.model)
             layout = self._layout(request.model)
             start = lambda: saving.restore(self._driver, request, layout, key)  # noqa: E731
-            self._moves.submit(request.model, start, _MoveSink(call), reads_device=False)
+            self._moves.submit(request.model, request.replica, start, _MoveSink(call), reads_device=False)
 
         self._keys.use(request.tenant, "tasks", call, begin)
         return Later()
@@ -203,8 +205,8 @@ class DriverServer(Server):
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:
-        self._abandon(request.model)
-        self._driver.reset(request.model)
+        self._abandon(request.model, request.replica)
+        self._driver.reset(request.model, request.replica)
 
     @method
     def unload(self, request: Unload, call: Incoming) -> None:
@@ -214,7 +216,9 @@ class DriverServer(Server):
         # Its model may have been unloaded while the key was fetched.
         self._model(move.model)
         begin = lambda: self._driver.move(move, key)  # noqa: E731
-        self._moves.submit(move.model, begin, _MoveSink(call), reads_device=move.source == "device")
+        self._moves.submit(
+            move.model, move.replica, begin, _MoveSink(call), reads_device=move.source == "device"
+        )
 
     def _model(self, name: str) -> LoadedModel:
         if name not in self._loaded:
@@ -232,6 +236,6 @@ class DriverServer(Server):
         self._driver.unload(model)
         self._loaded.pop(model, None)
 
-    def _abandon(self, model: str = "") -> None:
-        self._executor.abandon(model)
-        self._moves.abandon(model)
+    def _abandon(self, model: str = "", replica: int = -1) -> None:
+        self._executor.abandon(model, replica)
+        self._moves.abandon(model, replica)

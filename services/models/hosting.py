@@ -94,6 +94,7 @@ class Model:
             error=str(self.error or ""),
             phases=loaded.phases if loaded else {},
             kind=loaded.kind if loaded else "decoder",
+            mesh=self.spec.mesh,
         )
 
     def _state(self) -> Literal["missing", "unloaded", "loading", "ready", "failed"]:

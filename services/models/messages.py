@@ -166,6 +166,7 @@ class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     phases: dict[str, float] = {}
     kind: Kind = "decoder"
+    mesh: dict[str, int] = {}
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -14,6 +14,11 @@ from llmos.services.scheduler.task import Place, Task
 QUANTA_IN_FLIGHT = 2
 
 
+def arena_name(driver: str, model: str, replica: int = 0) -> str:
+    """The name of the KV pages of a replica; the first is called as if it were the only one."""
+    return f"{driver}/{model}#{replica}" if replica else f"{driver}/{model}"
+
+
 @dataclass(slots=True)
 class InFlight:
     """A quantum that was sent, who sat in the slots: (task, which of its stays on a device this is), and the
@@ -53,7 +58,8 @@ class Produced:
 
 @dataclass(eq=False)
 class Host:
-    """The scheduler's picture of a driver's batch; changed by composing and by results, never by I/O.
+    """The scheduler's picture of a batch: one replica's of a driver; changed by composing and by results,
+    never by I/O.
 
     ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
     them, ``solo`` that they did in the last quantum, for a start; ``keepers`` have pages here and no slot;
@@ -62,6 +68,7 @@ class Host:
 
     driver: str
     model: LoadedModel
+    replica: int = 0
     ready: bool = False
     slots: list[Task | None] = field(default_factory=list)
     starting: list[Task] = field(default_factory=list)
@@ -90,7 +97,7 @@ class Host:
     @property
     def arena(self) -> str:
         """The name of this host's KV pages at memory."""
-        return f"{self.driver}/{self.model.model}"
+        return arena_name(self.driver, self.model.model, self.replica)
 
     @property
     def running(self) -> list[Task]:

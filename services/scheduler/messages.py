@@ -191,7 +191,7 @@ class TaskState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One model on one driver."""
+    """One replica of a model on one driver."""
 
     driver: str
     model: str
@@ -200,6 +200,7 @@ class HostLine(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     tokens: int
     step_micros: float
+    replica: int = 0
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):

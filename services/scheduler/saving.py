@@ -45,6 +45,7 @@ def save(scheduler: Scheduler, task: Task, call: Incoming, now: Callable[[], flo
         pages=pages,
         digest=digest(task.tokens[:computed]),
         state=codec.encode(state_of(task, computed if pages else 0)),
+        replica=host.replica,
     )
 
     def answered(answer: Answer) -> None:
@@ -77,6 +78,7 @@ def fill(server: Server, host: Host, task: Task, pages: list[int], cached: int, 
         pages=pages[first:last],
         first=first,
         digest=digest(task.tokens[: resume.computed]),
+        replica=host.replica,
     )
 
     def answered(answer: Answer) -> None:

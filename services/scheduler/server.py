@@ -167,17 +167,28 @@ class Scheduler(Server):
 
     @method
     def host(self, request: HostRequest, call: Incoming) -> Later:
-        """Answered once the driver's slots are empty and memory knows the arena; of an encoder at once."""
+        """Answered once the driver's slots are empty and memory knows the arenas: each replica is a host.
+        For an encoder at once."""
         if request.model.kind == "encoder":
             self.encoding.add_host(EncoderHost(request.driver, request.model), now())
             call.reply()
             return Later()
-        host = Host(request.driver, request.model)
-        previous = self.core.hosts.get(host.arena)
-        if previous is not None:
+        for previous in self._replicas(request.driver, request.model.model):
             self.core.lose_host(previous, now())
+        hosts = [Host(request.driver, request.model, i) for i in range(max(1, request.model.replicas))]
+        left, failed = len(hosts), False
 
-        self._open(host, lambda error: call.fail(error) if error else call.reply())
+        def opened(error: LLMOSError | None) -> None:
+            nonlocal left, failed
+            left -= 1
+            if error is not None and not failed:
+                failed = True
+                call.fail(error)
+            elif not left and not failed:
+                call.reply()
+
+        for host in hosts:
+            self._open(host, opened)
         return Later()
 
     @method
@@ -185,11 +196,12 @@ class Scheduler(Server):
         if (name := f"{request.driver}/{request.model}") in self.encoding.hosts:
             self.encoding.lose_host(name, now())
             return
-        host = self.core.hosts.get(f"{request.driver}/{request.model}")
-        if host is None:
+        hosts = self._replicas(request.driver, request.model)
+        if not hosts:
             raise NotFound(f"{request.driver} does not host {request.model!r}")
-        self.core.lose_host(host, now())
-        self.cast("memory.drop_arena", DropArena(host.arena))
+        for host in hosts:
+            self.core.lose_host(host, now())
+            self.cast("memory.drop_arena", DropArena(host.arena))
 
     # --- what watching brings ---
 
@@ -225,6 +237,9 @@ class Scheduler(Server):
 
     # --- helpers ---
 
+    def _replicas(self, driver: str, model: str) -> list[Host]:
+        return [h for h in self.core.hosts.values() if (h.driver, h.model.model) == (driver, model)]
+
     def _open(self, host: Host, then: Callable[[LLMOSError | None], None]) -> None:
         """Empty the driver's slots, declare the arena, and let the host take work."""
 
@@ -239,7 +254,7 @@ class Scheduler(Server):
             else:
                 then(answer.error)
 
-        self.call(f"driver.{host.driver}.reset", Reset(host.model.model), emptied, timeout=60)
+        self.call(f"driver.{host.driver}.reset", Reset(host.model.model, host.replica), emptied, timeout=60)
 
     def quantum_failed(self, host: Host, error: LLMOSError) -> None:
         """A driver died, or refused a quantum: then its slots and ours may differ, and both start empty."""
@@ -253,7 +268,7 @@ class Scheduler(Server):
             if error is not None:
                 log.error("%s stays without work: %s", host.driver, error)
 
-        self._open(Host(host.driver, host.model), opened)
+        self._open(Host(host.driver, host.model, host.replica), opened)
 
     def _admissible(self, request: Submit, call: Incoming) -> Task:
         """A task for a request that can be served, now or later; every check comes before any effect."""
@@ -431,6 +446,7 @@ def _host_line(host: Host) -> HostLine:
     return HostLine(
         driver=host.driver,
         model=host.model.model,
+        replica=host.replica,
         running=len(host.running),
         slots=host.model.slots,
         steps=host.steps,

@@ -165,7 +165,7 @@ def test_a_failed_sequence_ends_with_error_and_harms_no_other(
     alone = [runner.run(task)[0] for task in tasks]
     starts = [runner.start(slot, task) for slot, task in enumerate(tasks)]
     runner.steps(1, start=starts, chunks=[Chunk(0, 0, 0, 4), Chunk(0, 1, 0, 17)])
-    engine = tiny_driver[0]._engines["tiny"]
+    engine = tiny_driver[0]._engines["tiny"][0]
     broken = runner.pages(0, 8)[0]
     engine._caches = [type(c)(c.k, c.v.at[broken].set(np.nan)) for c in engine._caches]
     done = runner.steps(12, decode=[0, 1])

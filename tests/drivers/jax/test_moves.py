@@ -184,11 +184,11 @@ def test_a_sequence_goes_on_from_a_file_in_another_driver(
     (whole,) = runner.run(helpers.Task(prompt, 24, sampling=sampling))
     (begun,) = runner.run(helpers.Task(prompt, 9, sampling=sampling))
     held = runner.pages(0, len(prompt) + 9)
-    first.save("tiny", held, lambda index, data: file.update({index: bytes(data)}))()()
+    first.save("tiny", 0, held, lambda index, data: file.update({index: bytes(data)}))()()
     first.unload("tiny")
     second = JaxDriver("cpu")
     runner = helpers.Runner(second, second.load(request, helpers.ignore))
-    second.restore("tiny", [30 + index for index in range(len(held))], lambda index: file[index])()()
+    second.restore("tiny", 0, [30 + index for index in range(len(held))], lambda index: file[index])()()
     table = [30 + index for index in range(len(held))] + [60, 61]
     known = prompt + begun
     resumed = helpers.Task(

@@ -69,7 +69,7 @@ class Bench:
         ends = Ends()
         move = Move(model="m", source=source, target=target, pages=list(pages), tenant="a")
         begin = lambda: self.driver.move(move, b"")  # noqa: E731
-        self.moves.submit(move.model, begin, ends, reads_device=source == "device")
+        self.moves.submit(move.model, move.replica, begin, ends, reads_device=source == "device")
         return ends
 
     def quantum(self, **fields: Any) -> Notes:

@@ -17,7 +17,16 @@ from llmos.ipc.grant import Grant
 from llmos.ipc.header import Kind
 from llmos.services.manifest import DriverSpec, Manifest
 from llmos.services.memory.messages import Usage
-from llmos.services.scheduler.messages import Emitted, Finished, Host, SchedulerStats, Submit, Tasks, Tokens
+from llmos.services.scheduler.messages import (
+    Emitted,
+    Finished,
+    Host,
+    SchedulerStats,
+    Submit,
+    Tasks,
+    Tokens,
+    Unhost,
+)
 from tests.conftest import System, wait_until
 
 GRANTS = {
@@ -52,11 +61,24 @@ class Bench:
     """The system under test, and the ways to use it."""
 
     def __init__(
-        self, system: System, slots: int = 4, pages: int = 256, step_ms: float = 0.0, burst: int = 1
+        self,
+        system: System,
+        slots: int = 4,
+        pages: int = 256,
+        step_ms: float = 0.0,
+        burst: int = 1,
+        replicas: int = 1,
     ) -> None:
         self.system = system
         self.load = LoadRequest(
-            model="m", source="", slots=slots, pages=pages, page_tokens=4, max_context=512, chunk_tokens=16
+            model="m",
+            source="",
+            slots=slots,
+            pages=pages,
+            page_tokens=4,
+            max_context=512,
+            chunk_tokens=16,
+            mesh={"data": replicas},
         )
         driver = DriverSpec(name="null0", kind="null", options={"step_ms": step_ms, "burst": burst})
         system.write_manifest(Manifest(drivers=[driver], models=[]))
@@ -137,8 +159,11 @@ def test_pages_come_back_and_prefixes_stay(bench: Callable[..., Bench]) -> None:
     assert last["cached_tokens"] == 60
 
 
-def test_many_tasks_share_slots_and_pages_and_all_end_right(bench: Callable[..., Bench]) -> None:
-    b = bench(slots=4, pages=64)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_many_tasks_share_slots_and_pages_and_all_end_right(
+    bench: Callable[..., Bench], replicas: int
+) -> None:
+    b = bench(slots=4, pages=64, replicas=replicas)
     attach = b.user._link
     got: dict[int, list[int]] = {}
     ended: dict[int, Finished] = {}
@@ -170,7 +195,21 @@ def test_many_tasks_share_slots_and_pages_and_all_end_right(bench: Callable[...,
     wait_until(lambda: bool(b.user.call("kernel.stats")) and len(ended) == 60, what="60 tasks")
     for call, (prompt, count) in prompts.items():
         assert got[call] == expected(prompt, count)
-    wait_until(lambda: b.usage().owned == 0, what="pages given back")
+    arenas = lambda: b.user.call("memory.usage", None, Usage).arenas  # noqa: E731
+    wait_until(lambda: not any(arena.owned for arena in arenas()), what="pages given back")
+    hosts = b.user.call("scheduler.stats", None, SchedulerStats).hosts
+    assert [host.replica for host in hosts] == list(range(replicas))
+    assert all(host.tokens > 100 for host in hosts), "the tasks are spread over the replicas"
+
+
+def test_a_replica_is_a_host_and_an_arena_of_its_own(bench: Callable[..., Bench]) -> None:
+    b = bench(slots=1, replicas=2)
+    arenas = [arena.arena for arena in b.user.call("memory.usage", None, Usage).arenas]
+    assert arenas == ["null0/m", "null0/m#1"]
+    streams = [b.stream([number], 40) for number in (1, 2)]
+    assert [list(tokens) for tokens in streams] == [expected([1], 40), expected([2], 40)]
+    b.user.call("scheduler.unhost", Unhost("null0", "m"))
+    assert not b.user.call("memory.usage", None, Usage).arenas
 
 
 @pytest.mark.parametrize("burst", [1, 3], ids=["plain", "speculating"])
