@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llmos.drivers.sdk.messages import Preempt, Quantum, QuantumDone, Step
@@ -32,7 +33,8 @@ class MessageEffects:
         self._server = server
         self._rates = rates
         self._attached = attached
-        self._filling: set[int] = set()  # resumed tasks whose pages are being read from their files
+        # Resumed tasks whose pages are being read from their files, with what they asked for meanwhile.
+        self._filling: dict[int, Callable[[], None] | None] = {}
 
     def reserve(self, host: Host, task: Task, extra: int) -> None:
         def answered(answer: Answer) -> None:
@@ -49,17 +51,24 @@ class MessageEffects:
             else:
                 self._server.core.kill(task, answer.error, now())
 
-        if task.place is Place.RESERVING and task.id not in self._filling:
+        if task.id in self._filling:
+            self._filling[task.id] = lambda: self.reserve(host, task, extra)
+        elif task.place is Place.RESERVING:
             body = Reserve(host.arena, task.id, task.tokens, extra)
             self._server.call("memory.reserve", body, answered, acting=task.call)
 
     def _resume(self, host: Host, task: Task, body: Reserved) -> None:
         """Tell the core of a resumed task's pages once they hold what its file has."""
-        self._filling.add(task.id)
+        self._filling[task.id] = None
 
         def given(pages: list[int], cached: int) -> None:
-            self._filling.discard(task.id)
-            self._server.core.reserved(host, task, pages, cached, now())
+            again = self._filling.pop(task.id)
+            if again is None:
+                self._server.core.reserved(host, task, pages, cached, now())
+            else:
+                # It left meanwhile, and came back, perhaps to another host.
+                self.free(host, [task])
+                again()
 
         saving.fill(self._server, host, task, body.pages, body.cached, given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from llmos.services.scheduler.messages import (
     Tokens,
     Unhost,
 )
-from tests.conftest import System
+from tests.conftest import System, wait_until
 from tests.services.scheduler.test_scheduler_process import expected
 
 DRIVERS = ("null0", "null1")
@@ -54,9 +55,12 @@ GRANTS = {
 class Bench:
     """A system with two drivers; the model is on one of them at a time."""
 
-    def __init__(self, net: System) -> None:
+    def __init__(self, net: System, move_us: float = 0.0) -> None:
         self.net = net
-        specs = [DriverSpec(name=name, kind="null", options={"step_ms": 5.0}) for name in DRIVERS]
+        specs = [
+            DriverSpec(name=name, kind="null", options={"step_ms": 5.0, "move_us": move_us})
+            for name in DRIVERS
+        ]
         net.write_manifest(Manifest(drivers=specs, models=[]))
         net.kernel()
         for name in ("security", "memory", "scheduler"):
@@ -233,3 +237,34 @@ def test_a_client_needs_no_file_for_a_task_that_goes_on(bench: Bench) -> None:
     *chunks, end = bench.user.stream("scheduler.submit", submit, Tokens, end=Finished)
     assert known[30:] + [token for chunk in chunks for token in chunk.tokens] == expected(PROMPT, COUNT)
     assert (end.prompt_tokens, end.completion_tokens) == (30, 60)
+
+
+def test_a_driver_that_dies_while_it_reads_a_file_loses_nothing(
+    system: Callable[[dict[str, Grant]], System],
+) -> None:
+    bench = Bench(system(GRANTS), move_us=200_000.0)
+    bench.host("null0")
+    bench.begin()
+    done = bench.save()
+    bench.host("null0", chunk_tokens=32)
+    bench.host("null1")
+    state = bench.open(done.name, "null1")
+    submit = Submit(
+        model="m", tokens=state.tokens, max_tokens=state.limit - len(state.tokens), prompt=state.prompt,
+        resume=Resume(done.name, state.computed),
+    )  # fmt: skip
+    result: list[Any] = []
+    client = bench.net.client()
+    asking = threading.Thread(
+        target=lambda: result.extend(client.stream("scheduler.submit", submit, Tokens, end=Finished))
+    )
+    asking.start()
+    tasks = lambda: bench.user.call("scheduler.tasks", None, Tasks).tasks  # noqa: E731
+    wait_until(lambda: any(task.driver for task in tasks()), what="a task with a driver")
+    process = bench.net.processes.pop(f"driver.{tasks()[0].driver}")
+    process.kill()
+    process.wait()
+    asking.join(60)
+    *chunks, end = result
+    check_whole(state, [token for chunk in chunks for token in chunk.tokens])
+    assert end.completion_tokens == COUNT
