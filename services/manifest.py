@@ -29,7 +29,8 @@ class DriverSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model to serve. ``source`` is a path, or empty for a model that was pulled under this name.
 
-    ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits).
+    ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits), and
+    ``host_pages`` in RAM and ``disk_pages`` on disk that of sequences that had to leave the device.
     ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
     smaller model.
     """
@@ -45,6 +46,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_context: int = 2048
     chunk_tokens: int = 256
     mesh: dict[str, int] = {}
+    host_pages: int = 0
+    disk_pages: int = 0
     speculation: Speculation = "off"
     speculation_tokens: int = 0
     draft: str = ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
 
 def is_terminal() -> bool:
     """Whether a person is looking."""
@@ -59,3 +61,9 @@ def count(value: int) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return str(value)
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves one before the point: 1536 is "1.5KiB"."""
+    power = min(len(UNITS) - 1, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.4g}{UNITS[power]}"

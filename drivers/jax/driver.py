@@ -8,12 +8,28 @@ from typing import Any
 import jax
 
 from llmos.drivers.jax import platform
-from llmos.drivers.sdk.driver import Driver, PendingEncoding, PendingStep, Progress
-from llmos.drivers.sdk.messages import DriverInfo, EncodeStep, LoadedModel, LoadRequest, Quantum
-from llmos.ipc.errors import InvalidArgument, NotFound
+from llmos.drivers.sdk.driver import (
+    Driver,
+    Get,
+    PendingEncoding,
+    PendingMove,
+    PendingStep,
+    Progress,
+    Put,
+)
+from llmos.drivers.sdk.messages import DriverInfo, EncodeStep, LoadedModel, LoadRequest, Move, Quantum
+from llmos.ipc.errors import InvalidArgument, LLMOSError, NotFound, NotSupported
 
 VERSION = "1"
-FEATURES = ["encoders", "chunked-prefill", "penalties", "logit-bias", "seeded-sampling", "prefix-pages"]
+FEATURES = [
+    "encoders",
+    "chunked-prefill",
+    "penalties",
+    "logit-bias",
+    "seeded-sampling",
+    "prefix-pages",
+    "page-moves",
+]
 
 
 class JaxDriver(Driver):
@@ -30,6 +46,7 @@ class JaxDriver(Driver):
         self._attention = attention
         self._found: list[Any] = []
         self._engines: dict[str, list[Any]] = {}
+        self._movers: dict[str, list[Any]] = {}
         self._encoders: dict[str, Any] = {}
 
     def describe(self) -> DriverInfo:
@@ -46,12 +63,19 @@ class JaxDriver(Driver):
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
         from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
         from llmos.drivers.jax.loader import Load
+        from llmos.drivers.jax.moves import open_movers
 
         if is_encoder(request.source):
             encoder, loaded = EncoderLoad(request, self._devices(), progress).run()
             self._encoders[request.model] = encoder
             return loaded
         engines, loaded = Load(request, self._devices(), progress, self._attention).run()
+        try:
+            self._movers[request.model] = open_movers(engines, loaded)
+        except LLMOSError:
+            for engine in engines:
+                engine.close()
+            raise
         self._engines[request.model] = engines
         return loaded
 
@@ -65,6 +89,18 @@ class JaxDriver(Driver):
             )
         steps: Iterator[PendingStep] = engines[quantum.replica].execute(quantum)
         return steps
+
+    def move(self, move: Move, key: bytes) -> PendingMove:
+        pending: PendingMove = self._mover(move.model, move.replica).move(move, key)
+        return pending
+
+    def save(self, model: str, replica: int, pages: list[int], put: Put) -> PendingMove:
+        pending: PendingMove = self._mover(model, replica).save(pages, put)
+        return pending
+
+    def restore(self, model: str, replica: int, pages: list[int], get: Get) -> PendingMove:
+        pending: PendingMove = self._mover(model, replica).restore(pages, get)
+        return pending
 
     def idle(self) -> bool:
         return any(engine.rehearse() for engines in self._engines.values() for engine in engines)
@@ -91,6 +127,14 @@ class JaxDriver(Driver):
             raise NotFound(f"model {model} is not loaded")
         for engine in engines:
             engine.close()
+        for mover in self._movers.pop(model, []):
+            mover.close()
+
+    def _mover(self, model: str, replica: int) -> Any:
+        movers = self._movers[model]
+        if not movers:
+            raise NotSupported("the pages of a model that is cut over several devices stay where they are")
+        return movers[replica]
 
     def _devices(self) -> list[Any]:
         if not self._found:

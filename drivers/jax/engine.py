@@ -87,6 +87,17 @@ class Engine:
             self._grow(quantum)
         return self._steps(quantum)
 
+    def read_pages(self, numbers: list[int]) -> jax.Array:
+        """Dispatch a gather: the pages as one block, as the steps dispatched so far leave them."""
+        program = self.programs.get(("gather", len(numbers)))
+        block: jax.Array = program(self._caches, np.asarray(numbers, np.int32))
+        return block
+
+    def write_pages(self, numbers: list[int], block: jax.Array) -> None:
+        """Dispatch a scatter: the steps that follow find the block in these pages."""
+        program = self.programs.get(("scatter", len(numbers)))
+        self._caches = program(self._caches, block, np.asarray(numbers, np.int32))
+
     def rehearse(self) -> bool:
         """Run the next of ``unrehearsed`` on rows that hold no sequence, and wait; False when none is left.
 
@@ -105,6 +116,10 @@ class Engine:
             case ("sample", "greedy" | "plain" | "filtered", int(size)):
                 logits = jax.device_put(np.zeros((size, self.limits.vocab_size), np.float32), self._common)
                 self._batch, *_ = program(logits, self._row_index([], size), self._batch)
+            case ("gather" | "scatter", int(size)) if size <= self.limits.pages:
+                # What is written back is what is there.
+                numbers = list(range(size))
+                self.write_pages(numbers, self.read_pages(numbers))
             case (str(name), *_) if self.speculation is not None:
                 self._rehearse_speculation(self.speculation, name, key, program)
         jax.block_until_ready((self._caches, self._batch))  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import msgspec
 from flax import nnx
 
-from llmos.drivers.jax import attention, buckets, families, platform, rope, state, verification
+from llmos.drivers.jax import attention, buckets, families, pages, platform, rope, state, verification
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.drafts import Draft, check_draft
 from llmos.drivers.jax.engine import Engine
@@ -110,6 +110,13 @@ class Load:
         check_request(request)
         axes = mesh.parse(request.mesh)
         mesh.check_devices(axes, len(self.devices))
+        if (request.host_pages or request.disk_pages) and any(
+            size > 1 for axis, size in request.mesh.items() if axis != "data"
+        ):
+            raise InvalidArgument(
+                "pages of a model that is cut over several devices cannot leave them: "
+                "leave host_pages and disk_pages 0, or use the data axis only"
+            )
         self.report(self._latest)
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
@@ -274,6 +281,7 @@ class Load:
     ) -> Spec:
         # Padding a chunk to four times its length is cheaper on a CPU than compiling, and dear elsewhere.
         on_cpu = place.device.platform == "cpu"
+        tiers = self.request.host_pages or self.request.disk_pages
         return Spec(
             shape=shape,
             place=place,
@@ -289,6 +297,7 @@ class Load:
             prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
             # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
             first=_FIRST_ON_CPU if on_cpu else 1 << 30,
+            move_sizes=pages.block_sizes(caches) if tiers else (),
         )
 
     def _speculating(self, limits: Limits, draft: Draft | None, sizes: list[int]) -> Speculating | None:
@@ -326,6 +335,8 @@ class Load:
             vocab_size=limits.vocab_size,
             stop_tokens=list(plan.config.stop_tokens),
             attention=parts.programs.spec.shape.backend.name,
+            host_pages=self.request.host_pages,
+            disk_pages=self.request.disk_pages,
             replicas=replicas,
             phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
         )
@@ -337,6 +348,7 @@ def check_request(request: LoadRequest) -> None:
         if getattr(request, name) not in DTYPES:
             raise InvalidArgument(f"{name} {getattr(request, name)} is not one of {', '.join(DTYPES)}")
     ranges = {"page_tokens": (1, 1024), "slots": (1, 4096), "chunk_tokens": (1, 65536), "pages": (0, 1 << 24)}
+    ranges |= {"host_pages": (0, 1 << 28), "disk_pages": (0, 1 << 28)}
     for name, (low, high) in {**ranges, "max_context": (2, 1 << 22)}.items():
         if not low <= getattr(request, name) <= high:
             raise InvalidArgument(f"{name} is {getattr(request, name)}, not in {low}..{high}")

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import drafting, forward, sampling, state, verification
+from llmos.drivers.jax import drafting, forward, pages, sampling, state, verification
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
@@ -52,7 +52,8 @@ class Speculating:
 class Spec:
     """Shapes of everything that the programs take, as ``jax.ShapeDtypeStruct`` trees.
 
-    ``first`` is how many programs are compiled before a model counts as loaded.
+    ``first`` is how many programs are compiled before a model counts as loaded; ``move_sizes`` how many
+    pages are moved at once.
     """
 
     shape: Shape
@@ -66,6 +67,7 @@ class Spec:
     chunk_sizes: list[int]
     prefill_rows: list[int]
     first: int
+    move_sizes: tuple[int, ...] = ()
     speculating: Speculating | None = None
 
 
@@ -94,6 +96,7 @@ class Programs:
         keys += [
             ("prefill", r, s, fresh) for fresh in known for s in spec.chunk_sizes for r in self.rows_for(s)
         ]
+        keys += [(way, size) for size in spec.move_sizes for way in ("gather", "scatter")]
         return list(dict.fromkeys(keys))
 
     def _stepping(self) -> list[Key]:
@@ -186,7 +189,7 @@ class Programs:
         """For each output of a program, the argument that it is laid out like; None: every device has it."""
         if key[0] == "verify":
             return (1, 6, None, None) if self._draft(key) else (1, None, None)
-        return {"decode": (1, None), "prefill": (1, None), "scrub": 0}.get(str(key[0]))
+        return {"decode": (1, None), "prefill": (1, None), "scrub": 0, "scatter": 0}.get(str(key[0]))
 
     def _draft(self, key: Key) -> tuple[Shape, Any, Any] | None:
         """The draft model that a verifying program asks, if it does."""
@@ -231,6 +234,10 @@ class Programs:
                 return state.tally, (0,), (self._tallies(), *tokens, *bias)
             case ("scrub",):
                 return self._scrub, (0,), (spec.caches, _ints(SCRUB_PAGES))
+            case ("gather", int(size)):
+                return pages.gather, (), (spec.caches, _ints(size))
+            case ("scatter", int(size)):
+                return pages.scatter, (0,), (spec.caches, pages.block(spec.caches, size), _ints(size))
         raise KeyError(key)
 
     def _describe_verify(

@@ -1,4 +1,8 @@
-"""The null driver: what it generates depends on a sequence's tokens alone, never on batch or placement."""
+"""The null driver: what it generates depends on a sequence's tokens alone, never on batch or placement.
+
+Its KV cache holds the tokens that it was computed from, so a sequence that is started on pages that are not
+its own, or were moved wrongly, is refused.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,18 @@ import struct
 import time
 from collections.abc import Iterator
 
-from llmos.drivers.sdk.driver import Driver, Pending, PendingEncoding, PendingStep, Progress
+from llmos.drivers.null.pages import Pages, page_size
+from llmos.drivers.sdk.driver import (
+    Driver,
+    Finish,
+    Get,
+    Pending,
+    PendingEncoding,
+    PendingMove,
+    PendingStep,
+    Progress,
+    Put,
+)
 from llmos.drivers.sdk.messages import (
     Device,
     DriverInfo,
@@ -16,10 +31,13 @@ from llmos.drivers.sdk.messages import (
     LoadedModel,
     LoadProgress,
     LoadRequest,
+    Move,
+    Moved,
     Quantum,
     Start,
     Step,
 )
+from llmos.drivers.sdk.tiers import Tiers
 from llmos.ipc.errors import InvalidArgument, NotFound
 
 VOCABULARY = 256
@@ -47,25 +65,33 @@ class _Sequence:
         self.start = start
         self.tokens = list(start.tokens)
         self.computed = start.cached
-        self.capacity = len(start.pages)
+        self.table = list(start.pages)
         self.finished = False
 
     def room(self, page_tokens: int) -> int:
         """How many more tokens it can gain in the pages it has; the last one needs none."""
-        return self.capacity * page_tokens + 1 - len(self.tokens)
+        return len(self.table) * page_tokens + 1 - len(self.tokens)
 
     def produce(self) -> FinishReason | None:
         """Gain a token; why the sequence ends with it, if it does."""
         token = next_token(self.tokens)
-        self.computed = len(self.tokens)
         self.tokens.append(token)
         if token in self.start.stop:
             return "stop"
         return "length" if len(self.tokens) >= self.start.limit else None
 
 
+class _Cache:
+    """The pages of one model, on the device and beside it."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.device = Pages(loaded.pages, loaded.page_tokens)
+        self.tiers = Tiers(loaded.model, loaded.page_bytes, loaded.host_pages, loaded.disk_pages)
+
+
 class NullDriver(Driver):
-    """Takes ``step_ms`` milliseconds a step, and ``prefill_us`` microseconds for each prompt token in it.
+    """Takes ``step_ms`` milliseconds a step, ``prefill_us`` microseconds for each prompt token in it,
+    ``decode_us`` for each sequence that decodes, and ``move_us`` for each page that is moved.
 
     The model named ``encoder`` is loaded as one. With a ``burst`` it gives up to so many tokens a step, as a
     driver that speculates. Of a mesh only the data axis counts: each replica has its own time.
@@ -76,6 +102,7 @@ class NullDriver(Driver):
         step_ms: float = 0.0,
         prefill_us: float = 0.0,
         decode_us: float = 0.0,
+        move_us: float = 0.0,
         encoder: str = "",
         burst: int = 1,
     ) -> None:
@@ -84,7 +111,9 @@ class NullDriver(Driver):
         self._step = step_ms / 1e3
         self._prefill = prefill_us / 1e6
         self._decode = decode_us / 1e6
+        self._move = move_us / 1e6
         self._models: dict[str, LoadedModel] = {}
+        self._caches: dict[tuple[str, int], _Cache] = {}
         self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
         self._free_at: dict[int, float] = {}
 
@@ -104,16 +133,20 @@ class NullDriver(Driver):
             weight_bytes=0,
             pages=0 if encodes else request.pages or DEFAULT_PAGES,
             page_tokens=request.page_tokens,
-            page_bytes=request.page_tokens,
+            page_bytes=page_size(request.page_tokens),
             slots=0 if encodes else request.slots,
             max_context=request.max_context,
             chunk_tokens=request.chunk_tokens,
             vocab_size=VOCABULARY,
             stop_tokens=[],
             attention="none",
+            host_pages=request.host_pages,
+            disk_pages=request.disk_pages,
             replicas=request.mesh.get("data", 1),
         )
         self._models[request.model] = loaded
+        for number in range(loaded.replicas):
+            self._caches[request.model, number] = _Cache(loaded)
         self.reset(request.model)
         return loaded
 
@@ -129,6 +162,55 @@ class NullDriver(Driver):
             raise NotFound(f"no model {model!r} is loaded here")
         for number in range(loaded.replicas):
             del self._slots[model, number]
+            self._caches.pop((model, number)).tiers.close()
+
+    def move(self, move: Move, key: bytes) -> PendingMove:
+        model, replica = move.model, move.replica
+        tiers = self._caches[model, replica].tiers
+        sources, targets = [source for source, _ in move.pages], [target for _, target in move.pages]
+        if move.source == "device":
+            return self.save(
+                model, replica, sources, lambda i, data: tiers.put(move.target, targets[i], data, key)
+            )
+        if move.target == "device":
+            return self.restore(
+                model, replica, targets, lambda i: bytes(tiers.get(move.source, sources[i], key))
+            )
+        return tiers.move(move, key)
+
+    def save(self, model: str, replica: int, pages: list[int], put: Put) -> PendingMove:
+        device, began = self._caches[model, replica].device, time.monotonic()
+        # Copies: the steps that follow may write these pages.
+        read = [bytes(device[page]) for page in pages]
+
+        def copy() -> Finish:
+            for index, page in enumerate(read):
+                put(index, page)
+            return self._moved(read, began)
+
+        return copy
+
+    def restore(self, model: str, replica: int, pages: list[int], get: Get) -> PendingMove:
+        device, began = self._caches[model, replica].device, time.monotonic()
+
+        def copy() -> Finish:
+            written = [bytes(get(index)) for index in range(len(pages))]
+            moved = self._moved(written, began)
+
+            def finish() -> Moved:
+                for page, data in zip(pages, written, strict=True):
+                    device[page][:] = data
+                return moved()
+
+            return finish
+
+        return copy
+
+    def _moved(self, pages: list[bytes], began: float) -> Finish:
+        if self._move:
+            time.sleep(self._move * len(pages))
+        moved = Moved(sum(map(len, pages)), round((time.monotonic() - began) * 1e6))
+        return lambda: moved
 
     def encode(self, request: EncodeStep) -> PendingEncoding:
         model = self._models.get(request.model)
@@ -156,22 +238,23 @@ class NullDriver(Driver):
         if not 0 <= quantum.replica < model.replicas:
             raise InvalidArgument(f"model {quantum.model!r} has no replica {quantum.replica}")
         slots = self._slots[quantum.model, quantum.replica]
+        cache = self._caches[quantum.model, quantum.replica]
         _check(quantum, slots, model)
+        for start in quantum.start:
+            cache.device.check(start.pages, start.tokens[: start.cached])
         for slot in quantum.release:
             del slots[slot]
         for start in quantum.start:
             slots[start.slot] = _Sequence(start)
         for growth in quantum.grow:
-            slots[growth.slot].capacity += len(growth.pages)
-        return self._steps(quantum, slots, model)
+            slots[growth.slot].table += growth.pages
+        return self._steps(quantum, slots, cache.device)
 
-    def _steps(
-        self, quantum: Quantum, slots: dict[int, _Sequence], model: LoadedModel
-    ) -> Iterator[PendingStep]:
+    def _steps(self, quantum: Quantum, slots: dict[int, _Sequence], pages: Pages) -> Iterator[PendingStep]:
         for index in range(quantum.steps):
             ready = [s for s in quantum.decode if not slots[s].finished and _decodes(slots[s])]
             if self._burst > 1:  # who plans the pages may be behind: without one a sequence holds still
-                ready = [s for s in ready if slots[s].room(model.page_tokens) > 0]
+                ready = [s for s in ready if slots[s].room(pages.page_tokens) > 0]
             prefilled = 0
             for chunk in quantum.chunks:
                 if chunk.step == index:
@@ -180,13 +263,13 @@ class NullDriver(Driver):
                         raise InvalidArgument(
                             f"slot {chunk.slot}: chunk at {chunk.start}, not at {sequence.computed}"
                         )
-                    sequence.computed += chunk.length
+                    _compute(chunk.slot, sequence, chunk.start + chunk.length, pages)
                     prefilled += chunk.length
                     if sequence.computed == len(sequence.tokens):
                         ready.append(chunk.slot)
             if not ready and not prefilled:
                 return
-            yield self._produce(quantum, index, slots, ready, prefilled, model.page_tokens)
+            yield self._produce(quantum, index, slots, ready, prefilled, pages)
 
     def _produce(
         self,
@@ -195,20 +278,21 @@ class NullDriver(Driver):
         slots: dict[int, _Sequence],
         ready: list[int],
         prefilled: int,
-        page_tokens: int,
+        pages: Pages,
     ) -> PendingStep:
         seats: list[int] = []
         tokens: list[int] = []
         finished: list[tuple[int, FinishReason]] = []
         for slot in ready:
             sequence = slots[slot]
-            if sequence.room(page_tokens) < 1:
+            if sequence.room(pages.page_tokens) < 1:
                 raise InvalidArgument(
-                    f"slot {slot}: {len(sequence.tokens)} tokens exceed its {sequence.capacity} pages"
+                    f"slot {slot}: {len(sequence.tokens)} tokens exceed its {len(sequence.table)} pages"
                 )
-            count = min(burst_of(sequence.tokens, self._burst), sequence.room(page_tokens))
+            count = min(burst_of(sequence.tokens, self._burst), sequence.room(pages.page_tokens))
             end: FinishReason | None = None
             while count and end is None:
+                _compute(slot, sequence, len(sequence.tokens), pages)
                 end = sequence.produce()
                 seats.append(slot)
                 tokens.append(sequence.tokens[-1])
@@ -242,6 +326,14 @@ def _decodes(sequence: _Sequence) -> bool:
     return sequence.computed >= len(sequence.tokens) - 1 and len(sequence.tokens) > len(sequence.start.tokens)
 
 
+def _compute(slot: int, sequence: _Sequence, stop: int, pages: Pages) -> None:
+    """Bring the KV of a sequence to its first ``stop`` tokens."""
+    if stop > len(sequence.table) * pages.page_tokens:
+        raise InvalidArgument(f"slot {slot}: {stop} tokens exceed its {len(sequence.table)} pages")
+    pages.write(sequence.table, sequence.tokens, sequence.computed, stop)
+    sequence.computed = stop
+
+
 def _check(quantum: Quantum, slots: dict[int, _Sequence], model: LoadedModel) -> None:
     """Refuse a quantum that names a slot or page that is not there, before any effect."""
     occupied = set(slots) - set(quantum.release)
@@ -252,6 +344,8 @@ def _check(quantum: Quantum, slots: dict[int, _Sequence], model: LoadedModel) ->
             raise InvalidArgument(f"slot {start.slot} is taken, or not below {model.slots}")
         if not 0 <= start.cached < len(start.tokens):
             raise InvalidArgument(f"slot {start.slot}: {start.cached} of {len(start.tokens)} tokens cached")
+        if start.cached > len(start.pages) * model.page_tokens:
+            raise InvalidArgument(f"slot {start.slot}: {start.cached} tokens exceed its pages")
         occupied.add(start.slot)
     named = {g.slot for g in quantum.grow} | {c.slot for c in quantum.chunks} | set(quantum.decode)
     if named - occupied:

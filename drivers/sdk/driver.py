@@ -12,6 +12,8 @@ from llmos.drivers.sdk.messages import (
     LoadedModel,
     LoadProgress,
     LoadRequest,
+    Move,
+    Moved,
     Quantum,
     Step,
 )
@@ -22,6 +24,20 @@ PendingStep = Callable[[], Step]
 
 PendingEncoding = Callable[[], EncodedStep]
 """Waits for a dispatched step of an encoder and returns what it made."""
+
+Finish = Callable[[], Moved]
+
+PendingMove = Callable[[], Finish]
+"""The slow part of a move, run on a worker thread while steps go on: it copies, and returns what is left
+to do on the driver's thread, which must be quick and may dispatch to the device."""
+
+Bytes = bytes | memoryview
+
+Put = Callable[[int, Bytes], None]
+"""Takes the bytes of the page at an index; may be called from several threads at once."""
+
+Get = Callable[[int], Bytes]
+"""Returns the bytes of the page at an index; may be called from several threads at once."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,26 @@ class Driver:
     def encode(self, request: EncodeStep) -> PendingEncoding:
         """Dispatch one step of an encoder, and return at once with what waits for it."""
         raise NotSupported("this driver has no encoders")
+
+    def move(self, move: Move, key: bytes) -> PendingMove:
+        """Dispatch the copying of pages between tiers, without waiting for it.
+
+        The SDK has checked the numbers. ``key`` (32 bytes) seals the tenant's blocks where a tier is the
+        disk, and is empty otherwise. What reads the device is dispatched here, behind the steps dispatched
+        so far. What writes it is dispatched by ``Finish``, which is called once the steps of all quanta that
+        came before are dispatched. Moves are copied one at a time, in the order of the calls of ``move``.
+        """
+        raise NotSupported("this driver moves no pages")
+
+    def save(self, model: str, replica: int, pages: list[int], put: Put) -> PendingMove:
+        """Read pages for a file, in the manner of a move from the device: ``put(i, ...)`` takes page i of
+        the list. They are read as the steps dispatched so far leave them, though their owner may be gone."""
+        raise NotSupported("this driver saves no pages")
+
+    def restore(self, model: str, replica: int, pages: list[int], get: Get) -> PendingMove:
+        """Write pages from a file, in the manner of a move to the device: ``get(i)`` has page i of the list,
+        and raises IOFailure where the file was changed: then nothing may be written to any of them."""
+        raise NotSupported("this driver restores no pages")
 
     def reset(self, model: str, replica: int) -> None:
         """Empty all slots of a replica, of all where it is -1; nothing is in flight there. The KV in its

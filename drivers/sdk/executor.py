@@ -62,12 +62,20 @@ class _Encoding:
         return self.request.model
 
 
+class _Barrier:
+    """What is to be done once the quanta before it are dispatched."""
+
+    def __init__(self, model: str, function: Callable[[], None]) -> None:
+        self.model = model
+        self.function = function
+
+
 class _Lane:
     """The steps of one replica, run in the order they came."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._queue: deque[_Run] = deque()
+        self._queue: deque[_Run | _Barrier] = deque()
         self._encodings: deque[_Encoding] = deque()
         self._turn = False  # of the encodings
         self._pending: deque[tuple[_Run | _Encoding, Callable[[], Any] | None]] = deque()
@@ -87,19 +95,23 @@ class _Lane:
     def submit(self, quantum: Quantum, sink: Sink) -> None:
         self._queue.append(_Run(quantum, sink))
 
+    def after(self, model: str, function: Callable[[], None]) -> None:
+        self._queue.append(_Barrier(model, function))
+
     def encode(self, request: EncodeStep, sink: EncodingSink) -> None:
         self._encodings.append(_Encoding(request, sink))
 
     def preempt(self, quantum: int) -> None:
-        if any(run.quantum.id == quantum for run in self._queue):
-            for run in self._queue:
+        runs = [run for run in self._queue if isinstance(run, _Run)]
+        if any(run.quantum.id == quantum for run in runs):
+            for run in runs:
                 run.preempted = run.preempted or run.quantum.id <= quantum
 
     def abandon(self, model: str) -> None:
         gone: set[_Run | _Encoding] = {
             run
             for run in (*self._queue, *self._encodings, *(run for run, _ in self._pending))
-            if model in ("", run.model)
+            if model in ("", run.model) and not isinstance(run, _Barrier)
         }
         for run in gone:
             if isinstance(run, _Run) and run in self._queue and run.steps is not None:
@@ -109,17 +121,22 @@ class _Lane:
                 pending()
         for run in gone:
             run.sink.fail(Canceled("the driver's slots were emptied"))
-        self._queue = deque(run for run in self._queue if run not in gone)
+        self._queue = deque(run for run in self._queue if model not in ("", run.model))
         self._encodings = deque(run for run in self._encodings if run not in gone)
         self._pending = deque(entry for entry in self._pending if entry[0] not in gone)
 
     def dispatch(self) -> None:
         """Dispatch until two steps are in flight."""
         while (self._queue or self._encodings) and self._in_flight < IN_FLIGHT:
-            if self._encodings and (self._turn or not self._queue):
+            head = self._queue[0] if self._queue else None
+            if isinstance(head, _Barrier):
+                self._queue.popleft()
+                head.function()
+                continue
+            if self._encodings and (self._turn or head is None):
                 self._dispatch_encoding(self._encodings.popleft())
-            else:
-                self._dispatch(self._queue[0])
+            elif head is not None:
+                self._dispatch(head)
             self._turn = not self._turn
 
     def deliver(self) -> None:
@@ -196,6 +213,11 @@ class Executor:
 
     def submit(self, quantum: Quantum, sink: Sink) -> None:
         self._lane(quantum.replica).submit(quantum, sink)
+
+    def after(self, model: str, replica: int, function: Callable[[], None]) -> None:
+        """Call ``function`` once the steps of all quanta submitted so far for a replica are dispatched; never
+        if the model is abandoned there."""
+        self._lane(replica).after(model, function)
 
     def encode(self, request: EncodeStep, sink: EncodingSink) -> None:
         """Run a step of an encoder, in turns with the quanta of the first replica."""

@@ -246,6 +246,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     target: Tier
     pages: list[tuple[int, int]]
     tenant: str
+    replica: int = 0
 
 
 class Moved(msgspec.Struct, frozen=True):
@@ -253,6 +254,57 @@ class Moved(msgspec.Struct, frozen=True):
 
     bytes: int
     micros: int
+
+
+class SaveTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Write ``state`` and the KV in ``pages`` to the saved task ``name``, sealed with the tenant's key.
+
+    ``digest`` names the tokens whose KV it is. The pages are read like those of a move, and may change hands
+    as soon as this was sent. A driver that cannot save pages saves the state alone.
+    """
+
+    name: str
+    model: str
+    tenant: str
+    pages: list[int]
+    digest: bytes
+    state: bytes
+    replica: int = 0
+
+
+class TaskSaved(msgspec.Struct, frozen=True):
+    """A saved task is complete: ``pages`` in it, ``bytes`` in all."""
+
+    pages: int
+    bytes: int
+
+
+class OpenTask(msgspec.Struct, frozen=True):
+    """Read the state of a saved task of this tenant."""
+
+    name: str
+    tenant: str
+
+
+class TaskOpened(msgspec.Struct, frozen=True):
+    """What ``SaveTask`` was given."""
+
+    state: bytes
+
+
+class RestoreTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Fill ``pages`` with those of a saved task from its page ``first`` on; answered by ``Moved``.
+
+    NotSupported where its pages are not of the kind that this driver has for ``model``.
+    """
+
+    name: str
+    model: str
+    tenant: str
+    pages: list[int]
+    first: int
+    digest: bytes
+    replica: int = 0
 
 
 class Preempt(msgspec.Struct, frozen=True):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 
+from llmos.drivers.sdk import saving
 from llmos.drivers.sdk.driver import Driver
 from llmos.drivers.sdk.executor import Executor
+from llmos.drivers.sdk.keys import StorageKeys
 from llmos.drivers.sdk.messages import (
     DriverInfo,
     EncodedStep,
@@ -14,16 +17,26 @@ from llmos.drivers.sdk.messages import (
     LoadedModel,
     LoadProgress,
     LoadRequest,
+    Move,
+    Moved,
+    OpenTask,
     Preempt,
     Quantum,
     QuantumDone,
     Reset,
+    RestoreTask,
+    SaveTask,
     Step,
+    TaskOpened,
     Unload,
 )
-from llmos.ipc.errors import LLMOSError
+from llmos.drivers.sdk.moves import Moves, check_move
+from llmos.drivers.sdk.saved import SavedFile
+from llmos.ipc.background import Background
+from llmos.ipc.errors import LLMOSError, NotFound
 from llmos.ipc.server import Incoming, Later, Server, method
 from llmos.kernel.messages import Beat
+from llmos.services import saved
 
 LOAD_LIMIT = 900.0
 STEP_LIMIT = 60.0
@@ -49,6 +62,19 @@ class _CallSink:
         self._call.fail(error)
 
 
+class _MoveSink:
+    """Sends the result of a move as the answer of the call that asked for it."""
+
+    def __init__(self, call: Incoming) -> None:
+        self._call = call
+
+    def done(self, moved: Moved) -> None:
+        self._call.reply(moved)
+
+    def fail(self, error: LLMOSError) -> None:
+        self._call.fail(error)
+
+
 class DriverServer(Server):
     """Serves one driver under the name ``driver.NAME``."""
 
@@ -56,6 +82,9 @@ class DriverServer(Server):
         super().__init__(run, f"driver.{name}")
         self._driver = driver
         self._executor = Executor(driver)
+        self._background = Background(self)
+        self._moves = Moves(self._executor, self._background)
+        self._keys = StorageKeys(self)
         self._limit = STEP_LIMIT
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
 
@@ -68,9 +97,10 @@ class DriverServer(Server):
     def stop(self) -> None:
         for model in list(self._loaded):
             self._forget(model)
+        self._background.close()
 
     def on_kernel_restart(self) -> None:
-        self._executor.abandon()
+        self._abandon()
 
     @method
     def describe(self, request: None, call: Incoming) -> DriverInfo:
@@ -119,19 +149,93 @@ class DriverServer(Server):
         return Later()
 
     @method
+    def move(self, request: Move, call: Incoming) -> Later:
+        """The reply is ``Moved``."""
+        check_move(request, self._model(request.model))
+        if "disk" in (request.source, request.target):
+            self._keys.use(request.tenant, "pages", call, lambda key: self._submit(request, key, call))
+        else:
+            self._submit(request, b"", call)
+        return Later()
+
+    @method
+    def save(self, request: SaveTask, call: Incoming) -> Later:
+        """The reply is ``TaskSaved``."""
+        saving.check_pages(request.pages, request.replica, self._model(request.model))
+        saved.path_of(request.name)
+
+        def begin(key: bytes) -> None:
+            loaded, layout = self._model(request.model), self._layout(request.model)
+            task = saving.Saving(self._driver, request, loaded, layout, key)
+            self._moves.submit(
+                request.model, request.replica, task.begin, saving.SavedSink(task, call), reads_device=True
+            )
+
+        self._keys.use(request.tenant, "tasks", call, begin)
+        return Later()
+
+    @method
+    def open(self, request: OpenTask, call: Incoming) -> Later:
+        """The reply is ``TaskOpened``."""
+
+        def read(key: bytes) -> None:
+            with closing(SavedFile(request.name, key)) as file:
+                call.reply(TaskOpened(file.contents.state))
+
+        self._keys.use(request.tenant, "tasks", call, read)
+        return Later()
+
+    @method
+    def restore(self, request: RestoreTask, call: Incoming) -> Later:
+        """The reply is ``Moved``."""
+        saving.check_pages(request.pages, request.replica, self._model(request.model))
+
+        def begin(key: bytes) -> None:
+            self._model(request.model)
+            layout = self._layout(request.model)
+            start = lambda: saving.restore(self._driver, request, layout, key)  # noqa: E731
+            self._moves.submit(request.model, request.replica, start, _MoveSink(call), reads_device=False)
+
+        self._keys.use(request.tenant, "tasks", call, begin)
+        return Later()
+
+    @method
     def preempt(self, request: Preempt, call: Incoming) -> None:
         self._executor.preempt(request.quantum)
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:
-        self._executor.abandon(request.model, request.replica)
+        self._abandon(request.model, request.replica)
         self._driver.reset(request.model, request.replica)
 
     @method
     def unload(self, request: Unload, call: Incoming) -> None:
         self._forget(request.model)
 
+    def _submit(self, move: Move, key: bytes, call: Incoming) -> None:
+        # Its model may have been unloaded while the key was fetched.
+        self._model(move.model)
+        begin = lambda: self._driver.move(move, key)  # noqa: E731
+        self._moves.submit(
+            move.model, move.replica, begin, _MoveSink(call), reads_device=move.source == "device"
+        )
+
+    def _model(self, name: str) -> LoadedModel:
+        if name not in self._loaded:
+            raise NotFound(f"no model {name!r} is loaded here")
+        return self._loaded[name][1]
+
+    def _layout(self, model: str) -> str:
+        """What the bytes of a page mean here: pages go only where this is the same."""
+        request, loaded = self._loaded[model]
+        parts = (self._driver.describe().driver, loaded.family, loaded.attention, request.kv_dtype)
+        return ":".join((*parts, str(loaded.page_tokens), str(loaded.page_bytes)))
+
     def _forget(self, model: str) -> None:
-        self._executor.abandon(model)
+        self._abandon(model)
         self._driver.unload(model)
         self._loaded.pop(model, None)
+
+    def _abandon(self, model: str = "", replica: int = -1) -> None:
+        self._executor.abandon(model, replica)
+        self._moves.abandon(model, replica)

@@ -9,12 +9,12 @@ from functools import partial
 from llmos.drivers.sdk.checks import TEXT_LIMIT
 from llmos.drivers.sdk.messages import LoadedModel
 from llmos.ipc import calls, codec, limits
+from llmos.ipc.background import Background
 from llmos.ipc.errors import InvalidArgument, IOFailure, LLMOSError
 from llmos.ipc.grant import Band
 from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming, Server
 from llmos.services.models import scores, texts
-from llmos.services.models.background import Background
 from llmos.services.models.hosting import Model
 from llmos.services.models.messages import Classified, Classify, Embed, Embedded, Ranked, Rerank
 from llmos.services.models.texts import Input, Tokens

@@ -26,6 +26,7 @@ class Model:
         self.source = source
         self.tokenizer: ModelTokenizer | None = None
         self.template: ChatTemplate | None = None
+        self.fingerprint = ""
         self.loaded: LoadedModel | None = None
         self.loading = False
         self.hosted = False
@@ -128,6 +129,8 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         max_context=spec.max_context,
         chunk_tokens=spec.chunk_tokens,
         mesh=spec.mesh,
+        host_pages=spec.host_pages,
+        disk_pages=spec.disk_pages,
         speculation=spec.speculation,
         speculation_tokens=spec.speculation_tokens,
         draft=str(Path(spec.draft).expanduser().absolute()) if spec.draft else "",

@@ -73,6 +73,13 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     usage: Finished
 
 
+class Resume(msgspec.Struct, frozen=True):
+    """Go on with the saved task of this name in the folder of saved tasks. A stream of ``Text``, the first of
+    which is what it had said before, ended by ``Done``."""
+
+    name: str
+
+
 class Embed(msgspec.Struct, frozen=True, kw_only=True):
     """Make a vector of each text; token ids are taken as they are, with their special tokens.
 

@@ -120,6 +120,10 @@ class Core:
     def waiting_of(self, tenant: str) -> int:
         return sum(queue.waiting[tenant] for queue in self.queues.values())
 
+    def hosts_of(self, model: str) -> list[Host]:
+        """The hosts that serve a model."""
+        return self._hosts_of(model)
+
     # --- events: hosts ---
 
     def add_host(self, host: Host, now: float) -> None:

@@ -13,11 +13,21 @@ State = Literal["waiting", "running", "stopped"]
 Reason = Literal["stop", "length"]
 
 
+class Resume(msgspec.Struct, frozen=True):
+    """Where a task was saved: the file, and how many of its first tokens have their KV there."""
+
+    name: str
+    computed: int
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True):
     """Run a task: continue ``tokens`` until a token of ``stop``, or ``max_tokens`` new ones.
 
     The call stays open while the task lives: chunks are ``Tokens`` (or go to this connection's ``attach``
     stream), the end is ``Finished``, cancelling the call kills the task. The header's deadline is the task's.
+    Of a task that goes on, the first ``prompt`` tokens are its prompt (0: all of them) and the rest what it
+    produced before; the KV of a saved one may be found by ``resume``. ``context`` is the caller's, and kept
+    with the task when it is saved.
     """
 
     model: str
@@ -27,6 +37,9 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     stop: list[int] = []
     band: Band = "interactive"
     label: str = ""
+    prompt: int = 0
+    context: bytes = b""
+    resume: Resume | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
@@ -145,6 +158,36 @@ class Cont(msgspec.Struct, frozen=True):
     """Let a stopped task go on."""
 
     task: int
+
+
+class Save(msgspec.Struct, frozen=True):
+    """Stop a task, write it to a file, and end it; its caller gets ECANCELED. It only stops if that fails."""
+
+    task: int
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """The name of the file in the folder of saved tasks; how many KV pages it has, its size in bytes."""
+
+    name: str
+    pages: int
+    bytes: int
+
+
+class TaskState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a saved task consists of besides its KV; ``computed`` tokens of it have some."""
+
+    model: str
+    tenant: str
+    tokens: list[int]
+    prompt: int
+    limit: int
+    stop: list[int]
+    sampling: Sampling
+    band: Band
+    label: str
+    context: bytes
+    computed: int
 
 
 class HostLine(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from llmos.services.memory.messages import (
     Holding,
     Restore,
 )
+from llmos.services.scheduler import saving
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.effects import MessageEffects, arena_of
 from llmos.services.scheduler.encode_effects import EncodeEffects, check_texts, encoder_line, job_line
@@ -41,6 +42,7 @@ from llmos.services.scheduler.messages import (
     Kill,
     Nice,
     Pause,
+    Save,
     SchedulerStats,
     State,
     Submit,
@@ -52,6 +54,7 @@ from llmos.services.scheduler.messages import Host as HostRequest
 from llmos.services.scheduler.task import Place, Task
 
 RETRY_SECONDS = 0.05
+CONTEXT_BYTES = 64 << 10
 RETRY_AFTER = 1.0  # what a full queue tells its callers
 now = time.monotonic
 
@@ -138,6 +141,12 @@ class Scheduler(Server):
     def cont(self, request: Cont, call: Incoming) -> None:
         """Succeeds as well where the task is not stopped."""
         self.core.cont(self._task(request.task, call), now())
+
+    @method
+    def save(self, request: Save, call: Incoming) -> Later:
+        """The reply is ``Saved``."""
+        saving.save(self, self._task(request.task, call), call, now)
+        return Later()
 
     @method
     def stats(self, request: None, call: Incoming) -> SchedulerStats:
@@ -283,7 +292,7 @@ class Scheduler(Server):
             model=request.model,
             band=request.band,
             tokens=list(request.tokens),
-            prompt=len(request.tokens),
+            prompt=request.prompt or len(request.tokens),
             limit=limit,
             arrived=now(),
             sampling=request.sampling,
@@ -294,6 +303,8 @@ class Scheduler(Server):
             max_pages=grant.max_pages,
             label=request.label[:80],
             call=call,
+            context=request.context,
+            resume=request.resume,
         )
 
     def _admissible_job(self, request: Encode, call: Incoming) -> Job:
@@ -399,6 +410,10 @@ def _check_fit(model: LoadedModel, request: Submit, limit: int) -> None:
         )
     if limit > model.pages * model.page_tokens:
         raise InvalidArgument(f"{limit} tokens do not fit in {model.pages} pages of {model.page_tokens}")
+    if not 0 <= request.prompt <= len(request.tokens):
+        raise InvalidArgument(f"prompt is {request.prompt}, not in 0..{len(request.tokens)}")
+    if len(request.context) > CONTEXT_BYTES:
+        raise InvalidArgument(f"a context of {len(request.context)} bytes exceeds {CONTEXT_BYTES}")
     if len(request.stop) > STOP_LIMIT:
         raise InvalidArgument(f"at most {STOP_LIMIT} stop tokens, not {len(request.stop)}")
     check_sampling(request.sampling, model.vocab_size)

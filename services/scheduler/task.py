@@ -8,6 +8,7 @@ from typing import Any
 
 from llmos.drivers.sdk.messages import Sampling
 from llmos.ipc.grant import BANDS, Band
+from llmos.services.scheduler.messages import Resume
 
 GREEDY = Sampling()
 PACE_SMOOTHING = 0.2
@@ -35,7 +36,8 @@ class Task:
     ``stay`` how often it left a slot, ``ticket`` how often it was queued. ``bound`` is the host that promised
     to keep its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that
     it counts as interactive while it has its slot. ``pace`` is how many tokens it gains in a step, lately:
-    more than one where the driver speculates, so that ``planned`` is what it will have at least.
+    more than one where the driver speculates, so that ``planned`` is what it will have at least. ``context``
+    belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read.
     """
 
     id: int
@@ -55,6 +57,8 @@ class Task:
     max_pages: int = 0
     label: str = ""
     call: Any = None
+    context: bytes = b""
+    resume: Resume | None = None
 
     place: Place = Place.WAITING
     arena: str = ""
