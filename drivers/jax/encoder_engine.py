@@ -73,6 +73,12 @@ class EncoderPrograms(Programs):
         ]
         return list(dict.fromkeys([*alone, *rest]))
 
+    def ready_rows(self, length: int) -> list[int]:
+        """The batch sizes to use now: those compiled already, so that nobody waits for a compiler while
+        there is another way; all of them where none is."""
+        sizes = self.encoder.rows_for(length)
+        return [rows for rows in sizes if ("encode", rows, length) in self._ready] or sizes
+
     def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         rows, length = (int(side) for side in key[1:])
         packed = struct((rows, 2 * length + 1), np.int32)
@@ -111,8 +117,9 @@ class EncoderEngine:
         length = bucket(max(map(len, request.texts)), spec.lengths)
         types = request.types or [[]] * len(request.texts)
         outputs, at = [], 0
-        for count in split(len(request.texts), spec.rows_for(length)):
-            rows = bucket(count, spec.rows_for(length))
+        sizes = self._programs.ready_rows(length)
+        for count in split(len(request.texts), sizes):
+            rows = bucket(count, sizes)
             packed = _pack(request.texts[at : at + count], types[at : at + count], rows, length)
             made = self._programs.get(("encode", rows, length))(self._weights, packed)
             made.copy_to_host_async()

@@ -1,4 +1,4 @@
-"""Requests for encoders: tokenized beside the loop, sent to the scheduler, their rows put together."""
+"""Requests for encoders: tokenized and scored beside the loop, computed by the scheduler's drivers."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ class Encodings:
                 call.fail(IOFailure(f"{len(tokens) - len(rows)} of {len(tokens)} texts were lost"))
             else:
                 whole = b"".join(rows[number] for number in range(len(tokens)))
-                call.reply(finish(whole, codec.decode(answer.body, Encoded).tokens))
+                count = codec.decode(answer.body, Encoded).tokens
+                self._background.run(lambda: finish(whole, count), lambda made: call.reply(made.result()))
 
         id = self._server.call("scheduler.encode", body, answered, acting=call)
         call.on_cancel = lambda: self._server.data.cancel(id)

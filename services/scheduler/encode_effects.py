@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from llmos.drivers.sdk.checks import TEXT_LIMIT
+from llmos.drivers.sdk.checks import TEXT_LIMIT, TEXT_TOKENS
 from llmos.drivers.sdk.messages import EncodedStep, LoadedModel
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
@@ -69,6 +69,8 @@ def check_texts(model: LoadedModel, request: Encode) -> None:
         raise InvalidArgument(f"{request.model} generates text: it has no encoder's vectors or scores")
     if not 0 < len(request.texts) <= TEXT_LIMIT:
         raise InvalidArgument(f"a request has 1 to {TEXT_LIMIT} texts, not {len(request.texts)}")
+    if (total := sum(map(len, request.texts))) > TEXT_TOKENS:
+        raise InvalidArgument(f"{total} tokens in one request exceed {TEXT_TOKENS}: send fewer texts at once")
     if request.types and [*map(len, request.types)] != [*map(len, request.texts)]:
         raise InvalidArgument("types must be as many as the tokens of each text, or left out")
     for number, text in enumerate(request.texts):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from llmos.drivers.sdk.messages import EncodedStep, EncodeStep, LoadedModel
@@ -304,7 +305,7 @@ class Encoding:
         yield first
         lines = self._lines[first.model, first.rank]
         for tenant in sorted(lines, key=lambda tenant: self._counters.served.get(tenant, 0.0)):
-            for job in list(lines[tenant])[:LOOK]:
+            for job in islice(lines[tenant], LOOK):
                 if job is not first and self._may_run(job):
                     yield job
 

@@ -250,6 +250,8 @@ def test_a_tenant_has_no_more_jobs_at_the_drivers_than_it_may() -> None:
     ("request_", "message"),
     [
         (Encode(model="e", texts=[]), "1 to 4096 texts"),
+        (Encode(model="e", texts=[[1] * 64] * 4097), "1 to 4096 texts"),
+        (Encode(model="e", texts=[[1] * 128] * 4096), "524288 tokens"),
         (Encode(model="e", texts=[[]]), "text 0 has 0 tokens"),
         (Encode(model="e", texts=[[1], [1] * 65]), "text 1 has 65 tokens, not 1 to 64"),
         (Encode(model="e", texts=[[100]]), "outside 0 to 99"),
