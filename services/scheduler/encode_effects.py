@@ -11,7 +11,8 @@ from llmos.ipc import codec
 from llmos.ipc.calls import Answer
 from llmos.ipc.errors import Busy, Canceled, HostDown, InvalidArgument, LLMOSError
 from llmos.ipc.server import Incoming
-from llmos.services.scheduler.encoding import Batch, EncoderHost, Job
+from llmos.services.scheduler.compose import STEP_BUDGET
+from llmos.services.scheduler.encoding import STEP_SECONDS, Batch, EncoderHost, Job
 from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import Encode, Encoded, HostLine, Rows, TaskLine
 
@@ -28,6 +29,26 @@ class EncodeEffects:
     def __init__(self, server: Scheduler, rates: RateLimits) -> None:
         self._server = server
         self._rates = rates
+        self._asked: set[str] = set()
+
+    def seconds(self, driver: str) -> float:
+        """As long as prefill may take beside realtime tasks; not at all while they might miss a deadline."""
+        hosts = [host for host in self._server.core.hosts.values() if host.driver == driver]
+        if any(host.crunch for host in hosts):
+            return 0.0
+        beside = any(task.rank == 0 for host in hosts for task in host.running)
+        return STEP_BUDGET[0] if beside else STEP_SECONDS
+
+    def later(self, model: str) -> None:
+        if model in self._asked:
+            return
+
+        def again() -> None:
+            self._asked.discard(model)
+            self._server.encoding.pump(model, now())
+
+        self._asked.add(model)
+        self._server.after(RETRY_SECONDS, again)
 
     def encode(self, host: EncoderHost, batch: Batch) -> None:
         def answered(answer: Answer) -> None:
