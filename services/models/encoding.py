@@ -110,10 +110,7 @@ class Encodings:
         assert model.loaded is not None
         assert model.tokenizer is not None
         _check_size(inputs, seconds)
-        limit = model.loaded.max_context
-        work = partial(
-            texts.encode, model.tokenizer, inputs, limit, seconds=seconds, truncate=truncate
-        )  # fmt: skip
+        encode = partial(texts.encode, model.tokenizer, inputs, model.loaded.max_context)
 
         def tokenized(future: Future[list[Tokens]]) -> None:
             if call.key not in self._server.serving:
@@ -123,7 +120,7 @@ class Encodings:
             except LLMOSError as error:
                 call.fail(error)
 
-        self._background.run(work, tokenized)
+        self._background.run(lambda: encode(seconds=seconds, truncate=truncate), tokenized)
 
     def _submit(self, call: Incoming, model: str, tokens: list[Tokens], finish: Finish, band: Band) -> None:
         typed = any(any(text.types) for text in tokens)
