@@ -77,12 +77,12 @@ class EncoderPrograms(Programs):
         """The batch sizes to use now: those compiled already, so that nobody waits for a compiler while
         there is another way; all of them where none is."""
         sizes = self.encoder.rows_for(length)
-        return [rows for rows in sizes if ("encode", rows, length) in self._ready] or sizes
+        return [rows for rows in sizes if self.ready(("encode", rows, length))] or sizes
 
-    def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
+    def _compile(self, key: Key) -> Callable[..., Any]:
         rows, length = (int(side) for side in key[1:])
         packed = struct((rows, 2 * length + 1), np.int32)
-        return partial(_run, self.encoder), (), (self.encoder.weights, packed)
+        return jax.jit(partial(_run, self.encoder)).lower(self.encoder.weights, packed).compile()
 
 
 def _run(spec: EncoderSpec, weights: list[Any], packed: jax.Array) -> jax.Array:
