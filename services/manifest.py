@@ -32,7 +32,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits), and
     ``host_pages`` in RAM and ``disk_pages`` on disk that of sequences that had to leave the device.
     ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
-    smaller model.
+    smaller model. Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step,
+    matter.
     """
 
     name: str
