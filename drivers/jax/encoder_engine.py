@@ -73,6 +73,11 @@ class EncoderPrograms(Programs):
         ]
         return list(dict.fromkeys([*alone, *rest]))
 
+    def _compile(self, key: Key) -> Callable[..., Any]:
+        """For the device that the weights lie on: an encoder is never cut over several."""
+        function, _, arguments = self._describe(key)
+        return jax.jit(function).lower(*arguments).compile()
+
     def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         rows, length = (int(side) for side in key[1:])
         packed = struct((rows, 2 * length + 1), np.int32)
