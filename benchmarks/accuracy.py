@@ -1,13 +1,13 @@
 """What 8-bit weights and KV pages cost in accuracy, on a real model.
 
-    python -m benchmarks.accuracy --model MODEL.gguf [--dtype float32] [--weights same int8 float8] \
-        [--kv bfloat16 int8 float8] [--ways own native] [--json FILE]
+    python -m benchmarks.accuracy --model MODEL.gguf [--dtype float32] [--cases int8/own/int8 ...]
 
-Perplexity is that of the opening of Thoreau's "Walden" (benchmarks/texts/walden.txt, public domain), in pieces
-of 512 tokens. Agreement is the share of the float32 model's greedy tokens, over the prompts of
-tests/data/reference, that are also this one's greedy choice after the same tokens. Both run through the paged
-cache. With ``--ways native`` activations are quantised too, as the products of a GPU do; "own" is what this
-device does. The first line is float32 in everything, and the others are compared with it.
+Perplexity is that of the opening of Thoreau's "Walden" (benchmarks/texts/walden.txt, public domain), in
+pieces of 512 tokens. Agreement is the share of the float32 model's greedy tokens, over the prompts of
+tests/data/reference, that are also this one's greedy choice after the same tokens. Both run through the
+paged cache. A case is WEIGHTS/WAY/KV: with the way "native" activations are quantised too, as the products
+of a GPU do; "own" is what this device does. The first line is float32 in everything, and the others are
+compared with it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.report import Report, arguments
 from llmos.drivers.jax import families, forward, loader, quant
 from llmos.drivers.jax.attention import PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
+from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import open_source
 from llmos.drivers.sdk.messages import DType, Precision
@@ -36,6 +37,11 @@ ROOT = Path(__file__).parent
 TEXT = ROOT / "texts" / "walden.txt"
 REFERENCE = ROOT.parent / "tests" / "data" / "reference" / "smollm2-135m-instruct.json"
 LENGTH, ROWS, PAGE = 512, 4, 16
+CASES = [
+    f"{weights}/{kv}"
+    for weights in ("same/own", "int8/own", "int8/native", "float8/own", "float8/native")
+    for kv in ("bfloat16", "int8", "float8")
+]
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,8 @@ def score(model: Path, tokens: np.ndarray, dtype: DType, weights: Precision, kv:
     source = open_source(str(model))
     family = families.find(source)
     config = family.configure[source.format](source)
-    device = jax.devices()[0]
-    graph, tree, shapes = loader.parameters(config, loader.DTYPES[dtype], device, weights)
+    here = OneDevice(jax.devices()[0])
+    graph, tree, shapes = loader.parameters(config, loader.DTYPES[dtype], here, weights)
     place = lambda path, value: jax.device_put(value, shapes[path].sharding)  # noqa: E731
     found = convert(source, family, config, shapes, place, lambda *_: None)
     width, backend = LENGTH // PAGE, XlaAttention()
@@ -97,9 +103,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or safetensors folder")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for the tokenizer")
     parser.add_argument("--dtype", default="bfloat16", choices=list(loader.DTYPES))
-    parser.add_argument("--weights", nargs="+", default=["same", "int8", "float8"])
-    parser.add_argument("--kv", nargs="+", default=["bfloat16", "int8", "float8"])
-    parser.add_argument("--ways", nargs="+", default=["own", "native"], choices=["own", "native"])
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, metavar="WEIGHTS/WAY/KV")
     options = parser.parse_args()
     encoded = tokenizer.load(options.model, options.cache).encode(TEXT.read_text())
     wanted = pieces(encoded, json.loads(REFERENCE.read_text())["cases"])
@@ -108,10 +112,7 @@ def main() -> None:
     print(
         "| weights | activations | KV | perplexity | against float32 | agreement |\n|---|---|---|---|---|---|"
     )
-    grid = [("same", "own", kv) for kv in options.kv if "same" in options.weights]
-    quantised = [name for name in options.weights if name != "same"]
-    grid += [(name, way, kv) for name in quantised for way in options.ways for kv in options.kv]
-    for weights, way, kv in [("float32", "own", "float32"), *grid]:
+    for weights, way, kv in [case.split("/") for case in ["float32/own/float32", *options.cases]]:
         first = weights == "float32"
         dtype, kind = ("float32", "same") if first else (options.dtype, weights)
         with mock.patch.object(quant, "choose", (lambda *_: "native") if way == "native" else quant.choose):

@@ -56,7 +56,7 @@ def quantised(x: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def placed(x: jax.Array, path: str, shapes: dict[str, Any]) -> dict[str, jax.Array]:
-    """The float weight ``x`` quantised as ``shapes`` wants it: values and scale by path, where they belong."""
+    """The float weight ``x`` quantised as ``shapes`` wants it: values and scale by path, in their places."""
     wanted, scale = shapes[path], shapes[scale_path(path)]
     values = _quantiser(jnp.dtype(wanted.dtype), wanted.sharding, scale.sharding)(x)
     return dict(zip((path, scale_path(path)), values))
@@ -101,7 +101,7 @@ def native(values: jax.Array, weight: jax.Array, out: Any) -> jax.Array:
 
 
 def blocked(rows: jax.Array, weight: jax.Array, out: Any, dense: Dense) -> jax.Array:
-    """``rows`` [n, in] times ``weight`` [out, in], of which at most ``BLOCK`` values are converted at once."""
+    """``rows`` [n, in] times ``weight`` [out, in], which is converted ``BLOCK`` values at a time."""
     channels, inner = weight.shape
     sizes = (n for n in range(1, channels + 1) if channels % n == 0)
     pieces = next(n for n in sizes if channels // n * inner <= BLOCK or n == channels)
