@@ -10,12 +10,14 @@ An *encoder* has no slots and keeps nothing: it is sent texts, a step's worth at
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 DType = Literal["float32", "bfloat16", "int8", "float8"]
 Precision = Literal["same", "int8", "float8"]
+DTYPES: tuple[DType, ...] = get_args(DType)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FinishReason = Literal["stop", "length", "error"]
 Tier = Literal["device", "host", "disk"]
 Kind = Literal["decoder", "encoder"]
