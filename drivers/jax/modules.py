@@ -136,7 +136,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
     def quantise(self, dtype: Any) -> None:
         """Quantise the weights of all layers; embedding, head, norms and routers stay as they are.
 
-        The head makes the logits: on SmolLM2 an int8 head alone doubles the greedy tokens that change.
+        The head makes the logits: on SmolLM2 an int8 head beside int8 layers doubled the tokens that changed.
         """
         for layer in self.layers:
             products = (layer.attention.qkv, layer.attention.out)

@@ -83,7 +83,8 @@ def choose(dtype: Any, rows: int, out: int, inner: int, platform: str) -> Way:
 def product(x: jax.Array, weight: jax.Array, scale: jax.Array, out: Any, dense: Dense) -> jax.Array:
     """``x`` [..., in] times ``weight`` [out, in] with ``scale`` [out] -> [..., out] in dtype ``out``."""
     rows = x.reshape(-1, x.shape[-1])
-    way = choose(weight.dtype, rows.shape[0], *weight.shape, jax.default_backend())
+    channels, inner = weight.shape
+    way = choose(weight.dtype, rows.shape[0], channels, inner, jax.default_backend())
     if way == "native":
         values, each = quantise(rows, weight.dtype)
         raw = native(values, weight, out).astype(jnp.float32) * each[:, None]
@@ -91,7 +92,7 @@ def product(x: jax.Array, weight: jax.Array, scale: jax.Array, out: Any, dense: 
         raw = blocked(rows, weight, out, dense).astype(jnp.float32)
     else:
         raw = dense(rows, weight.astype(x.dtype), out).astype(jnp.float32)
-    return (raw * scale).astype(out).reshape(*x.shape[:-1], weight.shape[0])
+    return (raw * scale).astype(out).reshape(*x.shape[:-1], channels)
 
 
 def native(values: jax.Array, weight: jax.Array, out: Any) -> jax.Array:

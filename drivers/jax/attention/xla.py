@@ -53,7 +53,8 @@ class XlaAttention:
                 jnp.where(jnp.isfinite(found), found, jnp.zeros_like(found)), mode="drop"
             )
 
-        return PagedCache(*(None if part is None else clear(part) for part in cache))
+        cleared: PagedCache = jax.tree.map(clear, cache)
+        return cleared
 
     def decode(
         self,

@@ -48,7 +48,7 @@ def apply(
     for path in wanted:
         for part in rules[path]:
             _check_shape(source, part, shapes[path].shape)
-    placed = {}
+    placed: dict[str, jax.Array] = {}
     for done, (path, shape) in enumerate(wanted.items()):
         progress(done, len(wanted))
         parts = [_read(source, part) for part in rules[path]]

@@ -66,6 +66,6 @@ def fill(shapes: dict[str, Any], seed: int = 0) -> dict[str, jax.Array]:
 @cache
 def _drawer(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[[jax.Array], jax.Array]:
     def draw(key: jax.Array) -> jax.Array:
-        return (jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5).astype(dtype)
+        return jnp.asarray(jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5, dtype)
 
     return jax.jit(draw, out_shardings=sharding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from llmos.drivers.jax import loader, quant
 from llmos.drivers.jax.driver import JaxDriver
+from llmos.drivers.jax.programs import Programs
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.random import fill
@@ -23,9 +25,17 @@ PROMPTS = [list(range(3, 50)), [5, 9, 77, 31], [88] * 17]
 KINDS = ["int8", "float8"]
 
 
-def request(source: Path, cache: Path, **fields: Any) -> LoadRequest:
+def asking(source: Path, cache: Path, **fields: Any) -> LoadRequest:
     small = {"page_tokens": 8, "pages": 64, "slots": 4, "max_context": 128, "chunk_tokens": 32}
     return LoadRequest(model="m", source=str(source), cache=str(cache), **(small | fields))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_what_is_used() -> Iterator[None]:
+    """No program is compiled before it is needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Programs, "ahead", lambda self: [])
+        yield
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -33,7 +43,7 @@ def loaded(request: pytest.FixtureRequest, helpers: Any, tiny_folder: Path, tmp_
     kind = request.param
     cache = helpers.make_cache(tmp_path_factory.mktemp(kind), request.getfixturevalue("programs_folder"))
     driver = JaxDriver("cpu")
-    asked = globals()["request"](tiny_folder, cache, weights=kind, kv_dtype=kind)
+    asked = asking(tiny_folder, cache, weights=kind, kv_dtype=kind)
     runner = helpers.Runner(driver, driver.load(asked, helpers.ignore))
     return SimpleNamespace(kind=kind, cache=cache, driver=driver, runner=runner, asked=asked)
 
@@ -76,7 +86,7 @@ def test_a_kept_checkpoint_of_another_precision_is_refused(loaded: Any, helpers:
     assert kept.name.startswith(f"float32-{loaded.kind}-")
     assert checkpoint.is_checkpoint(str(kept))
     with pytest.raises(InvalidArgument, match=r"is not in float32$"):
-        JaxDriver("cpu").load(request(kept, loaded.cache), helpers.ignore)
+        JaxDriver("cpu").load(asking(kept, loaded.cache), helpers.ignore)
 
 
 def test_a_failed_sequence_leaves_clean_pages(loaded: Any, helpers: Any) -> None:
@@ -114,18 +124,18 @@ def test_a_bad_tensor_is_refused_by_its_name(helpers: Any, tmp_path: Path, fresh
     tensors[name][3, 3] = float("nan")
     folder = helpers.write_folder(tmp_path / "bad", helpers.TINY, tensors)
     with pytest.raises(InvalidArgument, match=f"'{name}' holds values that are not finite"):
-        JaxDriver("cpu").load(request(folder, fresh_cache, weights="int8"), helpers.ignore)
+        JaxDriver("cpu").load(asking(folder, fresh_cache, weights="int8"), helpers.ignore)
 
 
 def test_an_8_bit_dtype_to_compute_in_is_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match='ask for 8-bit weights by weights = "int8"'):
-        loader.check_request(request(tmp_path, tmp_path, dtype="int8"))
+        loader.check_request(asking(tmp_path, tmp_path, dtype="int8"))
 
 
 @pytest.mark.parametrize("field", ["weights", "kv_dtype"])
 def test_float8_is_refused_on_a_gpu_without_it(tmp_path: Path, field: str) -> None:
     device = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
-    asked = request(tmp_path, tmp_path, **{field: "float8"})
+    asked = asking(tmp_path, tmp_path, **{field: "float8"})
     with pytest.raises(InvalidArgument, match=r"A100 has 8\.0: use int8"):
         loader.check_device(asked, device)
     device.compute_capability = "9.0"
