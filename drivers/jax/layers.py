@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmos.drivers.jax.config import Activation, DecoderConfig
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.sharding.collectives import total
 
 Init = Callable[[tuple[int, ...]], Any]
@@ -30,9 +31,12 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 def product(x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
     """``x`` [..., in] times ``weight`` [out, in] -> [..., out], accumulated in float32.
 
-    A single bfloat16 row is doubled on the CPU: XLA:CPU converts the whole matrix for one row.
+    A single bfloat16 row is doubled on the CPU: XLA:CPU converts the whole matrix for one row. Few rows go to
+    a native kernel where there is one.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if kernels.suits(rows, weight):
+        return kernels.product(rows, weight, out).reshape(*x.shape[:-1], weight.shape[0])
     lonely = rows.shape[0] == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
     if lonely:
         rows = jnp.concatenate([rows, rows])
