@@ -223,10 +223,10 @@ def main() -> None:
     try:
         for column in columns:
             measure(column, engines, options, comparison)
+            say(f"so far\n{comparison.table(columns)}")
     finally:
         for engine in [*engines[0], *engines[1]]:
             engine.close()
-    print(comparison.table(columns), file=sys.stderr)
     comparison.report(columns).write(options.json)
 
 

@@ -86,7 +86,7 @@ def _processor() -> bytes:
     return "\n".join(sorted(telling)).encode()
 
 
-def _headers() -> str:
+def headers() -> str:
     """The folder of XLA's headers; ``jax.ffi.include_dir`` without jax."""
     found = util.find_spec("jaxlib")
     if found is None or not found.submodule_search_locations:
@@ -97,7 +97,7 @@ def _headers() -> str:
 def _compile(compiler: str, made: Path) -> None:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=made.parent)
     os.close(handle)
-    command = [compiler, *FLAGS, "-isystem", _headers(), str(SOURCE), "-o", temporary]
+    command = [compiler, *FLAGS, "-isystem", headers(), str(SOURCE), "-o", temporary]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         if done.returncode:

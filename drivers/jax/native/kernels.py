@@ -75,7 +75,8 @@ def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
 
 def _register(library: ctypes.CDLL) -> None:
     for name in build.KERNELS:
-        capsule = jax.ffi.pycapsule(getattr(library, f"llmos_{name}"))
+        function = getattr(library, f"llmos_{name}")
+        capsule = jax.ffi.pycapsule(function)  # type: ignore[no-untyped-call]
         jax.ffi.register_ffi_target(build.target(name), capsule, platform="cpu")
 
 
