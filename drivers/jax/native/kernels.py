@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llmos.drivers.jax.native import build
-from llmos.ipc.errors import LLMOSError, NotSupported
+from llmos.ipc.errors import LLMOSError
 
 MAX_ROWS = {jnp.dtype(jnp.float32): 16, jnp.dtype(jnp.bfloat16): 64, jnp.dtype(jnp.int8): 64}
 """Up to how many rows a product is for the kernel, by the weight's type; XLA:CPU is fast at many rows."""
@@ -32,12 +31,14 @@ _state = ""
 
 def enable(cache: Path) -> bool:
     """Make the kernels ready, compiling them into ``cache`` if need be; whether they are."""
+    from llmos.drivers.jax.native import trial
+
     global _state
     with _lock:
         if not _state:
             try:
                 _register(build.library(cache))
-                _try_product()
+                trial.run()
                 _state = "ready"
             except LLMOSError as error:
                 _state = error.message
@@ -78,14 +79,3 @@ def _register(library: ctypes.CDLL) -> None:
         function = getattr(library, f"llmos_{name}")
         capsule = jax.ffi.pycapsule(function)  # type: ignore[no-untyped-call]
         jax.ffi.register_ffi_target(build.target(name), capsule, platform="cpu")
-
-
-def _try_product() -> None:
-    """Compare the kernel with NumPy, odd sizes included, before any model depends on it."""
-    random = np.random.default_rng(0)
-    rows, weight = (random.standard_normal(shape, np.float32) for shape in ((5, 83), (29, 83)))
-    expected = rows @ weight.T
-    with jax.default_device(jax.devices("cpu")[0]):
-        got = np.asarray(jax.jit(product)(rows, weight))
-    if not np.allclose(got, expected, atol=1e-3):
-        raise NotSupported(f"the native kernels compute wrongly here: off by {np.abs(got - expected).max()}")

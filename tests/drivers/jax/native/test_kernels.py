@@ -13,7 +13,8 @@ from llmos.drivers.jax import layers
 from llmos.drivers.jax.attention import DecodePlan, Scoring
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
-from llmos.drivers.jax.native import kernels
+from llmos.drivers.jax.native import kernels, trial
+from llmos.ipc.errors import NotSupported
 
 SIZES = [(1, 1, 1), (1, 37, 83), (2, 960, 64), (3, 25, 576), (7, 100, 40), (32, 49, 96)]
 PAGES, PAGE, WIDTH = 24, 4, 6
@@ -106,3 +107,10 @@ def test_attention_equals_xla_and_writes_the_same_cache(scoring: Scoring, kind: 
     assert bool(jnp.isfinite(got[4]).all())
     for mine, theirs in zip(new, old, strict=True):
         assert bool((mine == theirs).all())
+
+
+def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial.run()
+    monkeypatch.setattr(kernels, "product", lambda rows, weight: rows @ weight.T + 1)
+    with pytest.raises(NotSupported, match="product computes wrongly here: off by 1"):
+        trial.run()
