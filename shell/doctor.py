@@ -218,9 +218,9 @@ def _model(line: ModelLine) -> Finding:
 
 
 def _driver(client: Client, name: str) -> Iterator[Finding]:
-    """The devices that a running driver has."""
+    """The devices that a running driver has, and what it can hold."""
     info = client.call(f"driver.{name}.describe", None, DriverInfo, timeout=ANSWER_SECONDS)
-    yield Finding("ok", f"driver {name}: {info.driver} {info.version}")
+    yield Finding("ok", f"driver {name}: {info.driver} {info.version}, {', '.join(info.dtypes)}")
     for device in info.devices:
         memory = f", {device.memory / 2**30:.0f} GiB" if device.memory else ""
         yield Finding("ok", f"device {device.id}: {device.kind} {device.name}{memory}")

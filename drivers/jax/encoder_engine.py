@@ -73,15 +73,16 @@ class EncoderPrograms(Programs):
         ]
         return list(dict.fromkeys([*alone, *rest]))
 
-    def _compile(self, key: Key) -> Callable[..., Any]:
-        """For the device that the weights lie on: an encoder is never cut over several."""
-        function, _, arguments = self._describe(key)
-        return jax.jit(function).lower(*arguments).compile()
+    def ready_rows(self, length: int) -> list[int]:
+        """The batch sizes to use now: those compiled already, so that nobody waits for a compiler while
+        there is another way; all of them where none is."""
+        sizes = self.encoder.rows_for(length)
+        return [rows for rows in sizes if self.ready(("encode", rows, length))] or sizes
 
-    def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
+    def _compile(self, key: Key) -> Callable[..., Any]:
         rows, length = (int(side) for side in key[1:])
         packed = struct((rows, 2 * length + 1), np.int32)
-        return partial(_run, self.encoder), (), (self.encoder.weights, packed)
+        return jax.jit(partial(_run, self.encoder)).lower(self.encoder.weights, packed).compile()
 
 
 def _run(spec: EncoderSpec, weights: list[Any], packed: jax.Array) -> jax.Array:
@@ -116,8 +117,9 @@ class EncoderEngine:
         length = bucket(max(map(len, request.texts)), spec.lengths)
         types = request.types or [[]] * len(request.texts)
         outputs, at = [], 0
-        for count in split(len(request.texts), spec.rows_for(length)):
-            rows = bucket(count, spec.rows_for(length))
+        sizes = self._programs.ready_rows(length)
+        for count in split(len(request.texts), sizes):
+            rows = bucket(count, sizes)
             packed = _pack(request.texts[at : at + count], types[at : at + count], rows, length)
             made = self._programs.get(("encode", rows, length))(self._weights, packed)
             made.copy_to_host_async()

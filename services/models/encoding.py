@@ -1,4 +1,4 @@
-"""Requests for encoders: tokenized beside the loop, sent to the scheduler, their rows put together."""
+"""Requests for encoders: tokenized and scored beside the loop, computed by the scheduler's drivers."""
 
 from __future__ import annotations
 
@@ -110,10 +110,7 @@ class Encodings:
         assert model.loaded is not None
         assert model.tokenizer is not None
         _check_size(inputs, seconds)
-        limit = model.loaded.max_context
-        work = partial(
-            texts.encode, model.tokenizer, inputs, limit, seconds=seconds, truncate=truncate
-        )  # fmt: skip
+        encode = partial(texts.encode, model.tokenizer, inputs, model.loaded.max_context)
 
         def tokenized(future: Future[list[Tokens]]) -> None:
             if call.key not in self._server.serving:
@@ -123,7 +120,7 @@ class Encodings:
             except LLMOSError as error:
                 call.fail(error)
 
-        self._background.run(work, tokenized)
+        self._background.run(lambda: encode(seconds=seconds, truncate=truncate), tokenized)
 
     def _submit(self, call: Incoming, model: str, tokens: list[Tokens], finish: Finish, band: Band) -> None:
         typed = any(any(text.types) for text in tokens)
@@ -147,7 +144,8 @@ class Encodings:
                 call.fail(IOFailure(f"{len(tokens) - len(rows)} of {len(tokens)} texts were lost"))
             else:
                 whole = b"".join(rows[number] for number in range(len(tokens)))
-                call.reply(finish(whole, codec.decode(answer.body, Encoded).tokens))
+                count = codec.decode(answer.body, Encoded).tokens
+                self._background.run(lambda: finish(whole, count), lambda made: call.reply(made.result()))
 
         id = self._server.call("scheduler.encode", body, answered, acting=call)
         call.on_cancel = lambda: self._server.data.cancel(id)

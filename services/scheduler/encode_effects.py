@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from llmos.drivers.sdk.checks import TEXT_LIMIT
+from llmos.drivers.sdk.checks import TEXT_LIMIT, TEXT_TOKENS
 from llmos.drivers.sdk.messages import EncodedStep, LoadedModel
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
 from llmos.ipc.errors import Busy, Canceled, HostDown, InvalidArgument, LLMOSError
 from llmos.ipc.server import Incoming
-from llmos.services.scheduler.encoding import Batch, EncoderHost, Job
+from llmos.services.scheduler.compose import STEP_BUDGET
+from llmos.services.scheduler.encoding import STEP_SECONDS, Batch, EncoderHost, Job
 from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import Encode, Encoded, HostLine, Rows, TaskLine
 
@@ -28,6 +29,26 @@ class EncodeEffects:
     def __init__(self, server: Scheduler, rates: RateLimits) -> None:
         self._server = server
         self._rates = rates
+        self._asked: set[str] = set()
+
+    def seconds(self, driver: str) -> float:
+        """As long as prefill may take beside realtime tasks; not at all while they might miss a deadline."""
+        hosts = [host for host in self._server.core.hosts.values() if host.driver == driver]
+        if any(host.crunch for host in hosts):
+            return 0.0
+        beside = any(task.rank == 0 for host in hosts for task in host.running)
+        return STEP_BUDGET[0] if beside else STEP_SECONDS
+
+    def later(self, model: str) -> None:
+        if model in self._asked:
+            return
+
+        def again() -> None:
+            self._asked.discard(model)
+            self._server.encoding.pump(model, now())
+
+        self._asked.add(model)
+        self._server.after(RETRY_SECONDS, again)
 
     def encode(self, host: EncoderHost, batch: Batch) -> None:
         def answered(answer: Answer) -> None:
@@ -69,6 +90,8 @@ def check_texts(model: LoadedModel, request: Encode) -> None:
         raise InvalidArgument(f"{request.model} generates text: it has no encoder's vectors or scores")
     if not 0 < len(request.texts) <= TEXT_LIMIT:
         raise InvalidArgument(f"a request has 1 to {TEXT_LIMIT} texts, not {len(request.texts)}")
+    if (total := sum(map(len, request.texts))) > TEXT_TOKENS:
+        raise InvalidArgument(f"{total} tokens in one request exceed {TEXT_TOKENS}: send fewer texts at once")
     if request.types and [*map(len, request.types)] != [*map(len, request.texts)]:
         raise InvalidArgument("types must be as many as the tokens of each text, or left out")
     for number, text in enumerate(request.texts):

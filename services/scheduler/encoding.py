@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from llmos.drivers.sdk.messages import EncodedStep, EncodeStep, LoadedModel
@@ -128,9 +129,9 @@ class EncoderHost:
     def name(self) -> str:
         return f"{self.driver}/{self.model.model}"
 
-    def room(self, size: int) -> int:
-        """How many texts of a length class fit in a step, by the driver's limit and the budget of time."""
-        return max(1, int(self.budget) // size)
+    def room(self, size: int, seconds: float) -> int:
+        """How many texts of a length class fit in a step of so many seconds; at least one."""
+        return max(1, int(self.budget * min(1.0, seconds / STEP_SECONDS)) // size)
 
     def note(self, batch: Batch, step: EncodedStep) -> None:
         self.steps += 1
@@ -144,9 +145,15 @@ class EncoderHost:
 
 
 class Effects(Protocol):
-    """What ``Encoding`` asks for; answers come back as events."""
+    """What ``Encoding`` asks for; answers come back as events.
+
+    ``seconds`` is how long a step of a lower band may hold a driver now, for the sake of the realtime tasks
+    that generate there; where it is 0.0, ``later`` asks for a ``pump`` when that may have changed.
+    """
 
     def encode(self, host: EncoderHost, batch: Batch) -> None: ...
+    def seconds(self, driver: str) -> float: ...
+    def later(self, model: str) -> None: ...
     def rows(self, job: Job, indices: list[int], rows: bytes) -> None: ...
     def finish(self, job: Job, error: LLMOSError | None, now: float) -> None: ...
 
@@ -176,27 +183,27 @@ class Encoding:
         self.per_tenant[job.tenant] += 1
         self._counters.enter(job.tenant)
         self._line(job).append(job)
-        self._pump(job.model, now)
+        self.pump(job.model, now)
 
     def kill(self, job: Job, error: LLMOSError, now: float) -> None:
         """End a job; what a driver still makes of it is dropped."""
         if not job.ended:
             self._finish(job, error, now)
-            self._pump(job.model, now)
+            self.pump(job.model, now)
 
     def nice(self, job: Job, band: Band, now: float) -> None:
         """Move a job to another band."""
         self._leave_line(job)
         job.band = band
         self._line(job).append(job)
-        self._pump(job.model, now)
+        self.pump(job.model, now)
 
     def add_host(self, host: EncoderHost, now: float) -> None:
         """A driver is ready to encode; one of that name that was there before is not any more."""
         self.lose_host(host.name, now)
         self.models[host.model.model] = host.model
         self.hosts[host.name] = host
-        self._pump(host.model.model, now)
+        self.pump(host.model.model, now)
 
     def lose_host(self, name: str, now: float) -> None:
         """A driver is gone: what it was computing goes back to the front."""
@@ -206,7 +213,7 @@ class Encoding:
         for batch in reversed(host.flight):
             self._put_back(batch)
         host.flight.clear()
-        self._pump(host.model.model, now)
+        self.pump(host.model.model, now)
 
     def done(self, host: EncoderHost, batch: Batch, step: EncodedStep, now: float) -> None:
         """A step's numbers arrived."""
@@ -224,7 +231,7 @@ class Encoding:
             self._effects.rows(job, indices, data)
             if not job.left:
                 self._finish(job, None, now)
-        self._pump(host.model.model, now)
+        self.pump(host.model.model, now)
 
     def failed(self, host: EncoderHost, batch: Batch, error: LLMOSError, now: float) -> None:
         """A driver could not compute a step: the jobs that took part end."""
@@ -232,13 +239,24 @@ class Encoding:
             for job, _ in batch.parts:
                 if not job.ended:
                     self._finish(job, IOFailure(f"the driver failed: {error}"), now)
-            self._pump(host.model.model, now)
+            self.pump(host.model.model, now)
 
     def repeat(self, host: EncoderHost, batch: Batch, now: float) -> None:
         """A driver did not begin a step: it is sent again."""
         if self._landed(host, batch):
             self._put_back(batch)
-            self._pump(host.model.model, now)
+            self.pump(host.model.model, now)
+
+    def pump(self, model: str, now: float) -> None:
+        """Keep a step queued behind the running one, on every host of a model."""
+        hosts = [host for host in self.hosts.values() if host.model.model == model]
+        while hosts:
+            host = min(hosts, key=lambda host: len(host.flight))
+            batch = self._compose(host, now) if len(host.flight) < STEPS_IN_FLIGHT else None
+            if batch is None:
+                return
+            host.flight.append(batch)
+            self._effects.encode(host, batch)
 
     # --- what follows from them ---
 
@@ -251,24 +269,17 @@ class Encoding:
         if not line:
             del self._lines[job.model, job.rank][job.tenant]
 
-    def _pump(self, model: str, now: float) -> None:
-        """Keep a step queued behind the running one, on every host of a model."""
-        hosts = [host for host in self.hosts.values() if host.model.model == model]
-        while hosts:
-            host = min(hosts, key=lambda host: len(host.flight))
-            batch = self._compose(host, now) if len(host.flight) < STEPS_IN_FLIGHT else None
-            if batch is None:
-                return
-            host.flight.append(batch)
-            self._effects.encode(host, batch)
-
     def _compose(self, host: EncoderHost, now: float) -> Batch | None:
         """The next step: a text of the job that is first, and what shares its band and length class."""
         first = self._first(host.model.model, now)
         if first is None:
             return None
+        seconds = self._effects.seconds(host.driver) if first.rank else STEP_SECONDS
+        if not seconds:
+            self._effects.later(host.model.model)
+            return None
         size = min(first.waiting, key=lambda size: first.waiting[size][0])
-        batch, room = Batch(size, []), host.room(size)
+        batch, room = Batch(size, []), host.room(size, seconds)
         for job in self._together(first):
             if not room:
                 break
@@ -304,7 +315,7 @@ class Encoding:
         yield first
         lines = self._lines[first.model, first.rank]
         for tenant in sorted(lines, key=lambda tenant: self._counters.served.get(tenant, 0.0)):
-            for job in list(lines[tenant])[:LOOK]:
+            for job in islice(lines[tenant], LOOK):
                 if job is not first and self._may_run(job):
                     yield job
 

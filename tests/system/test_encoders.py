@@ -77,7 +77,7 @@ def test_a_long_batch_and_a_generation_go_on_beside_each_other(embedder: Any) ->
         )
         return str(made.choices[0].text)
 
-    alone, texts = generate(), [f"{text} Number {i}." for i in range(12) for text in TEXTS]
+    alone, texts = generate(), [f"{text} Number {i}." for i in range(6) for text in TEXTS]
     vectors: list[list[float]] = []
     batch = threading.Thread(
         target=lambda: vectors.extend(embed(embedder, texts, extra_body={"priority": "batch"}))

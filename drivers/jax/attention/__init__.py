@@ -124,6 +124,14 @@ class AttentionBackend(Protocol):
         ...
 
 
+def page_bytes(config: DecoderConfig, page_tokens: int, dtype: Any) -> int:
+    """Bytes of one page of one layer, scales included; all backends lay pages out alike."""
+    from llmos.drivers.jax.attention.xla import XlaAttention
+
+    layer, *_ = jax.eval_shape(lambda: XlaAttention().allocate(config, 1, page_tokens, dtype))
+    return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(layer))
+
+
 def select(name: str, platform: str, config: DecoderConfig, request: LoadRequest) -> AttentionBackend:
     """The backend called ``name``, or with "auto" the fastest that this device and these shapes allow."""
     from llmos.drivers.jax.attention.xla import XlaAttention

@@ -9,7 +9,7 @@ import pytest
 from llmos.drivers.sdk.messages import EncodedStep, LoadedModel
 from llmos.ipc.errors import Canceled, InvalidArgument, IOFailure, LLMOSError
 from llmos.services.scheduler.encode_effects import check_texts
-from llmos.services.scheduler.encoding import Batch, EncoderHost, Encoding, Job, length_class
+from llmos.services.scheduler.encoding import STEP_SECONDS, Batch, EncoderHost, Encoding, Job, length_class
 from llmos.services.scheduler.messages import Encode
 from llmos.services.scheduler.queue import AGING_SECONDS, Counters
 
@@ -28,11 +28,19 @@ class World:
         self.sent: list[tuple[EncoderHost, Batch]] = []
         self.rows_of: dict[int, dict[int, bytes]] = {}
         self.ended: dict[int, LLMOSError | None] = {}
+        self.budget = STEP_SECONDS
+        self.held: list[str] = []
         self.encoding = Encoding(self, Counters())
         self.hosts = [EncoderHost(f"d{i}", MODEL) for i in range(hosts)]
         for host in self.hosts:
             self.encoding.add_host(host, 0.0)
         self._ids = 0
+
+    def seconds(self, driver: str) -> float:
+        return self.budget
+
+    def later(self, model: str) -> None:
+        self.held.append(model)
 
     def encode(self, host: EncoderHost, batch: Batch) -> None:
         self.sent.append((host, batch))
@@ -177,6 +185,23 @@ def test_a_step_takes_no_longer_than_its_budget() -> None:
     assert world.sent[0][1].padded == 16
 
 
+def test_beside_realtime_generation_steps_are_smaller_and_in_a_crunch_there_are_none() -> None:
+    world = World()
+    world.budget = STEP_SECONDS / 2
+    job = world.submit(texts(12))
+    assert [batch.padded for _, batch in world.sent] == [MODEL.chunk_tokens / 2] * 2
+    world.budget = 0.0
+    world.run()
+    assert world.held[-1] == "e"
+    urgent = world.submit(texts(1), band="realtime")
+    world.run()
+    assert world.got(urgent) == [0]
+    world.budget = STEP_SECONDS
+    world.encoding.pump("e", world.now)
+    world.run()
+    assert world.got(job) == [*range(12)]
+
+
 def test_what_a_dead_driver_was_computing_is_sent_to_another() -> None:
     world = World(hosts=2)
     job = world.submit(texts(12))
@@ -250,6 +275,8 @@ def test_a_tenant_has_no_more_jobs_at_the_drivers_than_it_may() -> None:
     ("request_", "message"),
     [
         (Encode(model="e", texts=[]), "1 to 4096 texts"),
+        (Encode(model="e", texts=[[1] * 64] * 4097), "1 to 4096 texts"),
+        (Encode(model="e", texts=[[1] * 128] * 4096), "524288 tokens"),
         (Encode(model="e", texts=[[]]), "text 0 has 0 tokens"),
         (Encode(model="e", texts=[[1], [1] * 65]), "text 1 has 65 tokens, not 1 to 64"),
         (Encode(model="e", texts=[[100]]), "outside 0 to 99"),
