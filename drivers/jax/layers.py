@@ -16,6 +16,7 @@ from flax import nnx
 
 from llmos.drivers.jax import quant
 from llmos.drivers.jax.config import Activation, DecoderConfig
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.sharding.collectives import total
 
 Init = Callable[[tuple[int, ...]], Any]
@@ -32,11 +33,13 @@ def product(x: jax.Array, weight: jax.Array, out: Any = None, scale: jax.Array |
     """``x`` [..., in] times ``weight`` [out, in] -> [..., out], accumulated in float32.
 
     A quantised weight has a ``scale`` [out]. A single bfloat16 row is doubled on the CPU: XLA:CPU converts
-    the whole matrix for one row.
+    the whole matrix for one row. Few rows go to a native kernel where there is one.
     """
     if scale is not None:
         return quant.product(x, weight, scale, out or x.dtype, product)
     rows = x.reshape(-1, x.shape[-1])
+    if kernels.suits(rows, weight):
+        return kernels.product(rows, weight, out).reshape(*x.shape[:-1], weight.shape[0])
     lonely = rows.shape[0] == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
     if lonely:
         rows = jnp.concatenate([rows, rows])

@@ -35,6 +35,7 @@ from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.modules import Decoder, abstract, struct
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec, Speculating
 from llmos.drivers.jax.sharding import mesh
 from llmos.drivers.jax.sharding.placement import OneDevice, Placement, places
@@ -46,6 +47,7 @@ from llmos.drivers.jax.weights.random import PREFIX, RandomSource, fill
 from llmos.drivers.jax.weights.source import Source, open_source
 from llmos.drivers.sdk.driver import Progress
 from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest, Precision
+from llmos.ipc import paths
 from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -113,6 +115,7 @@ class Load:
     report: Progress
     attention: str = "auto"
     phases: dict[str, float] = field(default_factory=dict)
+    _native: bool = False
     _latest: LoadProgress = field(default_factory=lambda: LoadProgress("read", 0, 0))
 
     def run(self) -> tuple[list[Engine], LoadedModel]:
@@ -159,13 +162,16 @@ class Load:
         draft = self._draft(plan.config, place)
         limits, width = self._limits(plan.config, place, shapes, draft)
         local = place.local(plan.config)
-        backend = place.attention(attention.select(self.attention, place.device.platform, local, request))
+        self._native = self._timed("kernels", lambda: self._kernels(place))
+        chosen = attention.select(self.attention, place.device.platform, local, request, self._native)
+        backend = place.attention(chosen)
         shape = Shape(
             graph=graph,
             tree=tree,
             backend=backend,
             page_tokens=limits.page_tokens,
             pages=limits.pages + 1,
+            native=self._native,
         )
         kv = KV_DTYPES[request.kv_dtype]
         allocate = lambda config: backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
@@ -200,6 +206,13 @@ class Load:
         parts.programs.compile_ahead(self._compiling(None))
         own = {path: jax.device_put(weights[path], x.sharding) for path, x in parts.shapes.items()}
         return parts.engine(_placed(own), *_placed(parts.make()))
+
+    def _kernels(self, place: Placement) -> bool:
+        """Whether this model runs on the CPU's own kernels, which know one device only."""
+        if place.device.platform != "cpu" or not isinstance(place, OneDevice) or self.attention == "xla":
+            return False
+        cache = Path(self.request.cache) if self.request.cache else paths.cache_dir()
+        return kernels.enable(cache / "native")
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()
@@ -326,10 +339,13 @@ class Load:
     def _decode_sizes(self, slots: int, on_cpu: bool) -> list[int]:
         """Batch sizes to compile: few on a CPU, where compiling is slow and padding rows are cheap.
 
-        XLA:CPU converts a whole bfloat16 matrix for a product with one row, and not for two.
+        They are cheap up to four rows in the native kernel; XLA:CPU converts a whole bfloat16 matrix for a
+        product with one row, and not for two.
         """
         if not on_cpu:
             return buckets.decode_buckets(slots, factor=2)
+        if self._native:
+            return [size for size in buckets.decode_buckets(slots, factor=2) if size != 2 or slots == 2]
         return buckets.decode_buckets(slots, smallest=2 if self.request.dtype == "bfloat16" else 1)
 
     def _loaded(self, plan: Plan, parts: Parts, replicas: int) -> LoadedModel:
