@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from llmos.drivers.sdk.driver import Put
+from llmos.drivers.sdk.driver import Bytes, Put
 from llmos.ipc import codec, limits
 from llmos.ipc.errors import IOFailure, LLMOSError, NoMemory
 from llmos.services import saved
@@ -86,15 +86,17 @@ def write(
         raise NoMemory(f"a task of {len(sealed)} bytes without its pages is too large to be saved")
     begin += len(sealed).to_bytes(LENGTH_BYTES, "big") + sealed
     width = contents.page_bytes + keys.OVERHEAD
+
+    def put(index: int, data: Bytes) -> None:
+        if len(data) != contents.page_bytes:
+            raise IOFailure(f"a page of {contents.page_bytes} bytes has {len(data)}")
+        _put(file, keys.seal(key, data, _place(contents.file, index)), len(begin) + index * width)
+
     try:
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             _put(file, begin, 0)
-            result = fill(
-                lambda index, data: _put(
-                    file, keys.seal(key, data, _place(contents.file, index)), len(begin) + index * width
-                )
-            )
+            result = fill(put)
             os.fsync(file)
         finally:
             os.close(file)

@@ -136,15 +136,21 @@ def test_moves_are_cut_into_few_programs_without_padding(count: int) -> None:
     assert len(cut) <= count // 16 + 6
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_a_sequence_goes_on_from_moved_pages_as_it_would_have(
-    tiny_folder: Path, cache_folder: Path, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path,
+    cache_folder: Path,
+    helpers: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_dtype: Any,
 ) -> None:
     monkeypatch.setenv("LLMOS_STATE", str(tmp_path))
     driver = JaxDriver("cpu")
     loaded = driver.load(
         LoadRequest(
             model="tiny", source=str(tiny_folder), cache=str(cache_folder), page_tokens=8, pages=64, slots=2,
-            max_context=128, chunk_tokens=64, host_pages=8, disk_pages=8,
+            max_context=128, chunk_tokens=64, host_pages=8, disk_pages=8, kv_dtype=kv_dtype,
         ),
         helpers.ignore,
     )  # fmt: skip
@@ -157,7 +163,8 @@ def test_a_sequence_goes_on_from_moved_pages_as_it_would_have(
     held = runner.pages(0, len(known))
 
     def move(source: Any, target: Any, pairs: list[tuple[int, int]]) -> None:
-        driver.move(Move(model="tiny", source=source, target=target, pages=pairs, tenant="a"), KEY)()()
+        request = Move(model="tiny", source=source, target=target, pages=pairs, tenant="a")
+        assert driver.move(request, KEY)()().bytes == len(pairs) * loaded.page_bytes
 
     move("device", "host", [(page, index) for index, page in enumerate(held)])
     runner.run(helpers.Task([50] * 60, 30))

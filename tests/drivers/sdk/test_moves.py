@@ -170,6 +170,18 @@ def test_abandoned_moves_write_nothing_and_tell_their_callers() -> None:
     assert [type(end) for end in out] == [Canceled]
 
 
+def test_abandoning_another_replica_or_model_leaves_a_move_alone() -> None:
+    bench = Bench()
+    bench.quantum(start=[start(0, [0, 1])], chunks=[Chunk(0, 0, 0, 6)])
+    out = bench.move("device", "host", (0, 0))
+    for model, replica in (("m", 1), ("n", -1)):
+        bench.executor.abandon(model, replica)
+        bench.moves.abandon(model, replica)
+    run(bench.executor)
+    bench.worker.copy()
+    assert [type(end) for end in out] == [Moved]
+
+
 def test_a_driver_that_moves_nothing_says_so() -> None:
     bench = Bench(Scripted())
     ends = bench.move("device", "host", (0, 0))
@@ -188,6 +200,7 @@ def test_a_driver_that_moves_nothing_says_so() -> None:
         ({"pages": [(0, 1), (2, 1)]}, "writes none twice"),
         ({"pages": []}, "a page at least"),
         ({"tenant": ""}, "names the tenant"),
+        ({"replica": 1}, "no replica 1"),
     ],
 )
 def test_what_a_move_must_not_name(fields: dict[str, Any], message: str) -> None:
