@@ -21,8 +21,8 @@ from llmos.ipc.errors import InvalidArgument
 class Draft:
     """A draft model in the place of the model's replica.
 
-    ``shapes`` are its parameters as programs take them, ``load`` gives their values, and ``kv_dtype`` is that
-    of its cache.
+    ``shapes`` are its parameters as programs take them, ``load`` gives their values, ``kv_dtype`` is that of
+    its cache, and ``native`` as in ``Shape``.
     """
 
     place: Placement
@@ -33,10 +33,12 @@ class Draft:
     shapes: dict[str, Any]
     load: Callable[[], dict[str, jax.Array]]
     kv_dtype: Any
+    native: bool
 
     def described(self, limits: Limits) -> tuple[Shape, list[Any], Any]:
         """What specialises its programs, and the shapes of its weights and caches."""
-        shape = Shape(self.graph, self.tree, self.backend, limits.page_tokens, limits.pages + 1)
+        pages = limits.pages + 1
+        shape = Shape(self.graph, self.tree, self.backend, limits.page_tokens, pages, self.native)
         return shape, list(self.shapes.values()), self._caches(limits)[0]
 
     def held(self, limits: Limits) -> tuple[list[jax.Array], Any]:

@@ -29,6 +29,7 @@ from llmos.drivers.jax import (
     state,
     verification,
 )
+from llmos.drivers.jax.attention import AttentionBackend
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.drafts import Draft, check_draft
 from llmos.drivers.jax.engine import Engine
@@ -159,12 +160,10 @@ class Load:
         config = rope.for_context(plan.config, request.max_context)
         graph, tree, kept = parameters(config, DTYPES[request.dtype], place, request.weights)
         shapes = place.arranged(config, kept)
+        self._native = self._timed("kernels", lambda: self._kernels(place))
         draft = self._draft(plan.config, place)
         limits, width = self._limits(plan.config, place, shapes, draft)
-        local = place.local(plan.config)
-        self._native = self._timed("kernels", lambda: self._kernels(place))
-        chosen = attention.select(self.attention, place.device.platform, local, request, self._native)
-        backend = place.attention(chosen)
+        backend = self._backend(plan.config, place)
         shape = Shape(
             graph=graph,
             tree=tree,
@@ -192,13 +191,17 @@ class Load:
         check_draft(plan.config, config, request.max_context)
         mesh.check_model(mesh.parse(request.mesh), plan.config)
         turned = rope.for_context(plan.config, request.max_context)
-        graph, tree, kept = parameters(turned, DTYPES[request.dtype], place)
-        local, platform_name = place.local(plan.config), place.device.platform
-        backend = place.attention(attention.select(self.attention, platform_name, local, request))
+        graph, tree, kept = parameters(turned, DTYPES[request.dtype], place, request.weights)
+        backend = self._backend(plan.config, place)
         loader = Load(own, self.devices, self.report, self.attention)
         load = lambda: place.arrange(plan.config, loader._kept_weights(plan, kept))  # noqa: E731
         shapes = place.arranged(turned, kept)
-        return Draft(place, plan.config, graph, tree, backend, shapes, load, DTYPES[request.kv_dtype])
+        kv = KV_DTYPES[request.kv_dtype]
+        return Draft(place, plan.config, graph, tree, backend, shapes, load, kv, self._native)
+
+    def _backend(self, config: DecoderConfig, place: Placement) -> AttentionBackend:
+        local, device = place.local(config), place.device.platform
+        return place.attention(attention.select(self.attention, device, local, self.request, self._native))
 
     def _replica(self, plan: Plan, place: Placement, weights: dict[str, jax.Array]) -> Engine:
         """Another replica, with a copy of the first one's weights."""
