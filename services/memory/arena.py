@@ -107,7 +107,7 @@ class Arena:
         self.lookup_tokens += len(text)
         self.hit_tokens += task.computed
         self.tiers.costs.note_returned(hits)
-        self.tiers.bring_in(task, hits, total)
+        self.tiers.bring_in(id, task, hits, total)
         return list(task.pages), task.computed
 
     def grow(self, wants: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
@@ -284,6 +284,7 @@ class Arena:
                 # Computed again instead of fetched: the block is not needed any more.
                 self.tiers.pools[child.tier].give_back(child.page)
                 self.index.relocate(child, DEVICE, page)
+                child.lost = False
                 self.indexed[page] = 1
             self.index.pin(child)
             node = child

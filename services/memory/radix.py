@@ -38,11 +38,11 @@ class Node:
 
     ``pins`` counts the tasks and transfers whose path from the root passes here; a pinned node is not
     dropped, and one that is not pinned has no pinned descendant. While it is ``busy`` its page is on the way
-    to another tier. ``near`` counts its children by tier.
+    to another tier; it is ``lost`` when it could not be fetched. ``near`` counts its children by tier.
     """
 
     __slots__ = (
-        "busy", "children", "depth", "key", "last_use", "near", "page", "parent", "pins", "tenant", "tier", "uses",
+        "busy", "children", "depth", "key", "last_use", "lost", "near", "page", "parent", "pins", "tenant", "tier", "uses",
     )  # fmt: skip
 
     def __init__(self, parent: Node | None, key: bytes, page: int, tenant: str) -> None:
@@ -58,6 +58,7 @@ class Node:
         self.uses = 0
         self.last_use = 0
         self.busy = False
+        self.lost = False
 
     @property
     def droppable(self) -> bool:
@@ -97,12 +98,12 @@ class RadixIndex:
         return root
 
     def match(self, tenant: str, keys: Sequence[bytes]) -> list[Node]:
-        """The nodes of the longest indexed prefix of these pages' tokens, up to one that is on its way."""
+        """The nodes of the longest indexed prefix of these pages' tokens, up to one that is on its way or lost."""
         found: list[Node] = []
         node = self._roots.get(self._salt(tenant))
         for key in keys:
             node = node.children.get(key) if node is not None else None
-            if node is None or node.busy:
+            if node is None or node.busy or node.lost:
                 break
             found.append(node)
         return found

@@ -69,7 +69,7 @@ class Tiers:
         self._arena.release(task.tenant, [page for page in task.pages if page not in moving])
         task.away, task.pages = True, []
         self.away[id] = task
-        return self._open(items, task)
+        return self._open(items, task, id)
 
     def swap_in(self, id: int, extra: int = 0, spare: int = 0) -> tuple[list[int], int]:
         """Give a swapped task pages again, as ``Arena.reserve`` does. Raises NoMemory as that does, and Busy
@@ -77,11 +77,15 @@ class Tiers:
         arena, task = self._arena, self._arena.task(id)
         if not task.away:
             raise InvalidArgument(f"task {id} is not swapped out")
+        if extra < 0 or spare < 0:
+            raise InvalidArgument(f"task {id}: {extra} more tokens, {spare} pages to spare")
         nodes = list(lineage(task.path))[::-1]
         if any(node.busy for node in nodes) or task.transfer:
             raise Busy(f"pages of task {id} are on their way; try again when that is settled")
-        if extra < 0 or spare < 0:
-            raise InvalidArgument(f"task {id}: {extra} more tokens, {spare} pages to spare")
+        kept = next((i for i, node in enumerate(nodes) if node.lost), len(nodes))
+        if kept < len(nodes):
+            self._cut(task, kept)
+            nodes = nodes[:kept]
         total = -(-(len(task.tokens) + extra) // arena.spec.page_tokens)
         owned = sum(arena.is_owned(node) for node in nodes) + (task.tail is not None)
         arena.check_quota(task.tenant, task.quota, total - owned)
@@ -89,10 +93,10 @@ class Tiers:
         arena.check_space(total - resident + spare, self._index.evictable)
         task.away = False
         del self.away[id]
-        self.bring_in(task, nodes, total)
+        self.bring_in(id, task, nodes, total)
         return list(task.pages), task.computed
 
-    def bring_in(self, task: Task, nodes: list[Node], total: int) -> None:
+    def bring_in(self, id: int, task: Task, nodes: list[Node], total: int) -> None:
         """Hold ``total`` device pages for a task: those of ``nodes`` that are there, new ones for the rest;
         open a transfer for what has to be fetched into them. The caller has checked that there are enough."""
         arena = self._arena
@@ -116,23 +120,25 @@ class Tiers:
         for node in away:
             node.busy = True
         if items:
-            self._open(sorted(items, key=lambda item: item.source[0]), task)
+            self._open(sorted(items, key=lambda item: item.source[0]), task, id)
 
     def demote(self) -> Transfer | None:
         """Move pages down from a tier that is low, as far as that is worth it: first from the device."""
         for tier in (DEVICE, HOST):
             if self._is_low(tier) and (items := self._demotion(tier)):
-                return self._open(items, None)
+                return self._open(items)
         return None
 
     def settle(self, id: int, done: int) -> Task | None:
-        """The first ``done`` batches of a transfer are copied; what is left is given up. Returns its task."""
+        """The first ``done`` batches of a transfer are copied; what is left is given up. Returns its task.
+
+        A task that does not get all it had is freed: what was to be fetched for it is taken to be lost. One
+        that is swapped out loses at most the tokens that do not fill a page.
+        """
         transfer = self.open.pop(id, None)
         if transfer is None:
             raise NotFound(f"there is no transfer {id} in arena {self._arena.spec.arena!r}")
         task = transfer.task if transfer.task is not None and transfer.task.alive else None
-        if task is not None:
-            task.transfer = None
         for index, items in enumerate(transfer.batches):
             for item in items:
                 self._counted[item.tenant] -= item.counted
@@ -140,10 +146,18 @@ class Tiers:
                     self._arrived(item)
                 else:
                     self._stayed(item)
+                    if item.node is not None and item.target[0] == DEVICE and task is not None:
+                        item.node.lost = True
         for end in transfer.pins:
             self._index.unpin_path(end, used=False)
-        if task is not None and done < len(transfer.batches):
-            self._cut(task)
+        if task is None:
+            return None
+        task.transfer = None
+        if done < len(transfer.batches) and not task.away:
+            self._arena.free([transfer.owner])
+            return None
+        if task.away and task.tail is None:
+            task.computed = task.indexed * self._arena.spec.page_tokens
         return task
 
     def abandon(self) -> None:
@@ -209,8 +223,8 @@ class Tiers:
             items.append(Item(node.tenant, source, target, node))
         return items
 
-    def _open(self, items: list[Item], task: Task | None) -> Transfer:
-        transfer = Transfer(next(self._ids), batches(items), task)
+    def _open(self, items: list[Item], task: Task | None = None, owner: int = 0) -> Transfer:
+        transfer = Transfer(next(self._ids), batches(items), task, owner)
         for item in items:
             # A cached page that travels is charged to nobody; any other one once.
             item.counted = 1 if item.node is None or item.node.pins else 2
@@ -287,8 +301,9 @@ class Tiers:
             for node in lineage(task.path):
                 if len(found) >= limit:
                     return list(found.values())
-                held = tier == DEVICE and self._arena.pool.holders[node.page]
-                if node.tier == tier and not node.busy and not held:
+                if node.tier != tier or node.busy:
+                    continue
+                if tier != DEVICE or not self._arena.pool.holders[node.page]:
                     found.setdefault(id(node), node)
         return list(found.values())
 
@@ -296,7 +311,7 @@ class Tiers:
         """A page is copied: its source is free, and its target is the task's or the node's."""
         arena, (tier, number) = self._arena, item.target
         if item.node is not None:
-            item.node.busy = False
+            item.node.busy = item.node.lost = False
             self._index.relocate(item.node, tier, number)
             if item.source[0] == DEVICE:
                 arena.indexed[item.source[1]] = 0
@@ -329,17 +344,19 @@ class Tiers:
             if tier == DEVICE:
                 self._arena.release(item.tenant, [number])
 
-    def _cut(self, task: Task) -> None:
-        """Some of a task's pages did not arrive: what comes from them on has to be computed again."""
-        size = self._arena.spec.page_tokens
-        kept, end = 0, None
-        for node in list(lineage(task.path))[::-1]:
-            if not task.away and (node.tier != DEVICE or task.pages[kept] != node.page):
-                break
-            kept, end = kept + 1, node
-        if task.path is not None and end is not task.path:
+    def _cut(self, task: Task, kept: int) -> None:
+        """Only the first ``kept`` pages of a swapped task can still be had."""
+        end = task.path
+        for _ in range(task.indexed - kept):
+            assert end is not None
+            end = end.parent
+        if task.path is not None and end is not None:
             self._index.unpin_path(task.path, used=False, stop=end)
-        task.path, task.indexed, task.computed = end, kept, kept * size
+        task.path, task.indexed = (end if kept else None), kept
+        task.computed = kept * self._arena.spec.page_tokens
+        if task.tail is not None:
+            self._give_back(task.tail, task.tenant)
+            task.tail = None
 
     def _owned(self, tier: int, tenant: str) -> int:
         return self._index.pinned[tier][tenant] + self._apart[tier][tenant]

@@ -33,12 +33,13 @@ class Item:
 
 @dataclass(slots=True)
 class Transfer:
-    """Batches are copied one after the other; ``task`` is whose they are, ``pins`` the ends of the paths
-    that are kept meanwhile."""
+    """Batches are copied one after the other; ``task`` is whose they are and ``owner`` its id, ``pins`` the
+    ends of the paths that are kept meanwhile."""
 
     id: int
     batches: list[list[Item]]
     task: Task | None = None
+    owner: int = 0
     pins: list[Node] = field(default_factory=list)
 
     def message(self) -> messages.Transfer:
