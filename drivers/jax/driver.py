@@ -8,12 +8,12 @@ from typing import Any
 import jax
 
 from llmos.drivers.jax import platform
-from llmos.drivers.sdk.driver import Driver, PendingStep, Progress
-from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadRequest, Quantum
+from llmos.drivers.sdk.driver import Driver, PendingMove, PendingStep, Progress
+from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadRequest, Move, Quantum
 from llmos.ipc.errors import InvalidArgument, NotFound
 
 VERSION = "1"
-FEATURES = ["chunked-prefill", "penalties", "logit-bias", "seeded-sampling", "prefix-pages"]
+FEATURES = ["chunked-prefill", "penalties", "logit-bias", "seeded-sampling", "prefix-pages", "moves"]
 
 
 class JaxDriver(Driver):
@@ -30,6 +30,7 @@ class JaxDriver(Driver):
         self._attention = attention
         self._found: list[Any] = []
         self._engines: dict[str, Any] = {}
+        self._movers: dict[str, Any] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo(
@@ -47,6 +48,10 @@ class JaxDriver(Driver):
 
         engine, loaded = Load(request, self._devices()[0], progress, self._attention).run()
         self._engines[request.model] = engine
+        if loaded.host_pages or loaded.disk_pages:
+            from llmos.drivers.jax.moves import open_mover
+
+            self._movers[request.model] = open_mover(engine, loaded, self._devices()[0])
         return loaded
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
@@ -55,6 +60,10 @@ class JaxDriver(Driver):
             raise NotFound(f"model {quantum.model} is not loaded")
         steps: Iterator[PendingStep] = engine.execute(quantum)
         return steps
+
+    def move(self, move: Move, key: bytes) -> PendingMove:
+        pending: PendingMove = self._movers[move.model].move(move, key)
+        return pending
 
     def reset(self, model: str) -> None:
         if model not in self._engines:
@@ -66,6 +75,8 @@ class JaxDriver(Driver):
         if engine is None:
             raise NotFound(f"model {model} is not loaded")
         engine.close()
+        if model in self._movers:
+            self._movers.pop(model).close()
 
     def _devices(self) -> list[Any]:
         if not self._found:

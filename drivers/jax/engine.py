@@ -66,6 +66,22 @@ class Engine:
         self._grow(quantum)
         return self._steps(quantum)
 
+    @property
+    def caches(self) -> Any:
+        """The shapes of the caches."""
+        return self._programs.spec.caches
+
+    def read_pages(self, numbers: list[int]) -> jax.Array:
+        """Dispatch a gather: the pages as one block, as the steps dispatched so far leave them."""
+        program = self._programs.get(("gather", len(numbers)))
+        block: jax.Array = program(self._caches, np.asarray(numbers, np.int32))
+        return block
+
+    def write_pages(self, numbers: list[int], block: jax.Array) -> None:
+        """Dispatch a scatter: the steps that follow find the block in these pages."""
+        program = self._programs.get(("scatter", len(numbers)))
+        self._caches = program(self._caches, block, np.asarray(numbers, np.int32))
+
     def close(self) -> None:
         """Stop what still runs in the background."""
         self._programs.close()

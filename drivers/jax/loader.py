@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax import attention, buckets, families, platform, rope, state
+from llmos.drivers.jax import attention, buckets, families, pages, platform, rope, state
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
@@ -178,10 +178,12 @@ class Load:
     def _spec(self, shape: Shape, weights: Any, make: Any, limits: Limits) -> Spec:
         # Padding a chunk to four times its length is cheaper on a CPU than compiling, and dear elsewhere.
         on_cpu = self.device.platform == "cpu"
+        caches = jax.eval_shape(make[0])
+        tiers = self.request.host_pages or self.request.disk_pages
         return Spec(
             shape=shape,
             weights=weights,
-            caches=jax.eval_shape(make[0]),
+            caches=caches,
             batch=jax.eval_shape(make[1]),
             vocab=limits.vocab_size,
             max_context=limits.max_context,
@@ -192,6 +194,7 @@ class Load:
             prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
             # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
             first=_FIRST_ON_CPU if on_cpu else 1 << 30,
+            move_sizes=pages.block_sizes(caches) if tiers else (),
         )
 
     def _decode_sizes(self, slots: int) -> list[int]:
@@ -220,6 +223,8 @@ class Load:
             vocab_size=limits.vocab_size,
             stop_tokens=list(plan.config.stop_tokens),
             attention=backend,
+            host_pages=self.request.host_pages,
+            disk_pages=self.request.disk_pages,
             phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
         )
 
@@ -232,6 +237,7 @@ def check_request(request: LoadRequest) -> None:
     if prod(request.mesh.values()) != 1:
         raise InvalidArgument("this driver runs a model on one device: leave mesh empty")
     ranges = {"page_tokens": (1, 1024), "slots": (1, 4096), "chunk_tokens": (1, 65536), "pages": (0, 1 << 24)}
+    ranges |= {"host_pages": (0, 1 << 28), "disk_pages": (0, 1 << 28)}
     for name, (low, high) in {**ranges, "max_context": (2, 1 << 22)}.items():
         if not low <= getattr(request, name) <= high:
             raise InvalidArgument(f"{name} is {getattr(request, name)}, not in {low}..{high}")

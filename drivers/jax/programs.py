@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import forward, sampling, state
+from llmos.drivers.jax import forward, pages, sampling, state
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
@@ -38,7 +38,8 @@ Key = tuple[str | int, ...]
 class Spec:
     """Shapes of everything that the programs take, as ``jax.ShapeDtypeStruct`` trees.
 
-    ``first`` is how many programs are compiled before a model counts as loaded.
+    ``first`` is how many programs are compiled before a model counts as loaded; ``move_sizes`` how many
+    pages are moved at once.
     """
 
     shape: Shape
@@ -51,6 +52,7 @@ class Spec:
     chunk_sizes: list[int]
     prefill_rows: list[int]
     first: int
+    move_sizes: tuple[int, ...] = ()
 
 
 class Programs:
@@ -77,6 +79,7 @@ class Programs:
         keys += [
             ("prefill", r, s, fresh) for fresh in known for s in spec.chunk_sizes for r in self.rows_for(s)
         ]
+        keys += [(way, size) for size in spec.move_sizes for way in ("gather", "scatter")]
         return list(dict.fromkeys(keys))
 
     def compile_ahead(self, progress: Callable[[int, int], None]) -> None:
@@ -179,6 +182,10 @@ class Programs:
                 return state.tally, (0,), (self._tallies(), *tokens, *bias)
             case ("scrub",):
                 return self._scrub, (0,), (spec.caches, _ints(SCRUB_PAGES))
+            case ("gather", int(size)):
+                return pages.gather, (), (spec.caches, _ints(size))
+            case ("scatter", int(size)):
+                return pages.scatter, (0,), (spec.caches, pages.block(spec.caches, size), _ints(size))
         raise KeyError(key)
 
     def _scrub(self, caches: list[Any], pages: jax.Array) -> list[Any]:

@@ -1,11 +1,16 @@
-"""The null driver: what it generates depends on a sequence's tokens alone, never on batch or placement."""
+"""The null driver: what it generates depends on a sequence's tokens alone, never on batch or placement.
+
+Its KV cache holds the tokens that it was computed from, so a sequence that is started on pages that are not
+its own, or were moved wrongly, is refused.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 
-from llmos.drivers.sdk.driver import Driver, PendingStep, Progress
+from llmos.drivers.null.pages import Pages, page_size
+from llmos.drivers.sdk.driver import Driver, Finish, PendingMove, PendingStep, Progress
 from llmos.drivers.sdk.messages import (
     Device,
     DriverInfo,
@@ -13,10 +18,13 @@ from llmos.drivers.sdk.messages import (
     LoadedModel,
     LoadProgress,
     LoadRequest,
+    Move,
+    Moved,
     Quantum,
     Start,
     Step,
 )
+from llmos.drivers.sdk.tiers import Tiers
 from llmos.ipc.errors import InvalidArgument, NotFound
 
 VOCABULARY = 256
@@ -33,18 +41,31 @@ class _Sequence:
         self.start = start
         self.tokens = list(start.tokens)
         self.computed = start.cached
-        self.capacity = len(start.pages)
+        self.table = list(start.pages)
         self.finished = False
 
 
-class NullDriver(Driver):
-    """Takes ``step_ms`` milliseconds a step, and ``prefill_us`` microseconds for each prompt token in it."""
+class _Cache:
+    """The pages of one model, on the device and beside it."""
 
-    def __init__(self, step_ms: float = 0.0, prefill_us: float = 0.0, decode_us: float = 0.0) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.device = Pages(loaded.pages, loaded.page_tokens)
+        self.tiers = Tiers(loaded.model, loaded.page_bytes, loaded.host_pages, loaded.disk_pages)
+
+
+class NullDriver(Driver):
+    """Takes ``step_ms`` milliseconds a step, ``prefill_us`` microseconds for each prompt token in it,
+    ``decode_us`` for each sequence that decodes, and ``move_us`` for each page that is moved."""
+
+    def __init__(
+        self, step_ms: float = 0.0, prefill_us: float = 0.0, decode_us: float = 0.0, move_us: float = 0.0
+    ) -> None:
         self._step = step_ms / 1e3
         self._prefill = prefill_us / 1e6
         self._decode = decode_us / 1e6
+        self._move = move_us / 1e6
         self._models: dict[str, LoadedModel] = {}
+        self._caches: dict[str, _Cache] = {}
         self._slots: dict[str, dict[int, _Sequence]] = {}
         self._free_at = 0.0
 
@@ -60,15 +81,18 @@ class NullDriver(Driver):
             weight_bytes=0,
             pages=request.pages or DEFAULT_PAGES,
             page_tokens=request.page_tokens,
-            page_bytes=request.page_tokens,
+            page_bytes=page_size(request.page_tokens),
             slots=request.slots,
             max_context=request.max_context,
             chunk_tokens=request.chunk_tokens,
             vocab_size=VOCABULARY,
             stop_tokens=[],
             attention="none",
+            host_pages=request.host_pages,
+            disk_pages=request.disk_pages,
         )
         self._models[request.model] = loaded
+        self._caches[request.model] = _Cache(loaded)
         self._slots[request.model] = {}
         return loaded
 
@@ -81,24 +105,50 @@ class NullDriver(Driver):
         if self._models.pop(model, None) is None:
             raise NotFound(f"no model {model!r} is loaded here")
         del self._slots[model]
+        self._caches.pop(model).tiers.close()
+
+    def move(self, move: Move, key: bytes) -> PendingMove:
+        cache, began = self._caches[move.model], time.monotonic()
+        if "device" not in (move.source, move.target):
+            return cache.tiers.move(move, key)
+        pages = [bytes(cache.device[page]) for page, _ in move.pages] if move.source == "device" else []
+
+        def copy() -> Finish:
+            if move.source == "device":
+                for (_, block), page in zip(move.pages, pages, strict=True):
+                    cache.tiers.put(move.target, block, page, key)
+            else:
+                pages[:] = [bytes(cache.tiers.get(move.source, block, key)) for block, _ in move.pages]
+            if self._move:
+                time.sleep(self._move * len(move.pages))
+            return finish
+
+        def finish() -> Moved:
+            if move.target == "device":
+                for (_, page), block in zip(move.pages, pages, strict=True):
+                    cache.device[page][:] = block
+            micros = round((time.monotonic() - began) * 1e6)
+            return Moved(len(move.pages) * cache.device.size, micros)
+
+        return copy
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
         model = self._models.get(quantum.model)
         if model is None:
             raise NotFound(f"no model {quantum.model!r} is loaded here")
-        slots = self._slots[quantum.model]
+        slots, cache = self._slots[quantum.model], self._caches[quantum.model]
         _check(quantum, slots, model)
+        for start in quantum.start:
+            cache.device.check(start.pages, start.tokens[: start.cached])
         for slot in quantum.release:
             del slots[slot]
         for start in quantum.start:
             slots[start.slot] = _Sequence(start)
         for growth in quantum.grow:
-            slots[growth.slot].capacity += len(growth.pages)
-        return self._steps(quantum, slots, model)
+            slots[growth.slot].table += growth.pages
+        return self._steps(quantum, slots, cache.device)
 
-    def _steps(
-        self, quantum: Quantum, slots: dict[int, _Sequence], model: LoadedModel
-    ) -> Iterator[PendingStep]:
+    def _steps(self, quantum: Quantum, slots: dict[int, _Sequence], pages: Pages) -> Iterator[PendingStep]:
         for index in range(quantum.steps):
             ready = [s for s in quantum.decode if not slots[s].finished and _decodes(slots[s])]
             prefilled = 0
@@ -109,13 +159,13 @@ class NullDriver(Driver):
                         raise InvalidArgument(
                             f"slot {chunk.slot}: chunk at {chunk.start}, not at {sequence.computed}"
                         )
-                    sequence.computed += chunk.length
+                    _compute(chunk.slot, sequence, chunk.start + chunk.length, pages)
                     prefilled += chunk.length
                     if sequence.computed == len(sequence.tokens):
                         ready.append(chunk.slot)
             if not ready and not prefilled:
                 return
-            yield self._produce(quantum, index, slots, ready, prefilled, model.page_tokens)
+            yield self._produce(quantum, index, slots, ready, prefilled, pages)
 
     def _produce(
         self,
@@ -124,18 +174,14 @@ class NullDriver(Driver):
         slots: dict[int, _Sequence],
         ready: list[int],
         prefilled: int,
-        page_tokens: int,
+        pages: Pages,
     ) -> PendingStep:
         tokens: list[int] = []
         finished: list[tuple[int, FinishReason]] = []
         for slot in ready:
             sequence = slots[slot]
-            if len(sequence.tokens) > sequence.capacity * page_tokens:
-                raise InvalidArgument(
-                    f"slot {slot}: {len(sequence.tokens)} tokens exceed its {sequence.capacity} pages"
-                )
+            _compute(slot, sequence, len(sequence.tokens), pages)
             token = next_token(sequence.tokens)
-            sequence.computed = len(sequence.tokens)
             sequence.tokens.append(token)
             tokens.append(token)
             if token in sequence.start.stop:
@@ -161,6 +207,14 @@ def _decodes(sequence: _Sequence) -> bool:
     return sequence.computed >= len(sequence.tokens) - 1 and len(sequence.tokens) > len(sequence.start.tokens)
 
 
+def _compute(slot: int, sequence: _Sequence, stop: int, pages: Pages) -> None:
+    """Bring the KV of a sequence to its first ``stop`` tokens."""
+    if stop > len(sequence.table) * pages.page_tokens:
+        raise InvalidArgument(f"slot {slot}: {stop} tokens exceed its {len(sequence.table)} pages")
+    pages.write(sequence.table, sequence.tokens, sequence.computed, stop)
+    sequence.computed = stop
+
+
 def _check(quantum: Quantum, slots: dict[int, _Sequence], model: LoadedModel) -> None:
     """Refuse a quantum that names a slot or page that is not there, before any effect."""
     occupied = set(slots) - set(quantum.release)
@@ -171,6 +225,8 @@ def _check(quantum: Quantum, slots: dict[int, _Sequence], model: LoadedModel) ->
             raise InvalidArgument(f"slot {start.slot} is taken, or not below {model.slots}")
         if not 0 <= start.cached < len(start.tokens):
             raise InvalidArgument(f"slot {start.slot}: {start.cached} of {len(start.tokens)} tokens cached")
+        if start.cached > len(start.pages) * model.page_tokens:
+            raise InvalidArgument(f"slot {start.slot}: {start.cached} tokens exceed its pages")
         occupied.add(start.slot)
     named = {g.slot for g in quantum.grow} | {c.slot for c in quantum.chunks} | set(quantum.decode)
     if named - occupied:

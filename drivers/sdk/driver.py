@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadProgress, LoadRequest, Quantum, Step
+from llmos.drivers.sdk.messages import (
+    DriverInfo,
+    LoadedModel,
+    LoadProgress,
+    LoadRequest,
+    Move,
+    Moved,
+    Quantum,
+    Step,
+)
 from llmos.ipc.errors import NotSupported
 
 PendingStep = Callable[[], Step]
 """Waits for a dispatched step and returns what it produced."""
+
+Finish = Callable[[], Moved]
+
+PendingMove = Callable[[], Finish]
+"""The slow part of a move, run on a worker thread while steps go on: it copies, and returns what is left
+to do on the driver's thread, which must be quick and may dispatch to the device."""
 
 Progress = Callable[[LoadProgress], None]
 
@@ -35,6 +50,16 @@ class Driver:
         The SDK closes the generator between steps to preempt, so state must be consistent at each yield.
         """
         raise NotSupported("this driver executes nothing")
+
+    def move(self, move: Move, key: bytes) -> PendingMove:
+        """Dispatch the copying of pages between tiers, without waiting for it.
+
+        The SDK has checked the numbers. ``key`` (32 bytes) seals the tenant's blocks where a tier is the
+        disk, and is empty otherwise. What reads the device is dispatched here, behind the steps dispatched
+        so far. What writes it is dispatched by ``Finish``, which is called once the steps of all quanta that
+        came before are dispatched. Moves are copied one at a time, in the order of the calls of ``move``.
+        """
+        raise NotSupported("this driver moves no pages")
 
     def reset(self, model: str) -> None:
         """Empty all slots of a model; nothing is in flight. The KV in its pages need not be kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 import msgspec
@@ -39,28 +39,33 @@ class Executor:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._queue: deque[_Run] = deque()
+        self._queue: deque[_Run | Callable[[], None]] = deque()
         self._pending: deque[tuple[_Run, PendingStep | None]] = deque()
 
     def submit(self, quantum: Quantum, sink: Sink) -> None:
         self._queue.append(_Run(quantum, sink))
 
+    def after(self, function: Callable[[], None]) -> None:
+        """Call ``function`` once the steps of all quanta submitted so far are dispatched; never if they are
+        abandoned."""
+        self._queue.append(function)
+
     def preempt(self, quantum: int) -> None:
         """Dispatch no further step of this quantum or of any before it; their slots still change hands."""
-        for run in self._queue:
+        for run in self._runs():
             if run.quantum.id <= quantum:
                 run.preempted = True
 
     def abandon(self) -> None:
         """Run nothing that is queued, and wait for what is in flight; nobody wants the results."""
-        for run in self._queue:
+        for run in self._runs():
             if run.steps is not None:
                 _close(run.steps)
         for _, pending in self._pending:
             if pending is not None:
                 pending()
         # A quantum may be queued and pending at once.
-        for run in {*self._queue, *(run for run, _ in self._pending)}:
+        for run in {*self._runs(), *(run for run, _ in self._pending)}:
             run.sink.fail(Canceled("the driver's slots were emptied"))
         self._queue.clear()
         self._pending.clear()
@@ -68,10 +73,18 @@ class Executor:
     def advance(self) -> bool:
         """Dispatch until two steps are in flight, then deliver the oldest; False when nothing is left."""
         while self._queue and sum(pending is not None for _, pending in self._pending) < IN_FLIGHT:
-            self._dispatch(self._queue[0])
+            head = self._queue[0]
+            if isinstance(head, _Run):
+                self._dispatch(head)
+            else:
+                self._queue.popleft()
+                head()
         if self._pending:
             self._deliver(*self._pending.popleft())
         return bool(self._queue or self._pending)
+
+    def _runs(self) -> list[_Run]:
+        return [entry for entry in self._queue if isinstance(entry, _Run)]
 
     def _dispatch(self, run: _Run) -> None:
         """Dispatch one step, or find that the quantum has no more."""

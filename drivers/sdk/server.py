@@ -12,6 +12,8 @@ from llmos.drivers.sdk.messages import (
     LoadedModel,
     LoadProgress,
     LoadRequest,
+    Move,
+    Moved,
     Preempt,
     Quantum,
     QuantumDone,
@@ -19,7 +21,9 @@ from llmos.drivers.sdk.messages import (
     Step,
     Unload,
 )
-from llmos.ipc.errors import LLMOSError
+from llmos.drivers.sdk.moves import Moves, check_move
+from llmos.ipc.background import Background
+from llmos.ipc.errors import LLMOSError, NotFound
 from llmos.ipc.server import Incoming, Later, Server, method
 from llmos.kernel.messages import Beat
 
@@ -44,6 +48,19 @@ class _CallSink:
         self._call.fail(error)
 
 
+class _MoveSink:
+    """Sends the result of a move as the answer of the call that asked for it."""
+
+    def __init__(self, call: Incoming) -> None:
+        self._call = call
+
+    def done(self, moved: Moved) -> None:
+        self._call.reply(moved)
+
+    def fail(self, error: LLMOSError) -> None:
+        self._call.fail(error)
+
+
 class DriverServer(Server):
     """Serves one driver under the name ``driver.NAME``."""
 
@@ -51,6 +68,8 @@ class DriverServer(Server):
         super().__init__(run, f"driver.{name}")
         self._driver = driver
         self._executor = Executor(driver)
+        self._background = Background(self)
+        self._moves = Moves(driver, self._executor, self._background)
         self._limit = STEP_LIMIT
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
 
@@ -63,9 +82,10 @@ class DriverServer(Server):
     def stop(self) -> None:
         for model in list(self._loaded):
             self._forget(model)
+        self._background.close()
 
     def on_kernel_restart(self) -> None:
-        self._executor.abandon()
+        self._abandon()
 
     @method
     def describe(self, request: None, call: Incoming) -> DriverInfo:
@@ -108,12 +128,21 @@ class DriverServer(Server):
         return Later()
 
     @method
+    def move(self, request: Move, call: Incoming) -> Later:
+        """The reply is ``Moved``."""
+        if request.model not in self._loaded:
+            raise NotFound(f"no model {request.model!r} is loaded here")
+        check_move(request, self._loaded[request.model][1])
+        self._moves.submit(request, b"", _MoveSink(call))
+        return Later()
+
+    @method
     def preempt(self, request: Preempt, call: Incoming) -> None:
         self._executor.preempt(request.quantum)
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:
-        self._executor.abandon()
+        self._abandon()
         self._driver.reset(request.model)
 
     @method
@@ -121,6 +150,10 @@ class DriverServer(Server):
         self._forget(request.model)
 
     def _forget(self, model: str) -> None:
-        self._executor.abandon()
+        self._abandon()
         self._driver.unload(model)
         self._loaded.pop(model, None)
+
+    def _abandon(self) -> None:
+        self._executor.abandon()
+        self._moves.abandon()

@@ -9,12 +9,12 @@ from pathlib import Path
 from llmos.drivers.sdk.messages import LoadedModel, LoadProgress
 from llmos.drivers.sdk.messages import Unload as UnloadRequest
 from llmos.ipc import calls, codec
+from llmos.ipc.background import Background
 from llmos.ipc.errors import Busy, HostDown, LLMOSError, NotFound, TimedOut
 from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming, Server
 from llmos.services.manifest import Manifest, ModelSpec
 from llmos.services.models import store, tokenizer
-from llmos.services.models.background import Background
 from llmos.services.models.hosting import Model, load_request
 from llmos.services.models.template import ChatTemplate
 from llmos.services.models.tokenizer import ModelTokenizer

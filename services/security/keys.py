@@ -37,7 +37,7 @@ def tenant_key(master: bytes, tenant: str, purpose: str) -> bytes:
     return HKDF(SHA256(), KEY_BYTES, None, info).derive(master)
 
 
-def seal(key: bytes, plaintext: bytes, associated: bytes = b"") -> bytes:
+def seal(key: bytes, plaintext: bytes | memoryview, associated: bytes = b"") -> bytes:
     """Plaintext as sealed bytes; ``associated`` must be given again to open them."""
     header = MAGIC + bytes([VERSION])
     nonce = secrets.token_bytes(NONCE_BYTES)

@@ -20,7 +20,7 @@ SUPERVISOR, USER = "supervisor", "user"
 TOKEN_BYTES = 32
 
 DRIVER_METHODS: dict[str, tuple[str, ...]] = {
-    "scheduler": ("execute", "preempt", "reset"),
+    "scheduler": ("execute", "preempt", "reset", "move"),
     "models": ("load", "unload"),
     USER: ("describe",),
 }

@@ -22,9 +22,11 @@ class Background:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         server.on_readable(self._event, self._take)
 
-    def run(self, work: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
-        """Run ``work`` on the thread, then ``done`` with its result on the loop."""
-        self._pool.submit(work).add_done_callback(lambda future: self._tell(future, done))
+    def run(self, work: Callable[[], T], done: Callable[[Future[T]], None]) -> Future[T]:
+        """Run ``work`` on the thread in the order of the calls; ``done`` gets the result on the loop."""
+        running = self._pool.submit(work)
+        running.add_done_callback(lambda future: self._tell(future, done))
+        return running
 
     def close(self) -> None:
         """Wait for what is running, and take nothing more."""
