@@ -24,7 +24,9 @@ from llmos.services.memory.transfers import TIERS, Item, Place, Transfer, batche
 if TYPE_CHECKING:
     from llmos.services.memory.arena import Arena, Task
 
-LOW = 16  # a tier is low when fewer than a so-manieth of its pages are free
+LOW, MOST = 16, 4  # a tier is low when fewer than a so-manieth of its pages are free, if demand is small or large
+DEMANDS = 2  # tasks like the largest of late that find pages without waiting
+FADING = 0.98  # of what a large demand counts, at each demand after it
 BATCH_BYTES = 256 << 20  # what one demotion moves at most: fetches wait behind it
 
 
@@ -43,6 +45,7 @@ class Tiers:
         # By tier: blocks of tails and targets of transfers, which belong to no node.
         self._apart = [Counter[str](), Counter[str](), Counter[str]()]
         self._counted = Counter[str]()
+        self._demand = 0.0
         self._batch = max(8, min(1024, BATCH_BYTES // max(1, spec.page_bytes)))
 
     # --- the operations ---
@@ -101,6 +104,7 @@ class Tiers:
         open a transfer for what has to be fetched into them. The caller has checked that there are enough."""
         arena = self._arena
         away = [node for node in nodes if node.tier != DEVICE]
+        self._demand = max(total - len(nodes) + len(away), FADING * self._demand)
         arena.hold(task.tenant, [node.page for node in nodes if node.tier == DEVICE])
         fresh = iter(arena.take(total - len(nodes) + len(away)))
         task.pages += [node.page if node.tier == DEVICE else next(fresh) for node in nodes]
@@ -269,14 +273,19 @@ class Tiers:
         return hosted
 
     def _is_low(self, tier: int) -> bool:
-        pool = self.pools[tier]
-        return pool.free * LOW < pool.total and self.pools[tier + 1].total + self.pools[-1].total > 0
+        below = sum(pool.total for pool in self.pools[tier + 1 :])
+        return bool(below) and self.pools[tier].free < self._mark(tier)
+
+    def _mark(self, tier: int) -> int:
+        """So many pages of a tier are kept free: enough for what tasks have asked for of late."""
+        total = self.pools[tier].total
+        return max(total // LOW, min(total // MOST, int(DEMANDS * self._demand)))
 
     def _demotion(self, tier: int) -> list[Item]:
-        """Items that bring a low tier to twice its mark, coldest first: what nobody needs, then what only
+        """Items that bring a low tier over its mark, coldest first: what nobody needs, then what only
         swapped tasks do."""
         pool, below = self.pools[tier], tier + 1 if self.pools[tier + 1].total else DISK
-        limit = min(self._batch, 2 * pool.total // LOW + 1 - pool.free, self._room(below))
+        limit = min(self._batch, self._mark(tier) + pool.total // LOW + 1 - pool.free, self._room(below))
         if limit <= 0:
             return []
         cold = [n for n in self._index.coldest(tier, limit) if self.costs.worth_keeping(n, below)]
