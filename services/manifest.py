@@ -11,6 +11,7 @@ from llmos.drivers.sdk.messages import DType
 from llmos.ipc import codec, paths
 from llmos.ipc.errors import InvalidArgument, NotFound
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -30,6 +31,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One model to serve. ``source`` is a path, or empty for a model that was pulled under this name.
 
     ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits).
+    ``host_cache`` and ``disk_cache`` are the RAM and the disk space for KV that has no room on the device, in
+    bytes or with a unit ("8GiB"); "auto" is half of the RAM that is free, and none where the device is a CPU.
     """
 
     name: str
@@ -43,6 +46,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_context: int = 2048
     chunk_tokens: int = 256
     mesh: dict[str, int] = {}
+    host_cache: str | int = "auto"
+    disk_cache: str | int = 0
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,6 +85,20 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         raise NotFound(f"no model {name!r} is served here; there is: {known}")
 
 
+def size(text: str | int) -> int:
+    """Bytes in a size as the manifest has it; -1 for "auto". InvalidArgument says what is wrong with it."""
+    if text == "auto":
+        return -1
+    match = SIZE.fullmatch(str(text))
+    if match is None:
+        raise InvalidArgument(
+            f'a size is bytes, or a number with KB, KiB, MB ... TiB, or "auto"; not {text!r}'
+        )
+    number, unit, binary = match.groups()
+    power = "KMGT".index(unit) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
 def load(path: Path | None) -> Manifest:
     """The manifest in a TOML file, or the default; InvalidArgument says what is wrong and where."""
     if path is None:
@@ -104,6 +123,11 @@ def check(manifest: Manifest) -> None:
             if names.count(name) > 1:
                 raise InvalidArgument(f"two {what}s are named {name!r}")
     for model in manifest.models:
+        size(model.host_cache)
+        if size(model.disk_cache) < 0:
+            raise InvalidArgument(
+                f"model {model.name!r}: say how many bytes of disk_cache, there is no default"
+            )
         if model.driver not in drivers:
             raise InvalidArgument(f"model {model.name!r} wants driver {model.driver!r}; there is: {drivers}")
 

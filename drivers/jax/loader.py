@@ -30,6 +30,7 @@ from llmos.drivers.jax.weights.random import PREFIX, RandomSource, fill
 from llmos.drivers.jax.weights.source import Source, open_source
 from llmos.drivers.sdk.driver import Progress
 from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
+from llmos.drivers.sdk.sizes import with_tiers
 from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -68,6 +69,9 @@ class Load:
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
         plan = self._timed("read", lambda: find_weights(request))
+        self.request = request = with_tiers(
+            request, page_size(plan.config, request), device_is_ram=self.device.platform == "cpu"
+        )
         config = rope.for_context(plan.config, request.max_context)
         graph, tree, shapes = parameters(config, DTYPES[request.dtype], self.device)
         weight_bytes = sum(prod(x.shape) * x.dtype.itemsize for x in shapes.values())
@@ -238,6 +242,7 @@ def check_request(request: LoadRequest) -> None:
         raise InvalidArgument("this driver runs a model on one device: leave mesh empty")
     ranges = {"page_tokens": (1, 1024), "slots": (1, 4096), "chunk_tokens": (1, 65536), "pages": (0, 1 << 24)}
     ranges |= {"host_pages": (0, 1 << 28), "disk_pages": (0, 1 << 28)}
+    ranges |= {"host_bytes": (-1, 1 << 50), "disk_bytes": (0, 1 << 50)}
     for name, (low, high) in {**ranges, "max_context": (2, 1 << 22)}.items():
         if not low <= getattr(request, name) <= high:
             raise InvalidArgument(f"{name} is {getattr(request, name)}, not in {low}..{high}")

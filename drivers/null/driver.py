@@ -24,6 +24,7 @@ from llmos.drivers.sdk.messages import (
     Start,
     Step,
 )
+from llmos.drivers.sdk.sizes import with_tiers
 from llmos.drivers.sdk.tiers import Tiers
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -74,6 +75,7 @@ class NullDriver(Driver):
 
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         progress(LoadProgress("read", 1, 1))
+        request = with_tiers(request, page_size(request.page_tokens), device_is_ram=True)
         loaded = LoadedModel(
             model=request.model,
             family="null",

@@ -43,7 +43,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``cache`` is a folder the driver may keep converted weights and compiled programs in.
     ``pages`` 0 lets the driver take ``memory_fraction`` of what is free on the device after the weights.
     ``mesh`` maps axis names (data, tensor, pipeline, expert, sequence) to sizes; empty means one device.
-    ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to.
+    ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to; where they are 0,
+    ``host_bytes`` and ``disk_bytes`` say it in bytes, and ``host_bytes`` -1 leaves it to the driver.
     """
 
     model: str
@@ -60,6 +61,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     mesh: dict[str, int] = {}
     host_pages: int = 0
     disk_pages: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 class LoadProgress(msgspec.Struct, frozen=True):

@@ -37,7 +37,8 @@ class Task:
     """
 
     __slots__ = (
-        "alive", "away", "computed", "indexed", "pages", "path", "quota", "tail", "tenant", "tokens", "transfer",
+        "alive", "away", "computed", "indexed", "pages", "path", "quota", "tail", "tenant", "tokens",
+        "transfer",
     )  # fmt: skip
 
     def __init__(self, tenant: str, quota: int, tokens: array[int], pages: list[int]) -> None:

@@ -42,7 +42,8 @@ class Node:
     """
 
     __slots__ = (
-        "busy", "children", "depth", "key", "last_use", "lost", "near", "page", "parent", "pins", "tenant", "tier", "uses",
+        "busy", "children", "depth", "key", "last_use", "lost", "near", "page", "parent",
+        "pins", "tenant", "tier", "uses",
     )  # fmt: skip
 
     def __init__(self, parent: Node | None, key: bytes, page: int, tenant: str) -> None:
@@ -80,7 +81,11 @@ class RadixIndex:
         self._heaps: list[list[tuple[tuple[float, int], int, Node]]] = [[], [], []]
         self._pushed = 0
         self._clock = 0
-        self.loose = [Counter[str](), Counter[str](), Counter[str]()]  # by tier: unpinned nodes of each tenant
+        self.loose = [
+            Counter[str](),
+            Counter[str](),
+            Counter[str](),
+        ]  # by tier: unpinned nodes of each tenant
         self.pinned = [Counter[str](), Counter[str](), Counter[str]()]
         self.unpinned = [0, 0, 0]
 
@@ -98,7 +103,7 @@ class RadixIndex:
         return root
 
     def match(self, tenant: str, keys: Sequence[bytes]) -> list[Node]:
-        """The nodes of the longest indexed prefix of these pages' tokens, up to one that is on its way or lost."""
+        """The nodes of the longest indexed prefix of these pages' tokens that are at hand in some tier."""
         found: list[Node] = []
         node = self._roots.get(self._salt(tenant))
         for key in keys:

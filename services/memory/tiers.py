@@ -24,7 +24,10 @@ from llmos.services.memory.transfers import TIERS, Item, Place, Transfer, batche
 if TYPE_CHECKING:
     from llmos.services.memory.arena import Arena, Task
 
-LOW, MOST = 16, 4  # a tier is low when fewer than a so-manieth of its pages are free, if demand is small or large
+LOW, MOST = (
+    16,
+    4,
+)  # a tier is low when fewer than a so-manieth of its pages are free, if demand is small or large
 DEMANDS = 2  # tasks like the largest of late that find pages without waiting
 FADING = 0.98  # of what a large demand counts, at each demand after it
 BATCH_BYTES = 256 << 20  # what one demotion moves at most: fetches wait behind it

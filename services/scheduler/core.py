@@ -423,7 +423,9 @@ class Core:
     def _growth_victim(self, host: Host, task: Task) -> Task | None:
         """Who pays for a running task's next pages: its own tenant where the quota is what lacks."""
         if self._at_quota(host, task):
-            away = [t for t in host.tiers.away.values() if t.tenant == task.tenant and t.place is Place.WAITING]
+            away = [
+                t for t in host.tiers.away.values() if t.tenant == task.tenant and t.place is Place.WAITING
+            ]
             mine = [t for t in [*host.keepers.values(), *host.running] if t.tenant == task.tenant]
             return away[-1] if away else displace.for_pages(task, mine)
         return self._page_victim(host, task)

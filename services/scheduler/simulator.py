@@ -153,7 +153,11 @@ class Simulator:
     # --- the core's effects ---
 
     def _ask(
-        self, host: Host, call: Callable[[Arena], T], reply: Callable[[T], None], fail: Callable[[LLMOSError], None]
+        self,
+        host: Host,
+        call: Callable[[Arena], T],
+        reply: Callable[[T], None],
+        fail: Callable[[LLMOSError], None],
     ) -> None:
         """A call to memory and its answer; HostDown where memory was started anew in between."""
         memory = self.memories[host.arena]
@@ -432,7 +436,12 @@ class _Device:
         for start in quantum.start:
             assert start.slot not in self._seats, f"slot {start.slot} is taken"
             seat = self._seats[start.slot] = _Seat(
-                list(start.tokens), start.cached, start.stop, start.limit, len(start.tokens), list(start.pages)
+                list(start.tokens),
+                start.cached,
+                start.stop,
+                start.limit,
+                len(start.tokens),
+                list(start.pages),
             )
             if self.pages.checked:
                 prefix_hashes(seat.tokens, seat.hashes)

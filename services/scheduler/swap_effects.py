@@ -1,4 +1,4 @@
-"""What ``swapping`` asks for, as messages: calls to memory, and moves that the driver makes one after the other."""
+"""What ``swapping`` asks for, as messages: calls to memory, and moves that the driver makes in turn."""
 
 from __future__ import annotations
 

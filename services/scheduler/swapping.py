@@ -2,8 +2,8 @@
 their turn, cold cache is demoted, prefix hits are fetched. No I/O and no clock.
 
 A task's ``swap`` says where its pages are: OUT on their way from the device, AWAY, IN on their way back. It
-may be queued or stopped meanwhile, and seated unless it is OUT; who is seated starts when its pages have come.
-Whatever fails, a task falls back on computing its tokens again.
+may be queued or stopped meanwhile, and seated unless it is OUT; who is seated starts when its pages have
+come. Whatever fails, a task falls back on computing its tokens again.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Swapping:
         self._go_on(host, now)
 
     def coming(
-        self, host: Host, task: Task, residence: int, pages: list[int], cached: int, transfer: Transfer | None,
-        now: float,
+        self, host: Host, task: Task, residence: int, pages: list[int], cached: int,
+        transfer: Transfer | None, now: float,
     ) -> None:  # fmt: skip
         """Memory's answer to ``swap_in``."""
         if not self._is(host, task, residence, Swap.IN):
@@ -173,9 +173,7 @@ class Swapping:
             if victim is not None and not host.tiers.leaving:
                 self.out(host, victim, None)
 
-    def settled(
-        self, host: Host, transfer: int, complete: bool, cached: int, low: bool, now: float
-    ) -> None:
+    def settled(self, host: Host, transfer: int, complete: bool, cached: int, low: bool, now: float) -> None:
         """A transfer is over, and memory knows."""
         journey = host.tiers.journeys.pop(transfer, None)
         if journey is None or self._core.hosts.get(host.arena) is not host:
@@ -215,7 +213,9 @@ class Swapping:
     def pages_on_their_way(self, host: Host) -> list[tuple[Task, list[int]]]:
         """Pages into which a transfer may be writing, and the tasks they are for."""
         return [
-            (j.task, j.pages) for j in host.tiers.journeys.values() if j.task is not None and j.valid and j.pages
+            (j.task, j.pages)
+            for j in host.tiers.journeys.values()
+            if j.task is not None and j.valid and j.pages
         ]
 
     # --- what follows from them ---

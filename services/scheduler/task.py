@@ -42,8 +42,8 @@ class Task:
     will then have at most ``planned`` tokens. ``residence`` counts how often it gave up its pages, ``stay``
     how often it left a slot, ``ticket`` how often it was queued. ``bound`` is the host that promised to keep
     its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that it
-    counts as interactive while it has its slot. ``left`` are the pages that it had on the device, while they are
-    copied from there.
+    counts as interactive while it has its slot. ``left`` are the pages that it had on the device, while they
+    are copied from there.
     """
 
     id: int

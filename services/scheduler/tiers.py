@@ -124,7 +124,8 @@ class HostTiers:
         costs = self.costs(arena, times)
         old = self.taught
         if old is not None and not any(
-            _differ(a, b) for a, b in ((costs.token, old.token), (costs.host, old.host), (costs.disk, old.disk))
+            _differ(a, b)
+            for a, b in ((costs.token, old.token), (costs.host, old.host), (costs.disk, old.disk))
         ):
             return None
         self.taught = costs

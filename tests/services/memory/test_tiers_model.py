@@ -188,7 +188,9 @@ class Walk:
         """Memory is started anew: what is away or on its way is given up by the scheduler."""
         self.copying.clear()
         self.tasks = {id: t for id, t in self.tasks.items() if not t.away and not t.moving}
-        held = [Holding(i, t.tenant, list(t.pages), list(t.tokens), t.computed) for i, t in self.tasks.items()]
+        held = [
+            Holding(i, t.tenant, list(t.pages), list(t.tokens), t.computed) for i, t in self.tasks.items()
+        ]
         self.arena = restore(Restore(arena=self.arena.spec, tasks=held))
 
     def holds(self) -> None:

@@ -1,4 +1,4 @@
-"""Swapping in simulated time: every sequence finds its own KV, whatever is moved, killed, stopped or fails."""
+"""Swapping in simulated time: every sequence finds its own KV, whatever is moved, killed or fails."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def run(sim: Simulator, made: list[Task]) -> None:
 def test_any_traffic_ends_with_the_right_tokens_and_all_pages_back(
     requests: list[Request], slots: int, pages: int, host: int, disk: int
 ) -> None:
-    sim = Simulator(
-        model(slots, pages, host_pages=host, disk_pages=disk), DEAR, link_time=FAST, checked=True
-    )
+    sim = Simulator(model(slots, pages, host_pages=host, disk_pages=disk), DEAR, link_time=FAST, checked=True)
     run(sim, tasks_of(requests))
 
 
@@ -80,7 +78,14 @@ def test_tasks_are_killed_and_stopped_and_moves_fail(seed: int) -> None:
     )
     made = tasks_of(
         [
-            (rng.randint(1, 60), rng.randint(1, 60), rng.uniform(0, 3), rng.randint(0, 2), rng.choice("ab"), 0)
+            (
+                rng.randint(1, 60),
+                rng.randint(1, 60),
+                rng.uniform(0, 3),
+                rng.randint(0, 2),
+                rng.choice("ab"),
+                0,
+            )
             for _ in range(40)
         ]
     )
@@ -108,7 +113,10 @@ def test_a_host_may_be_lost_and_memory_started_anew_at_any_time(seed: int) -> No
         model(3, rng.randint(30, 60), host_pages=60, disk_pages=10), DEAR, link_time=FAST, checked=True
     )
     made = tasks_of(
-        [(rng.randint(1, 60), rng.randint(1, 60), rng.uniform(0, 3), rng.randint(0, 2), "a", 0) for _ in range(40)]
+        [
+            (rng.randint(1, 60), rng.randint(1, 60), rng.uniform(0, 3), rng.randint(0, 2), "a", 0)
+            for _ in range(40)
+        ]
     )
     for _ in range(6):
         sim.at(rng.uniform(0, 5), sim.restart_memory)
@@ -117,7 +125,9 @@ def test_a_host_may_be_lost_and_memory_started_anew_at_any_time(seed: int) -> No
     run(sim, made)
 
 
-def crowd(host_pages: int, link_time: LinkTime = FAST, step_time: StepTime = DEAR) -> tuple[Simulator, list[Task]]:
+def crowd(
+    host_pages: int, link_time: LinkTime = FAST, step_time: StepTime = DEAR
+) -> tuple[Simulator, list[Task]]:
     """Three batch tasks fill the device; an interactive one needs half of it."""
     sim = Simulator(model(4, 64, host_pages=host_pages), step_time, link_time=link_time, checked=True)
     low = [task(i, [i] * 60, 60, 0.0, band=2) for i in range(3)]
@@ -185,4 +195,3 @@ def test_a_task_is_fetched_ahead_of_its_turn() -> None:
     run(sim, [low, high, last])
     assert sim.core.swapping.swapped == 1
     assert seen[-1] is Swap.NONE, "it is back before its slot is free"
-
