@@ -79,13 +79,20 @@ class Arena:
     # --- the operations ---
 
     def reserve(
-        self, id: int, tenant: str, tokens: Sequence[int], extra: int = 0, quota: int = 0
+        self,
+        id: int,
+        tenant: str,
+        tokens: Sequence[int],
+        extra: int = 0,
+        quota: int = 0,
+        hurry: bool = True,
     ) -> tuple[list[int], int]:
         """Pages for ``tokens`` and ``extra`` more; (block table, number of tokens already cached in it, once
         the task's ``transfer`` is settled, if it has one).
 
         ``quota`` bounds the pages that the tenant owns in this arena, 0 for no bound. Raises NoMemory with
-        ``free``, ``evictable`` and ``needed``, InvalidArgument for a task that holds pages already.
+        ``free``, ``evictable`` and ``needed``, and ``demotable`` where pages worth keeping would be dropped
+        and there is no ``hurry``; InvalidArgument for a task that holds pages already.
         """
         if id in self.tasks:
             raise InvalidArgument(f"task {id} holds pages already: free them first")
@@ -98,7 +105,7 @@ class Arena:
         self.check_quota(tenant, quota, total - len(hits) + sum(not self.is_owned(node) for node in hits))
         resident = [node for node in hits if node.tier == DEVICE]
         revived = sum(node.pins == 0 for node in resident)
-        self.check_space(total - len(resident), self.index.evictable - revived)
+        self.check_space(total - len(resident), self.index.evictable - revived, hurry)
         for node in hits:
             self.index.pin(node)
         task = self.tasks[id] = Task(tenant, quota, text, [])
@@ -214,8 +221,17 @@ class Arena:
                 quota=quota,
             )
 
-    def check_space(self, needed: int, evictable: int) -> None:
-        """Raise NoMemory where so many device pages are not to be had."""
+    def check_space(self, needed: int, evictable: int, hurry: bool = True) -> None:
+        """Raise NoMemory where so many device pages are not to be had, or not without a loss."""
+        if not hurry and self.pool.free < needed <= self.pool.free + evictable and self.tiers.would_save:
+            self.tiers.note_demand(needed)
+            raise NoMemory(
+                f"{needed} pages needed; {self.pool.free} are free, and others are worth to be moved first",
+                free=self.pool.free,
+                evictable=evictable,
+                needed=needed,
+                demotable=True,
+            )
         if needed > self.pool.free + evictable:
             raise NoMemory(
                 f"{needed} pages needed; {self.pool.free} are free and {evictable} can be evicted",
@@ -250,6 +266,7 @@ class Arena:
             self.evictions += 1
         else:
             self.tiers.pools[node.tier].give_back(node.page)
+            self.tiers.costs.note_dropped(node)
 
     def hold(self, tenant: str, pages: Sequence[int]) -> None:
         """Count one holder more for each of these device pages."""

@@ -7,19 +7,22 @@ from dataclasses import dataclass, field
 
 from llmos.services.memory.radix import DEVICE, DISK, HOST, Node
 
+REMEMBERED = 4096  # pages of a class
+EVIDENCE = 64  # pages
 CLASSES = 3  # pages used once, twice, more often
 
 
 @dataclass(slots=True)
 class Costs:
     """In microseconds; a page's are the sum over its tokens. ``compute`` 0: nothing is known, so moving is
-    taken to be better. ``demoted`` and ``returned`` count pages by how often they had been used."""
+    taken to be better. ``returned`` and ``dropped`` count, by how often they had been used, the pages that were
+    needed again after they had left the device, and those that were not; old ones fade."""
 
     compute: float = 0.0
     fetch: dict[int, float] = field(default_factory=lambda: {DEVICE: 0.0, HOST: 0.0, DISK: 0.0})
     transfer: float = 0.0
-    demoted: list[int] = field(default_factory=lambda: [0] * CLASSES)
-    returned: list[int] = field(default_factory=lambda: [0] * CLASSES)
+    returned: list[float] = field(default_factory=lambda: [0.0] * CLASSES)
+    dropped: list[float] = field(default_factory=lambda: [0.0] * CLASSES)
 
     def worth_having(self, nodes: Sequence[Node]) -> int:
         """How many of these nodes, from the first on, to use; the rest is cheaper to compute again."""
@@ -39,19 +42,32 @@ class Costs:
         return not self.compute or self.compute * self.likely(node) > 2.0 * self.fetch[target]
 
     def likely(self, node: Node) -> float:
-        """The share of such pages that were needed again after they had left the device."""
-        kind = _class(node)
-        return min(1.0, (self.returned[kind] + 1) / (self.demoted[kind] + 1))
+        """The share of such pages that were needed again after they had left the device. What is still
+        away decides nothing."""
+        kind = _class(node.uses)
+        returned, dropped = self.returned[kind], self.dropped[kind]
+        return (returned + 1.0) / (returned + dropped + 1.0)
 
-    def note_demoted(self, node: Node) -> None:
-        self.demoted[_class(node)] += 1
+    def proven(self, node: Node) -> bool:
+        """Whether most such pages were needed again, so that it is worth to wait for them to be saved."""
+        return self.returned[_class(node.uses)] >= EVIDENCE and self.likely(node) >= 0.5
+
+    def note_dropped(self, node: Node) -> None:
+        """A page left another tier, and was not needed there."""
+        self._note(self.dropped, _class(node.uses))
 
     def note_returned(self, nodes: Iterable[Node]) -> None:
         """These are held again, by a task that counts among their uses already."""
         for node in nodes:
             if node.tier != DEVICE:
-                self.returned[max(0, min(node.uses - 1, CLASSES) - 1)] += 1
+                self._note(self.returned, _class(node.uses - 1))
+
+    def _note(self, counts: list[float], kind: int) -> None:
+        counts[kind] += 1.0
+        if self.returned[kind] + self.dropped[kind] > REMEMBERED:
+            self.returned[kind] /= 2.0
+            self.dropped[kind] /= 2.0
 
 
-def _class(node: Node) -> int:
-    return max(0, min(node.uses, CLASSES) - 1)
+def _class(uses: int) -> int:
+    return max(0, min(uses, CLASSES) - 1)

@@ -33,12 +33,14 @@ class DropArena(msgspec.Struct, frozen=True):
 
 class Reserve(msgspec.Struct, frozen=True):
     """Pages for a task's first ``len(tokens)`` tokens and ``extra`` more: cached ones for the longest prefix
-    of ``tokens`` that this tenant may share, new ones for the rest. At least one token is left to compute."""
+    of ``tokens`` that this tenant may share, new ones for the rest. At least one token is left to compute.
+    In a ``hurry`` cached pages are dropped for it that had better be demoted first."""
 
     arena: str
     task: int
     tokens: list[int]
     extra: int = 0
+    hurry: bool = True
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -84,6 +86,7 @@ class SwapIn(msgspec.Struct, frozen=True):
     task: int
     extra: int = 0
     spare: int = 0
+    hurry: bool = True
 
 
 class Demote(msgspec.Struct, frozen=True):

@@ -66,7 +66,9 @@ class MemoryServer(Server):
     def reserve(self, request: Reserve, call: Incoming) -> Reserved:
         grant = call.origin.grant
         arena = self._arena(request.arena)
-        arena.reserve(request.task, grant.tenant, request.tokens, request.extra, grant.max_pages)
+        arena.reserve(
+            request.task, grant.tenant, request.tokens, request.extra, grant.max_pages, request.hurry
+        )
         return _reserved(arena, request.task)
 
     @method
@@ -81,7 +83,7 @@ class MemoryServer(Server):
     @method
     def swap_in(self, request: SwapIn, call: Incoming) -> Reserved:
         arena = self._arena(request.arena)
-        arena.tiers.swap_in(request.task, request.extra, request.spare)
+        arena.tiers.swap_in(request.task, request.extra, request.spare, request.hurry)
         return _reserved(arena, request.task)
 
     @method

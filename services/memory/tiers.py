@@ -30,7 +30,7 @@ LOW, MOST = (
 )  # a tier is low when fewer than a so-manieth of its pages are free, if demand is small or large
 DEMANDS = 2  # tasks like the largest of late that find pages without waiting
 FADING = 0.98  # of what a large demand counts, at each demand after it
-BATCH_BYTES = 256 << 20  # what one demotion moves at most: fetches wait behind it
+BATCH_BYTES = 2 << 30  # what one demotion moves at most: fetches wait behind it
 
 
 class Tiers:
@@ -77,7 +77,7 @@ class Tiers:
         self.away[id] = task
         return self._open(items, task, id)
 
-    def swap_in(self, id: int, extra: int = 0, spare: int = 0) -> tuple[list[int], int]:
+    def swap_in(self, id: int, extra: int = 0, spare: int = 0, hurry: bool = True) -> tuple[list[int], int]:
         """Give a swapped task pages again, as ``Arena.reserve`` does. Raises NoMemory as that does, and Busy
         while something of it is on its way."""
         arena, task = self._arena, self._arena.task(id)
@@ -96,7 +96,7 @@ class Tiers:
         owned = sum(arena.is_owned(node) for node in nodes) + (task.tail is not None)
         arena.check_quota(task.tenant, task.quota, total - owned)
         resident = sum(node.tier == DEVICE for node in nodes)
-        arena.check_space(total - resident + spare, self._index.evictable)
+        arena.check_space(total - resident + spare, self._index.evictable, hurry)
         task.away = False
         del self.away[id]
         self.bring_in(id, task, nodes, total)
@@ -107,7 +107,7 @@ class Tiers:
         open a transfer for what has to be fetched into them. The caller has checked that there are enough."""
         arena = self._arena
         away = [node for node in nodes if node.tier != DEVICE]
-        self._demand = max(total - len(nodes) + len(away), FADING * self._demand)
+        self.note_demand(total - len(nodes) + len(away))
         arena.hold(task.tenant, [node.page for node in nodes if node.tier == DEVICE])
         fresh = iter(arena.take(total - len(nodes) + len(away)))
         task.pages += [node.page if node.tier == DEVICE else next(fresh) for node in nodes]
@@ -180,6 +180,10 @@ class Tiers:
             self._give_back(task.tail, task.tenant)
             task.tail = None
 
+    def note_demand(self, pages: int) -> None:
+        """A task asked for so many pages at once."""
+        self._demand = max(pages, FADING * self._demand)
+
     def learn(self, costs: messages.Costs) -> None:
         """What moving and computing cost, as measured."""
         self.costs.compute = costs.token * self._arena.spec.page_tokens
@@ -202,6 +206,16 @@ class Tiers:
     def moving(self) -> int:
         """Pages on their way."""
         return sum(len(items) for transfer in self.open.values() for items in transfer.batches)
+
+    @property
+    def would_save(self) -> bool:
+        """Whether the cached page that is dropped next had better be moved down a tier."""
+        below = HOST if self.pools[HOST].total else DISK
+        if not self.pools[below].total:
+            return False
+        costs = self.costs
+        cold = self._index.coldest(DEVICE, 1)
+        return any(costs.proven(node) and costs.worth_keeping(node, below) for node in cold)
 
     @property
     def low(self) -> bool:
@@ -302,8 +316,6 @@ class Tiers:
             self._index.unpin_path(node, used=False)
         for item in items if tier == DEVICE else ():
             self._arena.hold(item.tenant, [item.source[1]])
-        for node in cold[:room]:
-            self.costs.note_demoted(node)
         return items
 
     def _stranded(self, tier: int, limit: int) -> list[Node]:

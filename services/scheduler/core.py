@@ -201,6 +201,10 @@ class Core:
             self._refused_by_quota(host, task, now, error)
             return
         needed, lacking = _shortage(details)
+        if details.get("demotable"):
+            self.swapping.park(host, task, lacking)
+            self.swapping.relieve(host, low=True)
+            return
         if host.tiers.coming >= lacking:
             self.swapping.park(host, task, lacking)
             return

@@ -59,7 +59,7 @@ class MessageEffects(SwapMessages):
                 self._server.core.kill(task, answer.error, now())
 
         if task.place is Place.RESERVING:
-            body = Reserve(host.arena, task.id, task.tokens, extra)
+            body = Reserve(host.arena, task.id, task.tokens, extra, host.tiers.hurries(task))
             self._server.call("memory.reserve", body, answered, acting=task.call)
 
     def grow(self, host: Host, wants: list[tuple[Task, int]]) -> None:

@@ -179,8 +179,12 @@ class Simulator:
         self._ask(host, call, lambda _: None, lambda _: None)
 
     def reserve(self, host: Host, task: Task, extra: int) -> None:
+        hurry = host.tiers.hurries(task)
+
         def call(memory: Arena) -> tuple[list[int], int, Transfer | None, bool]:
-            pages, cached = memory.reserve(task.id, task.tenant, list(task.tokens), extra, task.max_pages)
+            pages, cached = memory.reserve(
+                task.id, task.tenant, list(task.tokens), extra, task.max_pages, hurry
+            )
             return pages, cached, _transfer(memory, task), memory.tiers.low
 
         def reply(got: tuple[list[int], int, Transfer | None, bool]) -> None:
@@ -235,9 +239,10 @@ class Simulator:
 
     def swap_in(self, host: Host, task: Task, extra: int, spare: int) -> None:
         residence, swapping = task.residence, self.core.swapping
+        hurry = host.tiers.hurries(task)
 
         def call(memory: Arena) -> tuple[list[int], int, Transfer | None]:
-            pages, cached = memory.tiers.swap_in(task.id, extra, spare)
+            pages, cached = memory.tiers.swap_in(task.id, extra, spare, hurry)
             return pages, cached, _transfer(memory, task)
 
         self._ask(
@@ -380,14 +385,15 @@ class _Device:
             self.fail_moves -= not self.dead
             self._sim.soon(lambda: answered(None))
             return
-        began, size = self._sim.now, self._host.model.page_bytes
+        size = self._host.model.page_bytes
         sources, targets = [s for s, _ in batch.pages], [t for _, t in batch.pages]
         contents = [] if batch.source == "device" else self.pages.read(batch.source, sources)
         waits = [True, True]  # to be reached by the queue; to be copied
+        spent = self._sim.link_time.of(batch, size)
 
         def copy(start: float) -> None:
             start = max(start, self._link_free[batch.source])
-            self._link_free[batch.source] = end = start + self._sim.link_time.of(batch, size)
+            self._link_free[batch.source] = end = start + spent
             self._sim.at(end, copied)
 
         def reached() -> None:
@@ -411,8 +417,7 @@ class _Device:
             if batch.target == "device":
                 self._free_at = max(self._free_at, self._sim.now) + len(sources) * size / DEVICE_SPEED
             self.pages.put(batch.target, targets, contents)
-            micros = max(1, round((self._sim.now - began) * 1e6))
-            self._sim.soon(lambda: answered(Moved(len(sources) * size, micros)))
+            self._sim.soon(lambda: answered(Moved(len(sources) * size, max(1, round(spent * 1e6)))))
 
         if batch.source != "device":
             copy(self._sim.now)

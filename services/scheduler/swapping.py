@@ -46,7 +46,8 @@ class Swapping:
 
     def out(self, host: Host, task: Task, needy: Task | None) -> bool:
         """Swap out a task that has no slot, if that is better than computing its tokens again."""
-        rank = needy.rank if needy is not None else 2
+        # In realtime it is a deadline that cannot wait.
+        rank = 2 if needy is None else needy.rank if needy.deadline else max(1, needy.rank)
         if not swap_pays(host.tiers, host.times, task, rank):
             return False
         self._core.commit(host, [task])
@@ -77,6 +78,7 @@ class Swapping:
     def forget(self, host: Host, task: Task) -> None:
         """A task gives up what it has in any tier, or has it on the device again."""
         task.swap, task.left = Swap.NONE, []
+        host.tiers.hasty.discard(task.id)
         for table in (host.tiers.away, host.tiers.parked, host.tiers.leaving):
             table.pop(task.id, None)
         host.tiers.fetched.discard(task.id)
@@ -168,6 +170,8 @@ class Swapping:
             self._begin(host, transfer, Journey(Kind.DEMOTE))
         else:
             host.tiers.demoting = False
+            host.tiers.hasty |= host.tiers.parked.keys()
+            self._go_on(host, now)
             waiting = [t for t in host.keepers.values() if t.id not in host.tiers.fetched]
             victim = max(waiting, key=displace.expendable, default=None)
             if victim is not None and not host.tiers.leaving:

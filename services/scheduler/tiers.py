@@ -1,7 +1,7 @@
 """What moving pages costs a host, as measured, and which transfers are open. Pure.
 
 A link's speed is the bytes over the time of the moves seen on it, old ones fading; until one was seen it is
-guessed low, so that the first decisions lean to computing again only where that is cheap.
+guessed high, because only what is tried is learned.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from llmos.services.memory.messages import Batch, Costs, Transfer
 from llmos.services.scheduler.steptime import StepTimes
 from llmos.services.scheduler.task import Task
 
-GUESS = {"host": 4e9, "disk": 5e8}  # bytes per second of a link that was never used
+GUESS = {"host": 3e10, "disk": 3e9}  # bytes per second of a link that was never used
 FADE = 0.9  # what is left of older moves when one is seen
 TRANSFER = 1.0e-3  # seconds of messages that a transfer costs, however small
-PATIENCE = (0.02, 0.25, float("inf"))  # seconds that a task of each band waits for another's pages to leave
+PATIENCE = (0.02, 1.0, float("inf"))  # seconds that a task of each band waits for another's pages to leave
 TEACH = 1.25  # memory is told when a cost has changed by this factor
 
 
@@ -72,7 +72,8 @@ class HostTiers:
     """The tiers of one host: its links, its open transfers, the tasks that are not on the device.
 
     ``away`` are the tasks whose pages are elsewhere or on their way; ``parked`` wait seated for pages that
-    are leaving, with how many they lack; ``fetched`` came back ahead of their turn.
+    are leaving, with how many they lack; ``fetched`` came back ahead of their turn; ``hasty`` are ids of
+    tasks that do not wait for cached pages to be saved.
     """
 
     model: LoadedModel
@@ -83,6 +84,7 @@ class HostTiers:
     fetched: set[int] = field(default_factory=set)
     # Device pages that will be free, by task, or by the negative of a transfer of cached pages.
     leaving: dict[int, int] = field(default_factory=dict)
+    hasty: set[int] = field(default_factory=set)
     demoting: bool = False
     taught: Costs | None = None
 
@@ -96,17 +98,25 @@ class HostTiers:
         """Device pages that will be free soon and that nobody waits for yet."""
         return sum(self.leaving.values()) - sum(lacking for _, lacking in self.parked.values())
 
+    def hurries(self, task: Task) -> bool:
+        """Whether cached pages are dropped for a task at once, instead of being moved away before."""
+        return bool(task.deadline and task.rank == 0) or task.id in self.hasty
+
     @property
     def tier(self) -> Tier:
         """Where swapped pages go."""
         return "host" if self.model.host_pages else "disk"
 
-    def swap_seconds(self, pages: int) -> tuple[float, float]:
-        """Seconds until so many pages have left, behind those that are leaving already; and to fetch them."""
+    def leave_seconds(self, pages: int) -> float:
+        """Seconds until so many pages have left, behind those that are leaving already."""
+        ahead = sum(self.leaving.values())
+        return self.links.seconds("device", self.tier, (pages + ahead) * self.model.page_bytes)
+
+    def swap_seconds(self, pages: int) -> float:
+        """Seconds of the links to move so many pages away and back."""
         bytes = pages * self.model.page_bytes
-        ahead = sum(self.leaving.values()) * self.model.page_bytes
-        out = self.links.seconds("device", self.tier, bytes + ahead)
-        return TRANSFER + out, TRANSFER + self.links.seconds(self.tier, "device", bytes)
+        out = self.links.seconds("device", self.tier, bytes)
+        return 2 * TRANSFER + out + self.links.seconds(self.tier, "device", bytes)
 
     def costs(self, arena: str, times: StepTimes) -> Costs:
         """What memory has to know, in microseconds."""
@@ -133,15 +143,16 @@ class HostTiers:
 
 
 def swap_pays(tiers: HostTiers, times: StepTimes, task: Task, needy_rank: int) -> bool:
-    """Keep a task's KV in another tier, or compute it again? Whichever is sooner over, both ways counted,
-    unless who needs the pages cannot wait for them to leave."""
+    """Keep a task's KV in another tier, or compute it again? Whichever takes less time, both ways counted,
+    unless who needs the pages cannot wait for them to leave. The queue of the link counts for that alone: it
+    keeps no device from working."""
     computed = task.computed
     if not tiers.exist or not computed:
         return False
-    out, back = tiers.swap_seconds(-(-computed // tiers.model.page_tokens))
-    if out > PATIENCE[needy_rank]:
+    pages = -(-computed // tiers.model.page_tokens)
+    if tiers.leave_seconds(pages) > PATIENCE[needy_rank]:
         return False
-    return not times or out + back < times.seconds(0, 0, computed)
+    return not times or tiers.swap_seconds(pages) < times.seconds(0, 0, computed)
 
 
 def _differ(a: float, b: float) -> bool:
