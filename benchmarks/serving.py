@@ -1,15 +1,19 @@
 """Serving speed of the whole system: a ZeroMQ client, the kernel, memory, the scheduler and the JAX driver.
 
     python -m benchmarks.serving --model random:benchmarks/shapes/llama-3.1-8b.json --dtype bfloat16 \
-        --page-tokens 64 --slots 256 --chunk-tokens 2048 [--only batch one ttft classify] [--json FILE]
+        --page-tokens 64 --slots 256 --chunk-tokens 2048 [--only batch one ttft classify] [--json FILE] \
+        [--mesh tensor=2] [--compare FILE]
 
 ``batch``: 256 requests of 512 tokens, 256 new ones each. ``queue``: 1,024 of them. ``one``: a single
 stream of 512. ``ttft``: first token of 2,048. ``classify``: 512 requests of 512 tokens, one new one each.
-No prompt shares a page with another, and every request produces all its tokens.
+No prompt shares a page with another, and every request produces all its tokens. With ``--mesh data=N``
+there are N times as many requests. ``--compare`` takes the report of a run on one device: the ratios are
+this run's rates over those, and its first token's time over this one's.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -120,6 +124,30 @@ def first_token(load: Load, prompt: int) -> dict[str, float]:
     return {"client_p50_ms": round(statistics.median(times[1:]) * 1e3, 2)}
 
 
+RATES = {
+    "batch": "output_tokens_per_s",
+    "queue": "output_tokens_per_s",
+    "one": "tokens_per_s",
+    "classify": "requests_per_s",
+}
+
+
+def compare(figures: dict[str, Any], path: Path) -> dict[str, float]:
+    """How many times as fast as in an earlier report, by case."""
+    before = json.loads(path.read_text())["figures"]
+    common = figures.keys() & before.keys()
+    ratios = {case: figures[case][key] / before[case][key] for case, key in RATES.items() if case in common}
+    if "ttft" in common:
+        ratios["ttft"] = before["ttft"]["client_p50_ms"] / figures["ttft"]["client_p50_ms"]
+    return {case: round(ratio, 3) for case, ratio in ratios.items()}
+
+
+def axis(text: str) -> tuple[str, int]:
+    """``name=size`` of a mesh."""
+    name, _, size = text.partition("=")
+    return name, int(size)
+
+
 def measure(load: Load, cases: list[str], scale: float) -> dict[str, Any]:
     """Each case after a warm-up of its own shape."""
     many = max(1, round(256 * scale))
@@ -152,6 +180,15 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the requests, for small machines")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--band", default="interactive", choices=BANDS)
+    parser.add_argument(
+        "--settle",
+        type=float,
+        default=0.0,
+        help="seconds to leave the driver idle first, to rehearse",
+    )
+    parser.add_argument("--mesh", nargs="+", type=axis, default=[], metavar="AXIS=SIZE")
+    parser.add_argument("--speculation", default="off", choices=["off", "ngram"])
+    parser.add_argument("--compare", type=Path, help="report of a run on one device")
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     options = parser.parse_args()
     driver = DriverSpec(name=DRIVER, kind="jax", options={"attention": options.attention})
@@ -165,15 +202,22 @@ def main() -> None:
         page_tokens=options.page_tokens,
         chunk_tokens=options.chunk_tokens,
         max_context=options.max_context,
+        mesh=dict(options.mesh),
+        speculation=options.speculation,
     )
     report = Report("serving")
     with Cluster(driver, options.steps) as cluster:
         loaded, seconds = cluster.load(request)
         report.figures["load"] = {"seconds": round(seconds, 1), **loaded.phases}
-        report.figures |= measure(Load(cluster.client, loaded, options.band), options.only, options.scale)
-        (line,) = cluster.client.call("scheduler.stats", None, SchedulerStats).hosts
+        time.sleep(options.settle)
+        scale = options.scale * loaded.replicas
+        report.figures |= measure(Load(cluster.client, loaded, options.band), options.only, scale)
+        line = cluster.client.call("scheduler.stats", None, SchedulerStats).hosts[0]
         report.figures["last_step_ms"] = round(line.step_micros / 1e3, 2)
         report.environment = {"model": options.model, "dtype": options.dtype, "attention": loaded.attention}
+        report.environment["mesh"] = dict(options.mesh)
+    if options.compare:
+        report.ratios = compare(report.figures, options.compare)
     report.write(options.json)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from llmos.drivers.sdk.messages import DType
+from llmos.drivers.sdk.messages import DType, Speculation
 from llmos.ipc import codec, paths
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -30,9 +30,13 @@ class DriverSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model to serve. ``source`` is a path, or empty for a model that was pulled under this name.
 
-    ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits).
-    ``host_cache`` and ``disk_cache`` are the RAM and the disk space for KV that has no room on the device, in
-    bytes or with a unit ("8GiB"); "auto" is half of the RAM that is free, and none where the device is a CPU.
+    ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits), and
+    ``host_pages`` in RAM and ``disk_pages`` on disk that of sequences that had to leave the device.
+    ``host_cache`` and ``disk_cache`` say the latter in bytes or with a unit ("8GiB"); "auto" is half of the
+    RAM that is free, and none where the device is a CPU.
+    ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
+    smaller model. Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step,
+    matter.
     """
 
     name: str
@@ -48,6 +52,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     mesh: dict[str, int] = {}
     host_cache: str | int = "auto"
     disk_cache: str | int = 0
+    host_pages: int = 0
+    disk_pages: int = 0
+    speculation: Speculation = "off"
+    speculation_tokens: int = 0
+    draft: str = ""
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

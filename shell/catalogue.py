@@ -13,7 +13,7 @@ from llmos.services.models import catalog, store
 from llmos.services.models.messages import Load, ModelLine, ModelList, Unload
 from llmos.services.models.store import PullProgress
 from llmos.shell import session
-from llmos.shell.output import count, say, table
+from llmos.shell.output import count, mesh_words, say, table
 from llmos.shell.progress import Bar
 
 LOAD_SECONDS = 3600.0
@@ -47,7 +47,7 @@ def list_models(client: Client) -> list[ModelLine]:
 
 
 def _served(line: ModelLine) -> tuple[str, ...]:
-    note = line.error
+    note = line.error or mesh_words(line.mesh)
     if line.state == "loading":
         note = f"{line.phase} {100 * line.progress:.0f}%"
     elif line.state == "missing":

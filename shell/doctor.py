@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from llmos.drivers.sdk.messages import DriverInfo
 from llmos.ipc import paths
 from llmos.ipc.errors import InvalidArgument, LLMOSError
+from llmos.shell.output import mesh_words
 
 if TYPE_CHECKING:
     from llmos.ipc.client import Client
@@ -212,7 +213,8 @@ def _model(line: ModelLine) -> Finding:
     if line.state != "ready":
         return Finding("note", f"model {line.name} is {line.state} on {line.driver}")
     attention = f", attention by {line.attention}" if line.attention else ""
-    return Finding("ok", f"model {line.name} is ready on {line.driver}{attention}")
+    mesh = f", over a mesh of {words}" if (words := mesh_words(line.mesh)) else ""
+    return Finding("ok", f"model {line.name} is ready on {line.driver}{attention}{mesh}")
 
 
 def _driver(client: Client, name: str) -> Iterator[Finding]:

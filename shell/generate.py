@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
             request = Chat(model=options.model, messages=messages, generation=generation)
         answer = Answer(time.monotonic())
         for piece in stream(client, request, answer):
-            _put(piece)
-    _put("" if answer.text.endswith("\n") else "\n")
+            put(piece)
+    put("" if answer.text.endswith("\n") else "\n")
     if options.stats:
         say(answer.stats())
     return 0
@@ -103,7 +103,7 @@ def _reply(client: Client, model: str, history: list[ChatMessage], generation: G
     answer = Answer(time.monotonic())
     try:
         for piece in stream(client, Chat(model=model, messages=history, generation=generation), answer):
-            _put(piece)
+            put(piece)
     except KeyboardInterrupt:
         say(" (stopped)")
     print()
@@ -148,12 +148,13 @@ def _read_stdin() -> str:
 def _first_ready(client: Client) -> str:
     models = client.call("models.list", None, ModelList).models
     for line in models:
-        if line.state == "ready":
+        if line.state == "ready" and line.kind == "decoder":
             return line.name
     states = ", ".join(f"{line.name} is {line.state}" for line in models) or "there is none"
     raise NotFound(f"no model is ready: {states}")
 
 
-def _put(piece: str) -> None:
+def put(piece: str) -> None:
+    """Print a piece of an answer at once."""
     sys.stdout.write(piece)
     sys.stdout.flush()

@@ -12,7 +12,9 @@ from llmos.ipc.grant import Grant
 from llmos.services.security.messages import Mint, Minted
 from llmos.shell import session
 
-CALLS = ["models.chat", "models.complete", "models.list"]
+CALLS = [
+    "models.chat", "models.complete", "models.embed", "models.rerank", "models.classify", "models.list",
+]  # fmt: skip
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

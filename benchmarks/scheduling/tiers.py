@@ -30,9 +30,9 @@ Figures = dict[str, Any]
 def model(contexts: int, host_contexts: int) -> LoadedModel:
     """A device, and host memory, for so many contexts."""
     return LoadedModel(
-        model="m", family="null", parameters=0, weight_bytes=0, pages=contexts * PAGES, page_tokens=PAGE_TOKENS,
-        page_bytes=PAGE_BYTES, slots=SLOTS, max_context=8192, chunk_tokens=2048, vocab_size=256, stop_tokens=[],
-        attention="none", host_pages=host_contexts * PAGES,
+        model="m", family="null", parameters=0, weight_bytes=0, pages=contexts * PAGES,
+        page_tokens=PAGE_TOKENS, page_bytes=PAGE_BYTES, slots=SLOTS, max_context=8192, chunk_tokens=2048,
+        vocab_size=256, stop_tokens=[], attention="none", host_pages=host_contexts * PAGES,
     )  # fmt: skip
 
 

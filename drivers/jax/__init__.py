@@ -4,5 +4,6 @@ Read in this order: ``driver`` (the callbacks), ``engine`` (one loaded model), `
 knows of every slot; all validation), ``programs`` (what is compiled ahead, for which buckets),
 ``forward`` (the two model steps), ``state`` and ``sampling`` (the batch on the device), ``modules`` (the
 decoder in nnx, of ``layers`` and ``experts``), ``attention`` (backends), ``families`` (one file per model
-family) and ``weights``. ``encoder`` and ``families.bert`` embed and classify texts, without any cache.
+family) and ``weights``. ``encoder`` and ``families.bert`` embed and classify texts, without any cache;
+``encoder_loader`` and ``encoder_engine`` serve them.
 """

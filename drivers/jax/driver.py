@@ -8,12 +8,28 @@ from typing import Any
 import jax
 
 from llmos.drivers.jax import platform
-from llmos.drivers.sdk.driver import Driver, PendingMove, PendingStep, Progress
-from llmos.drivers.sdk.messages import DriverInfo, LoadedModel, LoadRequest, Move, Quantum
-from llmos.ipc.errors import InvalidArgument, NotFound
+from llmos.drivers.sdk.driver import (
+    Driver,
+    Get,
+    PendingEncoding,
+    PendingMove,
+    PendingStep,
+    Progress,
+    Put,
+)
+from llmos.drivers.sdk.messages import DriverInfo, EncodeStep, LoadedModel, LoadRequest, Move, Quantum
+from llmos.ipc.errors import InvalidArgument, LLMOSError, NotFound, NotSupported
 
 VERSION = "1"
-FEATURES = ["chunked-prefill", "penalties", "logit-bias", "seeded-sampling", "prefix-pages", "moves"]
+FEATURES = [
+    "encoders",
+    "chunked-prefill",
+    "penalties",
+    "logit-bias",
+    "seeded-sampling",
+    "prefix-pages",
+    "page-moves",
+]
 
 
 class JaxDriver(Driver):
@@ -29,8 +45,9 @@ class JaxDriver(Driver):
         self._platform = platform_name
         self._attention = attention
         self._found: list[Any] = []
-        self._engines: dict[str, Any] = {}
-        self._movers: dict[str, Any] = {}
+        self._engines: dict[str, list[Any]] = {}
+        self._movers: dict[str, list[Any]] = {}
+        self._encoders: dict[str, Any] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo(
@@ -42,41 +59,82 @@ class JaxDriver(Driver):
         )
 
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
-        if request.model in self._engines:
+        if request.model in self._engines or request.model in self._encoders:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
+        from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
         from llmos.drivers.jax.loader import Load
+        from llmos.drivers.jax.moves import open_movers
 
-        engine, loaded = Load(request, self._devices()[0], progress, self._attention).run()
-        self._engines[request.model] = engine
-        if loaded.host_pages or loaded.disk_pages:
-            from llmos.drivers.jax.moves import open_mover
-
-            self._movers[request.model] = open_mover(engine, loaded, self._devices()[0])
+        if is_encoder(request.source):
+            encoder, loaded = EncoderLoad(request, self._devices(), progress).run()
+            self._encoders[request.model] = encoder
+            return loaded
+        engines, loaded = Load(request, self._devices(), progress, self._attention).run()
+        try:
+            self._movers[request.model] = open_movers(engines, loaded)
+        except LLMOSError:
+            for engine in engines:
+                engine.close()
+            raise
+        self._engines[request.model] = engines
         return loaded
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
-        engine = self._engines.get(quantum.model)
-        if engine is None:
+        engines = self._engines.get(quantum.model)
+        if engines is None:
             raise NotFound(f"model {quantum.model} is not loaded")
-        steps: Iterator[PendingStep] = engine.execute(quantum)
+        if not 0 <= quantum.replica < len(engines):
+            raise InvalidArgument(
+                f"model {quantum.model} has no replica {quantum.replica}, only {len(engines)}"
+            )
+        steps: Iterator[PendingStep] = engines[quantum.replica].execute(quantum)
         return steps
 
     def move(self, move: Move, key: bytes) -> PendingMove:
-        pending: PendingMove = self._movers[move.model].move(move, key)
+        pending: PendingMove = self._mover(move.model, move.replica).move(move, key)
         return pending
 
-    def reset(self, model: str) -> None:
+    def save(self, model: str, replica: int, pages: list[int], put: Put) -> PendingMove:
+        pending: PendingMove = self._mover(model, replica).save(pages, put)
+        return pending
+
+    def restore(self, model: str, replica: int, pages: list[int], get: Get) -> PendingMove:
+        pending: PendingMove = self._mover(model, replica).restore(pages, get)
+        return pending
+
+    def idle(self) -> bool:
+        return any(engine.rehearse() for engines in self._engines.values() for engine in engines)
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        encoder = self._encoders.get(request.model)
+        if encoder is None:
+            raise NotFound(f"encoder {request.model} is not loaded")
+        pending: PendingEncoding = encoder.encode(request)
+        return pending
+
+    def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._engines:
             raise NotFound(f"model {model} is not loaded")
-        self._engines[model].reset()
+        for number, engine in enumerate(self._engines[model]):
+            if replica in (-1, number):
+                engine.reset()
 
     def unload(self, model: str) -> None:
-        engine = self._engines.pop(model, None)
-        if engine is None:
+        engines = self._engines.pop(model, None)
+        if engines is None and model in self._encoders:
+            engines = [self._encoders.pop(model)]
+        if engines is None:
             raise NotFound(f"model {model} is not loaded")
-        engine.close()
-        if model in self._movers:
-            self._movers.pop(model).close()
+        for engine in engines:
+            engine.close()
+        for mover in self._movers.pop(model, []):
+            mover.close()
+
+    def _mover(self, model: str, replica: int) -> Any:
+        movers = self._movers[model]
+        if not movers:
+            raise NotSupported("the pages of a model that is cut over several devices stay where they are")
+        return movers[replica]
 
     def _devices(self) -> list[Any]:
         if not self._found:

@@ -34,7 +34,9 @@ class EncoderConfig:
     """Sizes of an encoder.
 
     Tokens are at the ``positions`` rows from ``first_position`` on. ``pooling`` makes one vector of a text:
-    the mean of its tokens or its first, ``normalise`` d to length one. ``labels`` 0 means no classifier.
+    the mean of its tokens or its first, ``normalise`` d to length one. ``labels`` 0 means no classifier;
+    ``exclusive`` says that only one of the labels, called ``names``, can be true. A text has ``longest``
+    tokens at most where the model was trained for less than it has positions (0: it was not).
     """
 
     vocab_size: int
@@ -50,6 +52,9 @@ class EncoderConfig:
     pooling: Literal["mean", "cls"] = "mean"
     normalise: bool = True
     labels: int = 0
+    names: tuple[str, ...] = ()
+    exclusive: bool = True
+    longest: int = 0
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -65,7 +70,13 @@ class EncoderConfig:
     @property
     def max_tokens(self) -> int:
         """The longest text, in tokens."""
-        return self.positions - self.first_position
+        room = self.positions - self.first_position
+        return min(room, self.longest or room)
+
+    @property
+    def width(self) -> int:
+        """How many numbers a text becomes."""
+        return self.labels or self.hidden
 
 
 class EncoderLayer(nnx.Module):  # type: ignore[misc]
@@ -134,3 +145,7 @@ class Encoder(nnx.Module):  # type: ignore[misc]
         """Float32 logits [B, labels]; of a cross-encoder's one label, the relevance of each pair."""
         first = self.hidden(tokens, types, lengths)[:, 0]
         return self.classifier(jnp.tanh(self.dense(first))).astype(jnp.float32)
+
+    def __call__(self, tokens: jax.Array, types: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Float32 [B, width]: the logits of the model's classifier if it has one, else embeddings."""
+        return (self.classify if self.config.labels else self.embed)(tokens, types, lengths)

@@ -11,29 +11,39 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax.buckets import group
 from llmos.drivers.jax.ledger import Ledger, Limits, Slot
-from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Programs
+from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Key, Programs
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
+from llmos.drivers.jax.speculating import Speculation
 from llmos.drivers.jax.state import (
     BatchState,
     Tallies,
     empty_tallies,
     pack_admission,
 )
+from llmos.drivers.jax.verification import no_guess
 from llmos.drivers.sdk.checks import BIAS_LIMIT
-from llmos.drivers.sdk.driver import PendingStep
+from llmos.drivers.sdk.driver import Pending, PendingStep
 from llmos.drivers.sdk.messages import Chunk, FinishReason, Quantum, Start, Step
 
-Output = tuple[list[tuple[int, int, Slot]], jax.Array]
-"""(row, slot number, slot) for each that a sampling program served, and its packed result [2, rows]."""
+Served = list[tuple[int, int, Slot]]
+"""(row, slot number, slot) for each that a program served."""
+
+Output = tuple[Served, jax.Array, int]
+"""Whom a program served, its packed result, and how many guesses it verified (-1: it had none to make).
+
+The result is [2, rows]: token and finish; where there were guesses it is that of ``verification.accept``.
+"""
 
 
 class Engine:
-    """Executes quanta on one model; see ``Driver.execute`` for the contract."""
+    """Executes quanta on one replica of a model; see ``Driver.execute`` for the contract.
+
+    ``common`` is the sharding of what all devices of the replica have, such as ``batch``.
+    """
 
     def __init__(
         self,
@@ -42,53 +52,99 @@ class Engine:
         weights: Any,
         caches: list[Any],
         batch: BatchState,
+        common: Any = None,
         clock: Callable[[], float] = time.perf_counter,
+        speculation: Speculation | None = None,
     ) -> None:
         self.limits = limits
         self.ledger = Ledger(limits)
-        self._programs = programs
+        self.unrehearsed: list[Key] = []
+        self.programs = programs
         self._weights = weights
         self._caches = caches
         self._batch = batch
+        self._common = common
         self._tallies: Tallies | None = None
         self._tallied: set[int] = set()
         self._rows: dict[tuple[int, ...], jax.Array] = {}
+        self._entering: list[Start] = []
         self._faulty: list[int] = []
         self._clock = clock
+        self.speculation = speculation
         self._completed = 0.0
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
-        """Check a quantum and apply its release, start and grow now; the iterator dispatches its steps."""
+        """Check a quantum and apply its release, start and grow now; the iterator dispatches its steps.
+
+        Starts reach the device behind the first prompts, which need nothing of the batch and are waited for.
+        """
         self.ledger.check(quantum)
         self._scrub()
         self.ledger.enter(quantum)
-        self._admit(quantum.start)
-        self._grow(quantum)
+        self._entering = quantum.start
+        if quantum.grow:
+            self._admit()
+            self._grow(quantum)
         return self._steps(quantum)
-
-    @property
-    def caches(self) -> Any:
-        """The shapes of the caches."""
-        return self._programs.spec.caches
 
     def read_pages(self, numbers: list[int]) -> jax.Array:
         """Dispatch a gather: the pages as one block, as the steps dispatched so far leave them."""
-        program = self._programs.get(("gather", len(numbers)))
+        program = self.programs.get(("gather", len(numbers)))
         block: jax.Array = program(self._caches, np.asarray(numbers, np.int32))
         return block
 
     def write_pages(self, numbers: list[int], block: jax.Array) -> None:
         """Dispatch a scatter: the steps that follow find the block in these pages."""
-        program = self._programs.get(("scatter", len(numbers)))
+        program = self.programs.get(("scatter", len(numbers)))
         self._caches = program(self._caches, block, np.asarray(numbers, np.int32))
+
+    def rehearse(self) -> bool:
+        """Run the next of ``unrehearsed`` on rows that hold no sequence, and wait; False when none is left.
+
+        A GPU loads and plans a program when it first runs, for up to half a second that no request should
+        pay. It cannot do so while another program is being compiled.
+        """
+        if not self.unrehearsed:
+            return False
+        key = self.unrehearsed.pop(0)
+        program = self.programs.get(key)
+        match key:
+            case ("decode", int(size)):
+                self._caches, _ = program(self._weights, self._caches, self._batch, self._row_index([], size))
+            case ("prefill", int(height), int(size), bool()):
+                self._caches, _ = program(self._weights, self._caches, self._chunk([], height, size))
+            case ("sample", "greedy" | "plain" | "filtered", int(size)):
+                logits = jax.device_put(np.zeros((size, self.limits.vocab_size), np.float32), self._common)
+                self._batch, *_ = program(logits, self._row_index([], size), self._batch)
+            case ("gather" | "scatter", int(size)) if size <= self.limits.pages:
+                # What is written back is what is there.
+                numbers = list(range(size))
+                self.write_pages(numbers, self.read_pages(numbers))
+            case (str(name), *_) if self.speculation is not None:
+                self._rehearse_speculation(self.speculation, name, key, program)
+        jax.block_until_ready((self._caches, self._batch))  # type: ignore[no-untyped-call]
+        return True
+
+    def _rehearse_speculation(self, speculation: Speculation, name: str, key: Key, program: Any) -> None:
+        if name == "verify":
+            rows = self._row_index([], int(key[1]))
+            held = (self._weights, self._caches, self._batch, speculation.history, rows)
+            self._caches, *_ = speculation.verify(program, int(key[2]), held)
+        elif name == "accept" and "full" not in key:
+            size, guesses = int(key[2]), int(key[3])
+            logits = np.zeros((size, guesses + 1, self.limits.vocab_size), np.float32)
+            logits, guess = jax.device_put((logits, no_guess(size, guesses)), self._common)
+            rest = (self._row_index([], size), self._batch, speculation.history)
+            self._batch, speculation.history, *_ = program(logits, guess, *rest)
 
     def close(self) -> None:
         """Stop what still runs in the background."""
-        self._programs.close()
+        self.programs.close()
 
     def reset(self) -> None:
         """Empty all slots; what is on the device is overwritten when a slot is taken again."""
         self.ledger = Ledger(self.limits)
+        self._entering = []
 
     def _steps(self, quantum: Quantum) -> Iterator[PendingStep]:
         chunks: dict[int, list[Chunk]] = {}
@@ -98,84 +154,137 @@ class Engine:
         for index in range(quantum.steps):
             rows = self.ledger.ready(quantum.decode)
             if not rows and index > last:
-                return
+                break
             begun = self._clock()
             outputs = [self._decode(rows)] if rows else []
             outputs += self._prefill(chunks.get(index, []))
-            for _, packed in outputs:
+            for _, packed, _ in outputs:
                 packed.copy_to_host_async()
-            yield self._pending(quantum.id, index, outputs, begun)
+            self._admit()
+            yield self._pending(quantum.id, index, outputs, begun, timed=index not in chunks)
+        self._admit()
 
     def _decode(self, rows: list[int]) -> Output:
-        size, program = self._programs.decode(len(rows))
+        if self.speculation is not None:
+            return self._speculate(self.speculation, rows)
+        size, program = self.programs.decode(len(rows))
         index = self._row_index(rows, size)
         self._caches, logits = program(self._weights, self._caches, self._batch, index)
         for number in rows:
             self.ledger.advance(number)
         return self._sample(rows, index, logits)
 
+    def _speculate(self, speculation: Speculation, rows: list[int]) -> Output:
+        slots = self.ledger.slots
+        served = [(row, number, slots[number]) for row, number in enumerate(rows)]
+        variant: Variant = max((slot.variant for *_, slot in served), key=VARIANTS.index)
+        size, guesses = speculation.choose(rows, variant)
+        index = self._row_index(rows, size)
+        verify, accept = speculation.programs(variant, size, guesses)
+        held = (self._weights, self._caches, self._batch, speculation.history, index)
+        self._caches, logits, guess = speculation.verify(verify, guesses, held)
+        tallies = (self._tallies,) if variant == "full" else ()
+        results = accept(logits, guess, index, self._batch, speculation.history, *tallies)
+        self._batch, speculation.history, counted, packed = results
+        self._tallies = counted if tallies else self._tallies
+        for number in rows:
+            self.ledger.advance(number)
+        return served, packed, guesses
+
     def _prefill(self, chunks: list[Chunk]) -> list[Output]:
         """Prefill the chunks of a step, those of like length together; sample where a prompt is complete."""
         outputs = []
-        sizes = self._programs.spec.chunk_sizes
+        sizes = self.programs.spec.chunk_sizes
         for size, fresh, calls in group(chunks, sizes):
-            for at in range(0, len(calls), self._programs.rows_for(size)[-1]):
-                part = calls[at : at + self._programs.rows_for(size)[-1]]
+            for at in range(0, len(calls), self.programs.rows_for(size)[-1]):
+                part = calls[at : at + self.programs.rows_for(size)[-1]]
                 outputs += self._prefill_rows(part, size, fresh)
         return outputs
 
     def _prefill_rows(self, calls: list[Chunk], size: int, fresh: bool) -> list[Output]:
-        height, program = self._programs.prefill(len(calls), size, fresh)
-        chunk = np.zeros((height, size + 2), np.int32)
-        for row, call in enumerate(calls):
-            known = self.ledger.slots[call.slot].tokens
-            chunk[row, : call.length] = known[call.start : call.start + call.length]
-            chunk[row, -2:] = call.start, call.length
-        index = self._row_index([call.slot for call in calls], height)
-        self._caches, logits = program(self._weights, self._caches, self._batch, index, chunk)
+        height, program = self.programs.prefill(len(calls), size, fresh)
+        chunk = self._chunk(calls, height, size)
+        self._caches, logits = program(self._weights, self._caches, chunk)
         complete = [call.slot if self.ledger.fill(call) else self.limits.slots for call in calls]
         if all(slot == self.limits.slots for slot in complete):
             return []
         return [self._sample(complete, self._row_index(complete, height), logits)]
 
+    def _chunk(self, calls: list[Chunk], height: int, size: int) -> np.ndarray:
+        """What ``forward.prefill`` takes: [height, 2 + width + size], padded with empty rows."""
+        width = self._batch.tables.shape[1]
+        chunk = np.zeros((height, 2 + width + size), np.int32)
+        chunk[:, 2 : 2 + width] = self.limits.pages
+        for row, call in enumerate(calls):
+            slot = self.ledger.slots[call.slot]
+            chunk[row, :2] = call.start, call.length
+            chunk[row, 2 : 2 + slot.held] = slot.table
+            part = slot.tokens[call.start : call.start + call.length]
+            chunk[row, 2 + width : 2 + width + call.length] = part
+        return chunk
+
     def _sample(self, rows: list[int], index: jax.Array, logits: jax.Array) -> Output:
+        self._admit()
         slots = self.ledger.slots
         served = [(row, number, slots[number]) for row, number in enumerate(rows) if number in slots]
         variant: Variant = max((slot.variant for *_, slot in served), key=VARIANTS.index)
-        program = self._programs.get(("sample", variant, index.shape[0]))
+        program = self.programs.get(("sample", variant, index.shape[0]))
         if variant == "full":
             self._batch, self._tallies, packed = program(logits, index, self._batch, self._tallies)
         else:
             self._batch, _, packed = program(logits, index, self._batch)
-        return served, packed
+        return served, packed, -1
 
-    def _pending(self, quantum: int, index: int, outputs: list[Output], begun: float) -> PendingStep:
+    def _pending(
+        self, quantum: int, index: int, outputs: list[Output], begun: float, timed: bool
+    ) -> PendingStep:
         def resolve() -> Step:
-            results = [(served, np.asarray(packed)) for served, packed in outputs]
+            results = [(served, np.asarray(packed), guesses) for served, packed, guesses in outputs]
             now = self._clock()
             since, self._completed = max(begun, self._completed), now
-            slots, tokens, finished = self._collect(results)
+            slots: list[int] = []
+            tokens: list[int] = []
+            finished: list[tuple[int, FinishReason]] = []
+            for served, packed, guesses in results:
+                if guesses >= 0:
+                    self._resolved(served, packed, guesses, now - since if timed else 0.0)
+                    packed = packed[:-2]
+                self._collect(served, packed, slots, tokens, finished)
             return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))
 
-        return resolve
+        arrays: list[Any] = [packed for _, packed, _ in outputs]
+        return Pending(resolve, lambda: all(array.is_ready() for array in arrays))
+
+    def _resolved(self, served: Served, packed: np.ndarray, guesses: int, seconds: float) -> None:
+        """Learn from a step that may have verified guesses how many tokens each slot really gained."""
+        gained = (packed[:-3] >= 0).sum(axis=0).tolist()
+        trials, hits = packed[-2:].tolist()
+        present = self.ledger.slots
+        for row, number, slot in served:
+            slot.length += gained[row] - 1
+            if self.speculation is not None and present.get(number) is slot:
+                self.speculation.observe(number, guesses, trials[row], hits[row])
+        if self.speculation is not None and seconds:
+            self.speculation.resolved(len(served), packed.shape[1], guesses, sum(gained), seconds)
 
     def _collect(
-        self, results: list[tuple[list[tuple[int, int, Slot]], np.ndarray]]
-    ) -> tuple[list[int], list[int], list[tuple[int, FinishReason]]]:
-        slots, tokens, finished = [], [], []
-        for served, packed in results:
-            chosen, codes = packed.tolist()
-            for row, number, slot in served:
-                token, code = chosen[row], codes[row]
-                if token >= 0:
-                    slots.append(number)
-                    tokens.append(token)
-                if code:
-                    finished.append((number, REASONS[code]))
-                    slot.finished = True
-                if code and REASONS[code] == "error":
-                    self._faulty += slot.table
-        return slots, tokens, finished
+        self,
+        served: Served,
+        packed: np.ndarray,
+        slots: list[int],
+        tokens: list[int],
+        finished: list[tuple[int, FinishReason]],
+    ) -> None:
+        *columns, codes = packed.tolist()
+        for row, number, slot in served:
+            made = [column[row] for column in columns if column[row] >= 0]
+            slots += [number] * len(made)
+            tokens += made
+            if code := codes[row]:
+                finished.append((number, REASONS[code]))
+                slot.finished = True
+            if code and REASONS[code] == "error":
+                self._faulty += slot.table
 
     def _row_index(self, rows: list[int], size: int) -> jax.Array:
         """Slot numbers padded with the spare row, kept on the device while the batch stays the same."""
@@ -183,13 +292,16 @@ class Engine:
         if padded not in self._rows:
             if len(self._rows) >= 4 * self.limits.slots + 16:
                 self._rows.clear()
-            self._rows[padded] = jnp.asarray(padded, jnp.int32)
+            self._rows[padded] = jax.device_put(np.asarray(padded, np.int32), self._common)
         return self._rows[padded]
 
-    def _admit(self, starts: list[Start]) -> None:
-        program = self._programs.get(("admit",))
+    def _admit(self) -> None:
+        starts, self._entering = self._entering, []
+        program = self.programs.get(("admit",))
         for first in range(0, len(starts), ADMIT_ROWS):
             self._batch = program(self._batch, *self._admission(starts[first : first + ADMIT_ROWS]))
+        if self.speculation is not None:
+            self.speculation.begin(starts)
         for start in starts:
             penalised = self.ledger.slots[start.slot].variant == "full"
             if penalised or start.slot in self._tallied:
@@ -205,7 +317,8 @@ class Engine:
 
     def _tally(self, start: Start) -> None:
         if self._tallies is None:
-            self._tallies = empty_tallies(self.limits.slots, self.limits.vocab_size)
+            empty = empty_tallies(self.limits.slots, self.limits.vocab_size)
+            self._tallies = jax.device_put(empty, self._common)
         tokens = np.zeros(self.limits.max_context, np.int32)
         tokens[: len(start.tokens)] = start.tokens
         ids = np.full(BIAS_LIMIT, self.limits.vocab_size, np.int32)
@@ -213,7 +326,7 @@ class Engine:
         ids[: len(start.sampling.logit_bias)] = list(start.sampling.logit_bias)
         values[: len(start.sampling.logit_bias)] = list(start.sampling.logit_bias.values())
         counts = (np.int32(start.prompt), np.int32(len(start.tokens)))
-        program = self._programs.get(("tally",))
+        program = self.programs.get(("tally",))
         self._tallies = program(self._tallies, np.int32(start.slot), tokens, *counts, ids, values)
 
     def _grow(self, quantum: Quantum) -> None:
@@ -223,7 +336,7 @@ class Engine:
             held[growth.slot] -= len(growth.pages)
             first = held[growth.slot]
             cells += [(growth.slot, first + i, page) for i, page in enumerate(growth.pages)]
-        program = self._programs.get(("grow",))
+        program = self.programs.get(("grow",))
         for at in range(0, len(cells), GROW_ROWS):
             part = cells[at : at + GROW_ROWS]
             part += [(self.limits.slots + 1, 0, 0)] * (GROW_ROWS - len(part))
@@ -235,5 +348,5 @@ class Engine:
         for at in range(0, len(pages), SCRUB_PAGES):
             part = pages[at : at + SCRUB_PAGES]
             part += [self.limits.pages + 1] * (SCRUB_PAGES - len(part))
-            program = self._programs.get(("scrub",))
+            program = self.programs.get(("scrub",))
             self._caches = program(self._caches, np.asarray(part, np.int32))

@@ -16,17 +16,22 @@ from flax import nnx
 
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, precision, product
+from llmos.drivers.jax.sharding.collectives import WHOLE, total
 
 Grouping = Literal["gather", "ragged", "singly", "turns"]
 
 
 class Experts(nnx.Module):  # type: ignore[misc]
-    """Router and experts of one layer: ``gate`` and ``up`` are [experts, inner, hidden], ``down`` turned."""
+    """Router and experts of one layer: ``gate`` and ``up`` are [experts, inner, hidden], ``down`` turned.
+
+    Over a mesh every device has all tokens and some of the experts, or a slice of each: it computes what
+    its own give to each token, and the sum is taken once, as in a dense layer cut the same way.
+    """
 
     def __init__(self, config: DecoderConfig, init: Init) -> None:
         count, inner, hidden = config.experts, config.expert_intermediate, config.hidden
         self.activation, self.active = config.activation, config.active_experts
-        self.normalise = config.normalise_experts
+        self.normalise, self.split = config.normalise_experts, WHOLE
         self.router = Linear(count, hidden, init)
         self.gate = nnx.Param(init((count, inner, hidden)))
         self.up = nnx.Param(init((count, inner, hidden)))
@@ -35,10 +40,21 @@ class Experts(nnx.Module):  # type: ignore[misc]
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
         shares, chosen = route(self.router(rows), self.active, self.normalise)
+        shares, chosen = self._own(shares, chosen)
         grouping = choose(rows.shape[0] * self.active, self.gate.shape[0], jax.default_backend())
         ways = {"gather": self.gathered, "ragged": self.ragged, "singly": self.singly, "turns": self.turns}
         run = ways[grouping]
-        return run(rows, shares.astype(x.dtype), chosen).reshape(x.shape)
+        own = run(rows, shares.astype(x.dtype), chosen)
+        return total(own, self.split.wide).reshape(x.shape)
+
+    def _own(self, shares: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Ids among this device's experts; a choice that is elsewhere has no share, and an id past them."""
+        if not self.split.expert:
+            return shares, chosen
+        count = self.gate.shape[0]
+        own = chosen - jax.lax.axis_index(self.split.expert) * count
+        held = (own >= 0) & (own < count)
+        return jnp.where(held, shares, 0), jnp.where(held, own, count)
 
     def gathered(self, rows: jax.Array, shares: jax.Array, chosen: jax.Array) -> jax.Array:
         """Each assignment multiplies with its own copy of its expert's weights."""

@@ -1,4 +1,5 @@
-"""The two steps of a decoder over the paged cache: one token for many rows, many tokens for few rows.
+"""The steps of a decoder over the paged cache: one token for many rows, many tokens for few rows, and the
+few tokens that are to be verified.
 
 Layers are unrolled (a scan copies each layer's weights on the CPU and costs 1.5 to 5 times as much), but
 one layer is traced only once: the inner jit makes it a function that the lowered program calls.
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan, Scoring
+from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.state import BatchState
 
 
@@ -54,35 +55,63 @@ def decode(
 def prefill(
     shape: Shape,
     fresh: bool,
+    width: int,
+    weights: Any,
+    caches: list[Any],
+    chunk: jax.Array,
+) -> tuple[list[Any], jax.Array]:
+    """Feed prompt tokens to R sequences; nothing of the batch is read, so a prompt need not be in it yet.
+
+    ``chunk`` [R, 2 + width + C] holds for each row the position of its first token, how many tokens count,
+    its block table and the C tokens. With ``fresh`` all rows start at position 0, and attend to nothing that
+    is in the cache.
+
+    Returns the caches and the float32 logits [R, vocab] after each row's last new token.
+    """
+    starts, counts, tables, tokens = jnp.split(chunk, [1, 2, 2 + width], axis=1)
+    starts, counts = starts[:, 0], counts[:, 0]
+    position, plan = _plan(shape, tables, starts, counts, tokens.shape[1])
+    last = jnp.maximum(counts - 1, 0)
+    return _run(shape, weights, caches, tokens, position, plan, last, fresh)
+
+
+def verify(
+    shape: Shape,
     weights: Any,
     caches: list[Any],
     state: BatchState,
     rows: jax.Array,
-    chunk: jax.Array,
+    tokens: jax.Array,
+    counts: jax.Array,
 ) -> tuple[list[Any], jax.Array]:
-    """Feed prompt tokens to the slots ``rows`` [R].
+    """Feed the slots ``rows`` [B] their last token and what is guessed to follow: ``tokens`` [B, C].
 
-    ``chunk`` [R, C + 2] holds for each row C tokens, the position of the first, and how many count.
+    ``counts`` [B] of each row's tokens count, and only their KV is written.
 
-    With ``fresh`` all rows start at position 0, and attend to nothing that is in the cache.
-
-    Returns the caches and the float32 logits [R, vocab] after each row's last new token.
+    Returns the caches and float32 logits [B, C, vocab].
     """
-    tokens, starts, counts = chunk[:, :-2], chunk[:, -2], chunk[:, -1]
-    tables = state.tables[rows]
-    offset = jnp.arange(tokens.shape[1])
+    starts = jnp.maximum(state.length[rows] - 1, 0)
+    position, plan = _plan(shape, state.tables[rows], starts, counts, tokens.shape[1])
+    # A row of which nothing counts must not be taken for the longest.
+    plan = plan._replace(lengths=jnp.where(counts > 0, plan.lengths, 0))
+    return _run(shape, weights, caches, tokens, position, VerifyPlan(*plan))
+
+
+def _plan(
+    shape: Shape, tables: jax.Array, starts: jax.Array, counts: jax.Array, width: int
+) -> tuple[jax.Array, PrefillPlan]:
+    """Positions [R, width] of consecutive tokens, and where the first ``counts`` [R] of each row go."""
+    offset = jnp.arange(width)
     position = starts[:, None] + offset
     column = jnp.minimum(position // shape.page_tokens, tables.shape[1] - 1)
     page = jnp.take_along_axis(tables, column, axis=1)
-    plan = PrefillPlan(
+    return position, PrefillPlan(
         tables=tables,
         starts=starts,
         lengths=starts + counts,
         pages=jnp.where(offset < counts[:, None], page, shape.pages),
         offsets=position % shape.page_tokens,
     )
-    last = jnp.maximum(counts - 1, 0)
-    return _run(shape, weights, caches, tokens, position, plan, last, fresh)
 
 
 def _run(
@@ -91,7 +120,7 @@ def _run(
     caches: list[Any],
     tokens: jax.Array,
     position: jax.Array,
-    plan: DecodePlan | PrefillPlan,
+    plan: DecodePlan | PrefillPlan | VerifyPlan,
     last: jax.Array | None = None,
     fresh: bool = False,
 ) -> tuple[list[Any], jax.Array]:
@@ -118,11 +147,13 @@ def _layer(
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    plan: DecodePlan | PrefillPlan,
+    plan: DecodePlan | PrefillPlan | VerifyPlan,
 ) -> tuple[jax.Array, Any]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
         if isinstance(plan, DecodePlan):
             return backend.decode(plan, cache, q, k, v, scoring)
+        if isinstance(plan, VerifyPlan):
+            return backend.verify(plan, cache, q, k, v, scoring)
         return backend.prefill(plan, cache, q, k, v, fresh, scoring)
 
     x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmos.drivers.jax.config import Activation, DecoderConfig
+from llmos.drivers.jax.sharding.collectives import total
 
 Init = Callable[[tuple[int, ...]], Any]
 """Makes a parameter of a shape: an array, or only its ``jax.ShapeDtypeStruct``."""
@@ -92,14 +93,18 @@ def make_norm(config: DecoderConfig, size: int, init: Init) -> RMSNorm | LayerNo
 
 
 class Linear(nnx.Module):  # type: ignore[misc]
-    """A product, and a bias if there is one; ``weight`` is [out, in]."""
+    """A product, and a bias if there is one; ``weight`` is [out, in].
+
+    Where its inputs are cut over axes of a mesh, ``join`` names them: the products are parts of a sum.
+    """
 
     def __init__(self, out: int, inner: int, init: Init, bias: bool = False) -> None:
         self.weight = nnx.Param(init((out, inner)))
+        self.join: tuple[str, ...] = ()
         self.biased = bias
         if bias:
             self.bias = nnx.Param(init((out,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        result = product(x, self.weight[...])
+        result = total(product(x, self.weight[...]), self.join)
         return result + self.bias[...] if self.biased else result

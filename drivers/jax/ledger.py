@@ -1,7 +1,9 @@
 """What the host knows of every slot, kept without asking the device; all validation happens here.
 
 The ledger follows what was *dispatched*. It cannot see a stop token before its step is resolved, so the
-length of a slot is an upper bound until then; where ``finished`` is set the device has said so.
+length of a slot is an upper bound until then; where ``finished`` is set the device has said so. With
+speculation (``overtaking``) a dispatched step counts as one token until it is resolved, and a slot that has
+no page for its next token holds still, where else the quantum would be refused.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ class Limits:
     max_context: int
     chunk_tokens: int
     vocab_size: int
+    overtaking: bool = False
+    """Whether a slot may gain several tokens in a step, so that whoever plans its pages can be behind."""
 
 
 @dataclass
@@ -96,7 +100,11 @@ class Ledger:
 
     def ready(self, decode: list[int]) -> list[int]:
         """The slots among ``decode`` that produce a token in the next step."""
-        return [number for number in decode if self.slots[number].ready]
+        return [number for number in decode if self.slots[number].ready and not self._stalled(number)]
+
+    def _stalled(self, number: int) -> bool:
+        slot = self.slots[number]
+        return self.limits.overtaking and slot.length > slot.held * self.limits.page_tokens
 
     def advance(self, number: int) -> None:
         """Count one decode step of a slot; it writes KV at the position of the slot's last token."""

@@ -8,22 +8,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from flax import nnx
 
-from llmos.drivers.jax import attention, buckets, families, pages, platform, rope, state
+from llmos.drivers.jax import attention, buckets, families, pages, platform, rope, state, verification
 from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.drafts import Draft, check_draft
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.modules import Decoder, abstract, struct
-from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec
+from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec, Speculating
+from llmos.drivers.jax.sharding import mesh
+from llmos.drivers.jax.sharding.placement import Placement, places
+from llmos.drivers.jax.speculating import Speculation
+from llmos.drivers.jax.speculation import Policy
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.random import PREFIX, RandomSource, fill
@@ -36,6 +42,10 @@ from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _TABLE_MULTIPLE = 16
 _FIRST_ON_CPU = 7
+# Guesses of a step, and tokens verified in a step over all its rows: elsewhere, and on a CPU, where a few
+# rows already take longer than one.
+_GUESSES = (7, 3)
+_VERIFIED = (256, 32)
 _HOST_CACHE_BYTES = 512 << 20
 
 
@@ -51,32 +61,96 @@ class Plan:
 
 
 @dataclass
+class Parts:
+    """What one replica is made of, but for the weights: ``kept`` and ``shapes`` are those of the parameters
+    as they are loaded and as programs take them; ``make`` allocates the caches and the batch."""
+
+    place: Placement
+    limits: Limits
+    kept: dict[str, Any]
+    shapes: dict[str, Any]
+    programs: Programs
+    make: Callable[[], tuple[list[Any], state.BatchState]]
+    draft: Draft | None
+
+    def engine(self, weights: dict[str, jax.Array], caches: list[Any], batch: state.BatchState) -> Engine:
+        """An engine of this replica."""
+        ordered = [weights[path] for path in self.shapes]
+        common, speculation = self.place.common, self._speculation()
+        engine = Engine(self.limits, self.programs, ordered, caches, batch, common, speculation=speculation)
+        if self.place.device.platform != "cpu":
+            engine.unrehearsed = self.programs.ahead()
+        return engine
+
+    def _speculation(self) -> Speculation | None:
+        speculating = self.programs.spec.speculating
+        if speculating is None:
+            return None
+        empty = verification.empty_history(self.limits.slots, self.limits.max_context)
+        history = jax.device_put(empty, self.place.common)
+        policy = Policy(speculating.tokens, speculating.sizes, blind=self.draft is not None)
+        draft = self.draft.held(self.limits) if self.draft is not None else None
+        return Speculation(self.programs, policy, history, draft)
+
+
+@dataclass
 class Load:
-    """One load in progress; ``phases`` collects seconds by phase."""
+    """One load in progress onto some of the ``devices``; ``phases`` collects seconds by phase."""
 
     request: LoadRequest
-    device: Any
+    devices: list[Any]
     report: Progress
     attention: str = "auto"
     phases: dict[str, float] = field(default_factory=dict)
     _latest: LoadProgress = field(default_factory=lambda: LoadProgress("read", 0, 0))
 
-    def run(self) -> tuple[Engine, LoadedModel]:
-        """Load everything; InvalidArgument names what is wrong with the model or the request."""
+    def run(self) -> tuple[list[Engine], LoadedModel]:
+        """Load everything: an engine for each replica; InvalidArgument names what is wrong with the model or
+        the request."""
         request = self.request
         check_request(request)
+        axes = mesh.parse(request.mesh)
+        mesh.check_devices(axes, len(self.devices))
+        if (request.host_pages or request.disk_pages) and any(
+            size > 1 for axis, size in request.mesh.items() if axis != "data"
+        ):
+            raise InvalidArgument(
+                "pages of a model that is cut over several devices cannot leave them: "
+                "leave host_pages and disk_pages 0, or use the data axis only"
+            )
         self.report(self._latest)
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
         plan = self._timed("read", lambda: find_weights(request))
-        self.request = request = with_tiers(
-            request, page_size(plan.config, request), device_is_ram=self.device.platform == "cpu"
-        )
+        on_cpu = self.devices[0].platform == "cpu"
+        page_bytes = page_size(plan.config, request)
+        self.request = request = with_tiers(request, page_bytes, device_is_ram=on_cpu)
+        mesh.check_model(axes, plan.config)
+        first, *others = places(self.devices, axes)
+        parts = self._parts(plan, first)
+        with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+            placing = pool.submit(self._timed, "place", lambda: _placed(parts.make()))
+            loading = pool.submit(self._weights, plan, parts)
+            self._timed("compile", lambda: parts.programs.compile_ahead(self._compiling(loading)))
+            weights = self._timed("wait", lambda: self._attend(loading))
+            engines = [parts.engine(weights, *self._attend(placing))]
+        if others:
+            # Replicas are alike to the scheduler, whatever is free on their devices.
+            self.request = msgspec.structs.replace(request, pages=parts.limits.pages)
+            copies = lambda: [self._replica(plan, place, weights) for place in others]  # noqa: E731
+            engines += self._timed("replicate", copies)
+        return engines, self._loaded(plan, parts, len(engines))
+
+    def _parts(self, plan: Plan, place: Placement) -> Parts:
+        """One replica's sizes and programs; nothing is on its devices yet."""
+        request = self.request
         config = rope.for_context(plan.config, request.max_context)
-        graph, tree, shapes = parameters(config, DTYPES[request.dtype], self.device)
-        weight_bytes = sum(prod(x.shape) * x.dtype.itemsize for x in shapes.values())
-        limits, width = self._limits(plan.config, weight_bytes)
-        backend = attention.select(self.attention, self.device.platform, plan.config, request)
+        graph, tree, kept = parameters(config, DTYPES[request.dtype], place)
+        shapes = place.arranged(config, kept)
+        draft = self._draft(plan.config, place)
+        limits, width = self._limits(plan.config, place, shapes, draft)
+        local = place.local(plan.config)
+        backend = place.attention(attention.select(self.attention, place.device.platform, local, request))
         shape = Shape(
             graph=graph,
             tree=tree,
@@ -84,16 +158,39 @@ class Load:
             page_tokens=limits.page_tokens,
             pages=limits.pages + 1,
         )
-        make = self._makers(plan.config, shape, limits, width)
-        programs = Programs(self._spec(shape, list(shapes.values()), make, limits))
-        with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
-            placing = pool.submit(self._timed, "place", lambda: _placed((make[0](), make[1]())))
-            loading = pool.submit(self._weights, plan, shapes)
-            self._timed("compile", lambda: programs.compile_ahead(self._compiling(loading)))
-            weights = self._timed("wait", lambda: self._attend(loading))
-            caches, batch = self._attend(placing)
-        engine = Engine(limits, programs, [weights[path] for path in shapes], caches, batch)
-        return engine, self._loaded(plan, limits, weight_bytes, shapes, backend.name)
+        kv = DTYPES[request.kv_dtype]
+        allocate = lambda config: backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
+        batch = lambda: state.empty_state(limits.slots, width, limits.pages)  # noqa: E731
+        cache_shapes, caches = place.caches(allocate, plan.config)
+        spec = self._spec(shape, place, list(shapes.values()), cache_shapes, jax.eval_shape(batch), limits)
+        spec = replace(spec, speculating=self._speculating(limits, draft, spec.decode_sizes))
+        make = lambda: (caches(), jax.jit(batch, out_shardings=place.common)())  # noqa: E731
+        return Parts(place, limits, kept, shapes, Programs(spec), make, draft)
+
+    def _draft(self, config: DecoderConfig, place: Placement) -> Draft | None:
+        """The draft model, if there is to be one; refused if it cannot guess for a model of ``config``."""
+        request = self.request
+        if request.speculation not in ("auto", "draft") or not request.draft:
+            return None
+        own = msgspec.structs.replace(request, source=request.draft)
+        plan = find_weights(own)
+        check_draft(plan.config, config, request.max_context)
+        mesh.check_model(mesh.parse(request.mesh), plan.config)
+        turned = rope.for_context(plan.config, request.max_context)
+        graph, tree, kept = parameters(turned, DTYPES[request.dtype], place)
+        local, platform_name = place.local(plan.config), place.device.platform
+        backend = place.attention(attention.select(self.attention, platform_name, local, request))
+        loader = Load(own, self.devices, self.report, self.attention)
+        load = lambda: place.arrange(plan.config, loader._kept_weights(plan, kept))  # noqa: E731
+        shapes = place.arranged(turned, kept)
+        return Draft(place, plan.config, graph, tree, backend, shapes, load, DTYPES[request.kv_dtype])
+
+    def _replica(self, plan: Plan, place: Placement, weights: dict[str, jax.Array]) -> Engine:
+        """Another replica, with a copy of the first one's weights."""
+        parts = self._parts(plan, place)
+        parts.programs.compile_ahead(self._compiling(None))
+        own = {path: jax.device_put(weights[path], x.sharding) for path, x in parts.shapes.items()}
+        return parts.engine(_placed(own), *_placed(parts.make()))
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()
@@ -107,11 +204,11 @@ class Load:
 
         return note
 
-    def _compiling(self, loading: Future[Any]) -> Callable[[int, int], None]:
+    def _compiling(self, loading: Future[Any] | None) -> Callable[[int, int], None]:
         """Report compiling, and stop it when the weights turn out to be bad."""
 
         def report(done: int, total: int) -> None:
-            if loading.done():
+            if loading is not None and loading.done():
                 loading.result()
             self.report(LoadProgress("compile", done, total))
 
@@ -124,7 +221,11 @@ class Load:
             except TimeoutError:
                 self.report(self._latest)
 
-    def _weights(self, plan: Plan, shapes: dict[str, Any]) -> dict[str, jax.Array]:
+    def _weights(self, plan: Plan, parts: Parts) -> dict[str, jax.Array]:
+        """Parameters as programs take them."""
+        return parts.place.arrange(plan.config, self._kept_weights(plan, parts.kept))
+
+    def _kept_weights(self, plan: Plan, shapes: dict[str, Any]) -> dict[str, jax.Array]:
         if plan.kept and plan.folder:
             try:
                 folder = plan.folder
@@ -147,19 +248,26 @@ class Load:
             self._timed("save", save)
         return dict(weights)
 
-    def _limits(self, config: DecoderConfig, weight_bytes: int) -> tuple[Limits, int]:
-        request = self.request
+    def _limits(
+        self, config: DecoderConfig, place: Placement, shapes: dict[str, Any], draft: Draft | None
+    ) -> tuple[Limits, int]:
+        """Sizes of a replica whose parameters are ``shapes``, and the width of its block tables."""
+        request, device = self.request, place.device
         context = min(request.max_context, config.max_positions)
         needed = -(-context // request.page_tokens)
-        free = platform.free_memory(self.device) * request.memory_fraction - weight_bytes
-        page_bytes = page_size(config, request)
+        weights, configs = list(shapes.values()), [config]
+        if draft is not None:
+            weights, configs = weights + list(draft.shapes.values()), [config, draft.config]
+        weight_bytes = sum(_bytes_on_one(x) for x in weights)
+        free = platform.free_memory(device) * request.memory_fraction - weight_bytes
+        page_bytes = sum(page_size(place.local(each), request) for each in configs) / place.page_parts
         pages = request.pages or int(free // page_bytes)
-        if not request.pages and self.device.platform == "cpu":
-            pages = min(pages, request.slots * needed, max(_HOST_CACHE_BYTES // page_bytes, needed))
+        if not request.pages and device.platform == "cpu":
+            pages = min(pages, request.slots * needed, max(int(_HOST_CACHE_BYTES // page_bytes), needed))
         if pages < needed or (free and pages * page_bytes > free / request.memory_fraction):
             raise NoMemory(
-                f"{pages} pages of {page_bytes} bytes do not fit or hold less than one context of {context}; "
-                "lower max_context or pages, or raise memory_fraction"
+                f"{pages} pages of {page_bytes:.0f} bytes do not fit or hold less than one context of "
+                f"{context}; lower max_context or pages, or raise memory_fraction"
             )
         limits = Limits(
             slots=request.slots,
@@ -168,30 +276,25 @@ class Load:
             max_context=context,
             chunk_tokens=min(request.chunk_tokens, context),
             vocab_size=config.vocab_size,
+            overtaking=request.speculation != "off",
         )
         return limits, -(-needed // _TABLE_MULTIPLE) * _TABLE_MULTIPLE
 
-    def _makers(
-        self, config: DecoderConfig, shape: Shape, limits: Limits, width: int
-    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """Functions that make the caches and the batch state; also evaluated for their shapes alone."""
-        kv = DTYPES[self.request.kv_dtype]
-        caches = lambda: shape.backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
-        return caches, lambda: state.empty_state(limits.slots, width, limits.pages)
-
-    def _spec(self, shape: Shape, weights: Any, make: Any, limits: Limits) -> Spec:
+    def _spec(
+        self, shape: Shape, place: Placement, weights: Any, caches: Any, batch: Any, limits: Limits
+    ) -> Spec:
         # Padding a chunk to four times its length is cheaper on a CPU than compiling, and dear elsewhere.
-        on_cpu = self.device.platform == "cpu"
-        caches = jax.eval_shape(make[0])
+        on_cpu = place.device.platform == "cpu"
         tiers = self.request.host_pages or self.request.disk_pages
         return Spec(
             shape=shape,
+            place=place,
             weights=weights,
             caches=caches,
-            batch=jax.eval_shape(make[1]),
+            batch=batch,
             vocab=limits.vocab_size,
             max_context=limits.max_context,
-            decode_sizes=self._decode_sizes(limits.slots),
+            decode_sizes=self._decode_sizes(limits.slots, on_cpu),
             chunk_sizes=buckets.chunk_buckets(limits.chunk_tokens)
             if on_cpu
             else buckets.doubling_buckets(limits.chunk_tokens),
@@ -201,23 +304,32 @@ class Load:
             move_sizes=pages.block_sizes(caches) if tiers else (),
         )
 
-    def _decode_sizes(self, slots: int) -> list[int]:
+    def _speculating(self, limits: Limits, draft: Draft | None, sizes: list[int]) -> Speculating | None:
+        if self.request.speculation == "off":
+            return None
+        on_cpu = self.devices[0].platform == "cpu"
+        tokens = self.request.speculation_tokens or _GUESSES[on_cpu]
+        rows = _VERIFIED[on_cpu] // (tokens + 1)
+        history = jax.eval_shape(lambda: verification.empty_history(limits.slots, limits.max_context))
+        small = [size for size in sizes if size <= rows] or sizes[:1]
+        return Speculating(tokens, small, history, draft.described(limits) if draft is not None else None)
+
+    def _decode_sizes(self, slots: int, on_cpu: bool) -> list[int]:
         """Batch sizes to compile: few on a CPU, where compiling is slow and padding rows are cheap.
 
         XLA:CPU converts a whole bfloat16 matrix for a product with one row, and not for two.
         """
-        if self.device.platform != "cpu":
+        if not on_cpu:
             return buckets.decode_buckets(slots, factor=2)
         return buckets.decode_buckets(slots, smallest=2 if self.request.dtype == "bfloat16" else 1)
 
-    def _loaded(
-        self, plan: Plan, limits: Limits, weight_bytes: int, shapes: dict[str, Any], backend: str
-    ) -> LoadedModel:
+    def _loaded(self, plan: Plan, parts: Parts, replicas: int) -> LoadedModel:
+        limits = parts.limits
         return LoadedModel(
             model=self.request.model,
             family=plan.family.name,
-            parameters=sum(prod(x.shape) for x in shapes.values()),
-            weight_bytes=weight_bytes,
+            parameters=sum(prod(x.shape) for x in parts.kept.values()),
+            weight_bytes=sum(prod(x.shape) * x.dtype.itemsize for x in parts.kept.values()),
             pages=limits.pages,
             page_tokens=limits.page_tokens,
             page_bytes=page_size(plan.config, self.request),
@@ -226,9 +338,10 @@ class Load:
             chunk_tokens=limits.chunk_tokens,
             vocab_size=limits.vocab_size,
             stop_tokens=list(plan.config.stop_tokens),
-            attention=backend,
+            attention=parts.programs.spec.shape.backend.name,
             host_pages=self.request.host_pages,
             disk_pages=self.request.disk_pages,
+            replicas=replicas,
             phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
         )
 
@@ -238,14 +351,16 @@ def check_request(request: LoadRequest) -> None:
     for name in ("dtype", "kv_dtype"):
         if getattr(request, name) not in DTYPES:
             raise InvalidArgument(f"{name} {getattr(request, name)} is not one of {', '.join(DTYPES)}")
-    if prod(request.mesh.values()) != 1:
-        raise InvalidArgument("this driver runs a model on one device: leave mesh empty")
     ranges = {"page_tokens": (1, 1024), "slots": (1, 4096), "chunk_tokens": (1, 65536), "pages": (0, 1 << 24)}
     ranges |= {"host_pages": (0, 1 << 28), "disk_pages": (0, 1 << 28)}
     ranges |= {"host_bytes": (-1, 1 << 50), "disk_bytes": (0, 1 << 50)}
     for name, (low, high) in {**ranges, "max_context": (2, 1 << 22)}.items():
         if not low <= getattr(request, name) <= high:
             raise InvalidArgument(f"{name} is {getattr(request, name)}, not in {low}..{high}")
+    if request.speculation == "draft" and not request.draft:
+        raise InvalidArgument("speculation by a draft model needs one: set draft to its source")
+    if not 0 <= request.speculation_tokens <= 32:
+        raise InvalidArgument(f"speculation_tokens is {request.speculation_tokens}, not in 0..32")
     if not 0.0 < request.memory_fraction <= 1.0:
         raise InvalidArgument(f"memory_fraction is {request.memory_fraction}, not in 0..1")
 
@@ -290,10 +405,17 @@ def page_size(config: DecoderConfig, request: LoadRequest) -> int:
     return request.page_tokens * token
 
 
-def parameters(config: DecoderConfig, dtype: Any, device: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """The decoder's graph, its state's tree, and the parameters' shapes by dotted path, in that order."""
-    graph, tree = nnx.split(Decoder(config, abstract(dtype)))
-    placed = jax.sharding.SingleDeviceSharding(device)
-    leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(tree)}
-    shapes = {path: struct(leaf.shape, leaf.dtype, placed) for path, leaf in leaves.items()}
-    return graph, jax.tree.structure(tree), shapes
+def _bytes_on_one(x: Any) -> int:
+    """Bytes that a placed array takes on one of its devices."""
+    return int(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize)
+
+
+def parameters(config: DecoderConfig, dtype: Any, place: Placement) -> tuple[Any, Any, dict[str, Any]]:
+    """The graph of what one device computes, its state's tree, and the model's parameters as they are loaded
+    by dotted path, in that order."""
+    decoder = Decoder(place.local(config), abstract(dtype))
+    place.cut(decoder)
+    graph, tree = nnx.split(decoder)
+    whole = nnx.to_flat_state(nnx.state(Decoder(config, abstract(dtype))))
+    shapes = {".".join(map(str, path)): struct(leaf.shape, leaf.dtype) for path, leaf in whole}
+    return graph, jax.tree.structure(tree), place.kept(shapes)

@@ -17,6 +17,7 @@ from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.experts import Experts
 from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, make_norm, product
 from llmos.drivers.jax.rope import rotate, rotation, tables
+from llmos.drivers.jax.sharding.collectives import WHOLE, columns, find_rows
 
 
 class Attend(Protocol):
@@ -117,6 +118,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, config: DecoderConfig, init: Init) -> None:
         self.embedding = nnx.Param(init((config.vocab_size, config.hidden)))
+        self.split, self.vocab = WHOLE, config.vocab_size
         self.learned = config.learned_positions
         if config.learned_positions:
             self.positions = nnx.Param(init((config.max_positions, config.hidden)))
@@ -129,7 +131,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
     def embed(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
         """Token ids and their positions [...] -> activations [..., hidden]."""
-        found: jax.Array = self.embedding[...][tokens]
+        found = find_rows(self.embedding[...], tokens, self.split.wide)
         if self.scale != 1.0:
             found = found * jnp.asarray(self.scale, found.dtype)
         return found + self.positions[...][position] if self.learned else found
@@ -142,5 +144,5 @@ class Decoder(nnx.Module):  # type: ignore[misc]
     def logits(self, x: jax.Array) -> jax.Array:
         """Activations [..., hidden] -> float32 logits [..., vocab_size]."""
         weight = self.embedding[...] if self.tied else self.head.weight[...]
-        raw = product(self.norm(x), weight, jnp.float32)
+        raw = columns(product(self.norm(x), weight, jnp.float32), self.split.wide, self.vocab)
         return jnp.tanh(raw / self.cap) * self.cap if self.cap else raw

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import jax
@@ -19,11 +19,10 @@ import numpy as np
 from llmos.drivers.jax import pages
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.link import Link, open_link, view
-from llmos.drivers.sdk.driver import Finish, PendingMove
-from llmos.drivers.sdk.messages import LoadedModel, Move, Moved
+from llmos.drivers.jax.sharding.placement import OneDevice
+from llmos.drivers.sdk.driver import Bytes, Finish, Get, PendingMove, Put
+from llmos.drivers.sdk.messages import LoadedModel, Move, Moved, Tier
 from llmos.drivers.sdk.tiers import Tiers
-
-Pair = tuple[int, int]
 
 
 class Device(Protocol):
@@ -41,15 +40,17 @@ class Mover:
         self._caches = caches
         self._link = link
         self._tiers = tiers
+        self._page_bytes = pages.page_bytes(caches)
         self._sizes = pages.block_sizes(caches)
         workers = max(1, min(8, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="copy")
 
     def move(self, move: Move, key: bytes) -> PendingMove:
+        sources, targets = [source for source, _ in move.pages], [target for _, target in move.pages]
         if move.source == "device":
-            return self._out(move, key)
+            return self.save(sources, lambda i, data: self._store(move.target, targets[i], data, key))
         if move.target == "device":
-            return self._in(move, key)
+            return self.restore(targets, lambda i: self._tiers.get(move.source, sources[i], key))
         return self._tiers.move(move, key)
 
     def close(self) -> None:
@@ -57,10 +58,11 @@ class Mover:
         self._pool.shutdown()
         self._tiers.close()
 
-    def _out(self, move: Move, key: bytes) -> PendingMove:
+    def save(self, numbers: list[int], put: Put) -> PendingMove:
+        """Read pages of the device; see ``Driver.save``."""
         blocks = []
-        for part in self._parts(move.pages):
-            gathered = self._device.read_pages([page for page, _ in part])
+        for part in self._parts(len(numbers)):
+            gathered = self._device.read_pages([numbers[index] for index in part])
             blocks.append((part, gathered, self._link.fetch(gathered)))
 
         def copy() -> Finish:
@@ -70,65 +72,71 @@ class Mover:
                 part, _, fetched = blocks.pop(0)
                 jax.block_until_ready(fetched)  # type: ignore[no-untyped-call]
                 rows = view(fetched)
-                self._each(part, lambda row, pair: self._store(move, pair[1], rows[row], key))  # noqa: B023
-            return _moved(self._bytes(move), began)
+                self._each(part, lambda row, index: put(index, rows[row].data))  # noqa: B023
+            return _moved(len(numbers) * self._page_bytes, began)
 
         return copy
 
-    def _in(self, move: Move, key: bytes) -> PendingMove:
+    def restore(self, numbers: list[int], get: Get) -> PendingMove:
+        """Write pages of the device; see ``Driver.restore``."""
+
         def copy() -> Finish:
             began = time.perf_counter()
             sent = []
-            for part in self._parts(move.pages):
+            for part in self._parts(len(numbers)):
 
-                def fill(rows: np.ndarray, part: list[Pair] = part) -> None:
-                    self._each(part, lambda row, pair: self._recall(move, pair[0], rows[row], key))
+                def fill(rows: np.ndarray, part: range = part) -> None:
+                    self._each(part, lambda row, index: _lay(rows[row], get(index)))
 
                 sent.append((part, self._link.send(pages.block(self._caches, len(part)), fill)))
             jax.block_until_ready([block for _, block in sent])  # type: ignore[no-untyped-call]
-            moved = _moved(self._bytes(move), began)
+            moved = _moved(len(numbers) * self._page_bytes, began)
 
             def finish() -> Moved:
                 for part, block in sent:
-                    self._device.write_pages([page for _, page in part], block)
+                    self._device.write_pages([numbers[index] for index in part], block)
                 return moved()
 
             return finish
 
         return copy
 
-    def _store(self, move: Move, block: int, row: np.ndarray, key: bytes) -> None:
-        if move.target == "host":
-            np.copyto(np.frombuffer(self._tiers.host[block], np.uint8), row)
+    def _store(self, tier: Tier, block: int, data: Bytes, key: bytes) -> None:
+        if tier == "host":
+            _lay(np.frombuffer(self._tiers.host[block], np.uint8), data)
         else:
-            self._tiers.disk.write(block, row.data, key)
+            self._tiers.disk.write(block, data, key)
 
-    def _recall(self, move: Move, block: int, row: np.ndarray, key: bytes) -> None:
-        if move.source == "host":
-            data: Any = self._tiers.host[block]
-        else:
-            data = self._tiers.disk.read(block, key)
-        np.copyto(row, np.frombuffer(data, np.uint8))
-
-    def _parts(self, pairs: list[Pair]) -> Iterator[list[Pair]]:
+    def _parts(self, count: int) -> Iterator[range]:
         at = 0
-        for size in pages.parts(len(pairs), self._sizes):
-            yield pairs[at : at + size]
+        for size in pages.parts(count, self._sizes):
+            yield range(at, at + size)
             at += size
 
-    def _each(self, part: list[Pair], act: Callable[[int, Pair], None]) -> None:
+    def _each(self, part: range, act: Callable[[int, int], None]) -> None:
         """Act on every row of a block, several at once: NumPy and the cipher let other threads run."""
-        list(self._pool.map(act, range(len(part)), part))
+        acts = [self._pool.submit(act, row, index) for row, index in enumerate(part)]
+        # All of them end before an error is raised: the rows and the file must outlive them.
+        wait(acts)
+        for done in acts:
+            done.result()
 
-    def _bytes(self, move: Move) -> int:
-        return len(move.pages) * pages.page_bytes(self._caches)
+
+def open_movers(engines: list[Engine], loaded: LoadedModel) -> list[Mover]:
+    """The mover of each replica of a model that was just loaded, each with tiers of its own; none where a
+    replica is cut over several devices. NoMemory or IOFailure where a tier cannot be had."""
+    movers = []
+    for engine in engines:
+        place, caches = engine.programs.spec.place, engine.programs.spec.caches
+        if isinstance(place, OneDevice):
+            sizes = pages.page_bytes(caches), loaded.host_pages, loaded.disk_pages
+            movers.append(Mover(engine, caches, open_link(place.device), Tiers(loaded.model, *sizes)))
+    return movers
 
 
-def open_mover(engine: Engine, loaded: LoadedModel, device: Any) -> Mover:
-    """The mover of a model that was just loaded; NoMemory or IOFailure where a tier cannot be had."""
-    caches = engine.caches
-    sizes = pages.page_bytes(caches), loaded.host_pages, loaded.disk_pages
-    return Mover(engine, caches, open_link(device), Tiers(loaded.model, *sizes))
+def _lay(row: np.ndarray, data: Bytes) -> None:
+    """Copy by NumPy, which lets other threads run meanwhile."""
+    np.copyto(row, np.frombuffer(data, np.uint8))
 
 
 def _moved(size: int, began: float) -> Finish:

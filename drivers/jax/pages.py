@@ -54,7 +54,7 @@ def parts(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 def _bits(leaf: jax.Array) -> jax.Array:
-    """A leaf as integers: a CPU would widen all of a bfloat16 leaf to touch some of it."""
+    """A leaf as integers: a CPU would widen all of a bfloat16 leaf to read some of it."""
     return jax.lax.bitcast_convert_type(leaf, _UNITS[leaf.dtype.itemsize])
 
 
@@ -74,9 +74,8 @@ def scatter(caches: Any, rows: jax.Array, pages: jax.Array) -> Any:
         ratio = leaf.dtype.itemsize // rows.dtype.itemsize
         width = prod(leaf.shape[1:]) * ratio
         shape = (len(pages), *leaf.shape[1:], *([ratio] if ratio > 1 else []))
-        bits = _bits(leaf)
-        value = jax.lax.bitcast_convert_type(rows[:, at : at + width].reshape(shape), bits.dtype)
-        bits = bits.at[pages].set(value, mode="promise_in_bounds", unique_indices=True)
-        written.append(jax.lax.bitcast_convert_type(bits, leaf.dtype))
+        # The leaf keeps its type: written as integers it would be copied whole, not updated in place.
+        value = jax.lax.bitcast_convert_type(rows[:, at : at + width].reshape(shape), leaf.dtype)
+        written.append(leaf.at[pages].set(value, mode="promise_in_bounds", unique_indices=True))
         at += width
     return jax.tree.unflatten(tree, written)

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import forward, pages, sampling, state
+from llmos.drivers.jax import drafting, forward, pages, sampling, state, verification
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
 from llmos.drivers.jax.sampling import Variant
+from llmos.drivers.jax.sharding.placement import Placement
 from llmos.drivers.sdk.checks import BIAS_LIMIT
 
 ADMIT_ROWS = 8
@@ -35,6 +36,19 @@ Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
+class Speculating:
+    """That decode steps can verify ``tokens`` guesses, in batches of ``sizes``; shapes as in ``Spec``.
+
+    ``draft`` is what specialises the draft model's programs, its weights and its caches, if there is one.
+    """
+
+    tokens: int
+    sizes: list[int]
+    history: Any
+    draft: tuple[Shape, Any, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Spec:
     """Shapes of everything that the programs take, as ``jax.ShapeDtypeStruct`` trees.
 
@@ -43,6 +57,7 @@ class Spec:
     """
 
     shape: Shape
+    place: Placement
     weights: Any
     caches: Any
     batch: state.BatchState
@@ -53,6 +68,7 @@ class Spec:
     prefill_rows: list[int]
     first: int
     move_sizes: tuple[int, ...] = ()
+    speculating: Speculating | None = None
 
 
 class Programs:
@@ -71,16 +87,29 @@ class Programs:
         spec = self.spec
         known = [True, False] if spec.shape.backend.knows_fresh else [False]
         sizes = sorted({*spec.prefill_rows, *spec.decode_sizes})
-        keys: list[Key] = [("admit",), ("grow",), ("decode", spec.decode_sizes[0])]
+        stepping = self._stepping()
+        keys: list[Key] = [("admit",), ("grow",), *stepping[: 3 if spec.speculating else 1]]
         keys += [("prefill", 1, size, known[0]) for size in spec.chunk_sizes]
         keys += [("sample", variant, 1) for variant in ("greedy", "filtered", "plain")]
-        keys += [("decode", size) for size in spec.decode_sizes]
+        keys += stepping
         keys += [("sample", variant, size) for size in sizes for variant in ("greedy", "filtered", "plain")]
         keys += [
             ("prefill", r, s, fresh) for fresh in known for s in spec.chunk_sizes for r in self.rows_for(s)
         ]
         keys += [(way, size) for size in spec.move_sizes for way in ("gather", "scatter")]
         return list(dict.fromkeys(keys))
+
+    def _stepping(self) -> list[Key]:
+        """Keys of the programs that decode."""
+        sizes, speculating = self.spec.decode_sizes, self.spec.speculating
+        if speculating is None:
+            return [("decode", size) for size in sizes]
+        keys: list[Key] = [("recall", 1), ("verify", sizes[0], 0), ("accept", "greedy", sizes[0], 0)]
+        kinds = [(size, guesses) for guesses in (0, speculating.tokens) for size in sizes]
+        kinds = [(s, k) for s, k in kinds if not k or s in speculating.sizes]
+        for variant in ("greedy", "filtered", "plain"):
+            keys += [key for s, k in kinds for key in (("verify", s, k), ("accept", variant, s, k))]
+        return keys
 
     def compile_ahead(self, progress: Callable[[int, int], None]) -> None:
         """Compile what ``spec.first`` programs of ``ahead`` need, and the rest behind the requests' backs.
@@ -132,6 +161,10 @@ class Programs:
                 return
             self.get(key)
 
+    def ready(self, key: Key) -> bool:
+        """Whether a program can be had without waiting."""
+        return key in self._ready
+
     def decode(self, rows: int) -> tuple[int, Callable[..., Any]]:
         """The batch size that holds ``rows`` and its decode program."""
         size = bucket(rows, self.spec.decode_sizes)
@@ -150,7 +183,18 @@ class Programs:
 
     def _compile(self, key: Key) -> Callable[..., Any]:
         function, donated, arguments = self._describe(key)
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        return self.spec.place.compile(function, donated, arguments, self._outputs(key))
+
+    def _outputs(self, key: Key) -> Any:
+        """For each output of a program, the argument that it is laid out like; None: every device has it."""
+        if key[0] == "verify":
+            return (1, 6, None, None) if self._draft(key) else (1, None, None)
+        return {"decode": (1, None), "prefill": (1, None), "scrub": 0, "scatter": 0}.get(str(key[0]))
+
+    def _draft(self, key: Key) -> tuple[Shape, Any, Any] | None:
+        """The draft model that a verifying program asks, if it does."""
+        speculating = self.spec.speculating
+        return speculating.draft if speculating is not None and key[2] else None
 
     def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         """The function of a program, which arguments it donates, and their shapes."""
@@ -163,15 +207,23 @@ class Programs:
                     (spec.weights, spec.caches, spec.batch, _ints(size)),
                 )
             case ("prefill", int(rows), int(size), bool(fresh)):
-                chunk = (_ints(rows), _ints(rows, size + 2))
-                arguments = (spec.weights, spec.caches, spec.batch, *chunk)
-                return partial(forward.prefill, spec.shape, fresh), (1,), arguments
+                width = spec.batch.tables.shape[1]
+                chunk = _ints(rows, 2 + width + size)
+                prefill = partial(forward.prefill, spec.shape, fresh, width)
+                return prefill, (1,), (spec.weights, spec.caches, chunk)
             case ("sample", "full", int(size)):
                 full = (self._logits(size), _ints(size), spec.batch, self._tallies())
                 return partial(sampling.sample, "full"), (2, 3), full
             case ("sample", str(variant), int(size)):
                 lean: Callable[..., Any] = partial(sampling.sample, cast(Variant, variant), tallies=None)
                 return lean, (2,), (self._logits(size), _ints(size), spec.batch)
+            case ("verify", int(size), int(guesses)):
+                return self._describe_verify(size, guesses)
+            case ("accept", str(variant), int(size), int(guesses)):
+                return self._describe_accept(cast(Variant, variant), size, guesses)
+            case ("recall", int(rows)):
+                tokens = _ints(rows, spec.max_context)
+                return verification.recall, (0,), (self._history(), _ints(rows), tokens)
             case ("admit",):
                 return state.admit, (0,), (spec.batch, *self._admission())
             case ("grow",):
@@ -187,6 +239,31 @@ class Programs:
             case ("scatter", int(size)):
                 return pages.scatter, (0,), (spec.caches, pages.block(spec.caches, size), _ints(size))
         raise KeyError(key)
+
+    def _describe_verify(
+        self, size: int, guesses: int
+    ) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
+        spec = self.spec
+        arguments = (spec.weights, spec.caches, spec.batch, self._history(), _ints(size))
+        draft = self._draft(("verify", size, guesses))
+        if draft is None:
+            return partial(verification.step, spec.shape, guesses), (1,), arguments
+        shape, *held = draft
+        return partial(drafting.step, spec.shape, shape, guesses), (1, 6), (*arguments, *held)
+
+    def _describe_accept(
+        self, variant: Variant, size: int, guesses: int
+    ) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
+        logits = struct((size, guesses + 1, self.spec.vocab), jnp.float32)
+        guess = verification.Guess(_ints(size, max(guesses, 1)), _ints(size), struct((size,), bool))
+        arguments = (logits, guess, _ints(size), self.spec.batch, self._history())
+        if variant == "full":
+            return partial(verification.accept, variant), (3, 4, 5), (*arguments, self._tallies())
+        return partial(verification.accept, variant, tallies=None), (3, 4), arguments
+
+    def _history(self) -> Any:
+        assert self.spec.speculating is not None
+        return self.spec.speculating.history
 
     def _scrub(self, caches: list[Any], pages: jax.Array) -> list[Any]:
         return [self.spec.shape.backend.scrub(cache, pages) for cache in caches]

@@ -50,7 +50,7 @@ def sample(
     if variant == "full":
         assert tallies is not None
         logits = adjust(logits, choice, Tallies(*(field[rows] for field in tallies)))
-    token = _choose(variant, logits, choice, position)
+    token = choose(variant, logits, choice, position)
     made = live & sound
     length = position + made
     stopped = jnp.any(state.stop[rows] == token[:, None], axis=-1)
@@ -78,7 +78,8 @@ def adjust(logits: jax.Array, choice: Choice, tallies: Tallies) -> jax.Array:
     return jnp.asarray(logits - presence - choice.frequency_penalty[:, None] * given)
 
 
-def _choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
+def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
+    """The tokens [B] at ``position`` [B]; a function of logits, seed and position, and of nothing else."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if variant == "greedy":
         return greedy

@@ -6,14 +6,27 @@ its own, or were moved wrongly, is refused.
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
 
 from llmos.drivers.null.pages import Pages, page_size
-from llmos.drivers.sdk.driver import Driver, Finish, PendingMove, PendingStep, Progress
+from llmos.drivers.sdk.driver import (
+    Driver,
+    Finish,
+    Get,
+    Pending,
+    PendingEncoding,
+    PendingMove,
+    PendingStep,
+    Progress,
+    Put,
+)
 from llmos.drivers.sdk.messages import (
     Device,
     DriverInfo,
+    EncodedStep,
+    EncodeStep,
     FinishReason,
     LoadedModel,
     LoadProgress,
@@ -37,6 +50,17 @@ def next_token(tokens: list[int]) -> int:
     return (tokens[-1] * 31 + len(tokens) * 7 + 11) % VOCABULARY
 
 
+def vector(tokens: list[int], types: list[int]) -> list[float]:
+    """What an encoder makes of a text: a fixed function of its tokens, their order and their types."""
+    places = sum(place * token for place, token in enumerate(tokens, 1))
+    return [float(len(tokens)), float(sum(tokens)), float(places), float(sum(types))]
+
+
+def burst_of(tokens: list[int], burst: int) -> int:
+    """How many tokens a sequence gains in a step: from 1 to ``burst``, as if some guesses had been right."""
+    return 1 + (tokens[-1] + len(tokens) * 5) % burst
+
+
 class _Sequence:
     def __init__(self, start: Start) -> None:
         self.start = start
@@ -44,6 +68,18 @@ class _Sequence:
         self.computed = start.cached
         self.table = list(start.pages)
         self.finished = False
+
+    def room(self, page_tokens: int) -> int:
+        """How many more tokens it can gain in the pages it has; the last one needs none."""
+        return len(self.table) * page_tokens + 1 - len(self.tokens)
+
+    def produce(self) -> FinishReason | None:
+        """Gain a token; why the sequence ends with it, if it does."""
+        token = next_token(self.tokens)
+        self.tokens.append(token)
+        if token in self.start.stop:
+            return "stop"
+        return "length" if len(self.tokens) >= self.start.limit else None
 
 
 class _Cache:
@@ -56,19 +92,31 @@ class _Cache:
 
 class NullDriver(Driver):
     """Takes ``step_ms`` milliseconds a step, ``prefill_us`` microseconds for each prompt token in it,
-    ``decode_us`` for each sequence that decodes, and ``move_us`` for each page that is moved."""
+    ``decode_us`` for each sequence that decodes, and ``move_us`` for each page that is moved.
+
+    The model named ``encoder`` is loaded as one. With a ``burst`` it gives up to so many tokens a step, as a
+    driver that speculates. Of a mesh only the data axis counts: each replica has its own time.
+    """
 
     def __init__(
-        self, step_ms: float = 0.0, prefill_us: float = 0.0, decode_us: float = 0.0, move_us: float = 0.0
+        self,
+        step_ms: float = 0.0,
+        prefill_us: float = 0.0,
+        decode_us: float = 0.0,
+        move_us: float = 0.0,
+        encoder: str = "",
+        burst: int = 1,
     ) -> None:
+        self._encoder = encoder
+        self._burst = burst
         self._step = step_ms / 1e3
         self._prefill = prefill_us / 1e6
         self._decode = decode_us / 1e6
         self._move = move_us / 1e6
         self._models: dict[str, LoadedModel] = {}
-        self._caches: dict[str, _Cache] = {}
-        self._slots: dict[str, dict[int, _Sequence]] = {}
-        self._free_at = 0.0
+        self._caches: dict[tuple[str, int], _Cache] = {}
+        self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
+        self._free_at: dict[int, float] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo("null", "1", [Device(0, "other", "null")], ["float32"])
@@ -76,15 +124,19 @@ class NullDriver(Driver):
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         progress(LoadProgress("read", 1, 1))
         request = with_tiers(request, page_size(request.page_tokens), device_is_ram=True)
+        encodes = request.model == self._encoder
         loaded = LoadedModel(
             model=request.model,
             family="null",
+            kind="encoder" if encodes else "decoder",
+            width=4 if encodes else 0,
+            token_types=2,
             parameters=0,
             weight_bytes=0,
-            pages=request.pages or DEFAULT_PAGES,
+            pages=0 if encodes else request.pages or DEFAULT_PAGES,
             page_tokens=request.page_tokens,
             page_bytes=page_size(request.page_tokens),
-            slots=request.slots,
+            slots=0 if encodes else request.slots,
             max_context=request.max_context,
             chunk_tokens=request.chunk_tokens,
             vocab_size=VOCABULARY,
@@ -92,53 +144,103 @@ class NullDriver(Driver):
             attention="none",
             host_pages=request.host_pages,
             disk_pages=request.disk_pages,
+            replicas=request.mesh.get("data", 1),
         )
         self._models[request.model] = loaded
-        self._caches[request.model] = _Cache(loaded)
-        self._slots[request.model] = {}
+        for number in range(loaded.replicas):
+            self._caches[request.model, number] = _Cache(loaded)
+        self.reset(request.model)
         return loaded
 
-    def reset(self, model: str) -> None:
+    def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._models:
             raise NotFound(f"no model {model!r} is loaded here")
-        self._slots[model] = {}
+        for number in range(self._models[model].replicas) if replica < 0 else [replica]:
+            self._slots[model, number] = {}
 
     def unload(self, model: str) -> None:
-        if self._models.pop(model, None) is None:
+        loaded = self._models.pop(model, None)
+        if loaded is None:
             raise NotFound(f"no model {model!r} is loaded here")
-        del self._slots[model]
-        self._caches.pop(model).tiers.close()
+        for number in range(loaded.replicas):
+            del self._slots[model, number]
+            self._caches.pop((model, number)).tiers.close()
 
     def move(self, move: Move, key: bytes) -> PendingMove:
-        cache, began = self._caches[move.model], time.monotonic()
-        if "device" not in (move.source, move.target):
-            return cache.tiers.move(move, key)
-        pages = [bytes(cache.device[page]) for page, _ in move.pages] if move.source == "device" else []
+        model, replica = move.model, move.replica
+        tiers = self._caches[model, replica].tiers
+        sources, targets = [source for source, _ in move.pages], [target for _, target in move.pages]
+        if move.source == "device":
+            return self.save(
+                model, replica, sources, lambda i, data: tiers.put(move.target, targets[i], data, key)
+            )
+        if move.target == "device":
+            return self.restore(
+                model, replica, targets, lambda i: bytes(tiers.get(move.source, sources[i], key))
+            )
+        return tiers.move(move, key)
+
+    def save(self, model: str, replica: int, pages: list[int], put: Put) -> PendingMove:
+        device, began = self._caches[model, replica].device, time.monotonic()
+        # Copies: the steps that follow may write these pages.
+        read = [bytes(device[page]) for page in pages]
 
         def copy() -> Finish:
-            if move.source == "device":
-                for (_, block), page in zip(move.pages, pages, strict=True):
-                    cache.tiers.put(move.target, block, page, key)
-            else:
-                pages[:] = [bytes(cache.tiers.get(move.source, block, key)) for block, _ in move.pages]
-            if self._move:
-                time.sleep(self._move * len(move.pages))
-            return finish
-
-        def finish() -> Moved:
-            if move.target == "device":
-                for (_, page), block in zip(move.pages, pages, strict=True):
-                    cache.device[page][:] = block
-            micros = round((time.monotonic() - began) * 1e6)
-            return Moved(len(move.pages) * cache.device.size, micros)
+            for index, page in enumerate(read):
+                put(index, page)
+            return self._moved(read, began)
 
         return copy
+
+    def restore(self, model: str, replica: int, pages: list[int], get: Get) -> PendingMove:
+        device, began = self._caches[model, replica].device, time.monotonic()
+
+        def copy() -> Finish:
+            written = [bytes(get(index)) for index in range(len(pages))]
+            moved = self._moved(written, began)
+
+            def finish() -> Moved:
+                for page, data in zip(pages, written, strict=True):
+                    device[page][:] = data
+                return moved()
+
+            return finish
+
+        return copy
+
+    def _moved(self, pages: list[bytes], began: float) -> Finish:
+        if self._move:
+            time.sleep(self._move * len(pages))
+        moved = Moved(sum(map(len, pages)), round((time.monotonic() - began) * 1e6))
+        return lambda: moved
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        model = self._models.get(request.model)
+        if model is None or model.kind != "encoder":
+            raise NotFound(f"no encoder {request.model!r} is loaded here")
+        longest = max(len(text) for text in request.texts)
+        if longest * len(request.texts) > max(model.chunk_tokens, longest):
+            raise InvalidArgument(f"{len(request.texts)} texts of up to {longest} tokens exceed a step")
+        types = request.types or [[]] * len(request.texts)
+        rows = [vector(*text) for text in zip(request.texts, types, strict=True)]
+        packed = b"".join(struct.pack("<4f", *row) for row in rows)
+        cost = self._step + self._prefill * longest * len(rows)
+        ends = self._after(cost)
+
+        def wait() -> EncodedStep:
+            _sleep_until(ends)
+            return EncodedStep(packed, 4, round(cost * 1e6))
+
+        return wait
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
         model = self._models.get(quantum.model)
         if model is None:
             raise NotFound(f"no model {quantum.model!r} is loaded here")
-        slots, cache = self._slots[quantum.model], self._caches[quantum.model]
+        if not 0 <= quantum.replica < model.replicas:
+            raise InvalidArgument(f"model {quantum.model!r} has no replica {quantum.replica}")
+        slots = self._slots[quantum.model, quantum.replica]
+        cache = self._caches[quantum.model, quantum.replica]
         _check(quantum, slots, model)
         for start in quantum.start:
             cache.device.check(start.pages, start.tokens[: start.cached])
@@ -153,6 +255,8 @@ class NullDriver(Driver):
     def _steps(self, quantum: Quantum, slots: dict[int, _Sequence], pages: Pages) -> Iterator[PendingStep]:
         for index in range(quantum.steps):
             ready = [s for s in quantum.decode if not slots[s].finished and _decodes(slots[s])]
+            if self._burst > 1:  # who plans the pages may be behind: without one a sequence holds still
+                ready = [s for s in ready if slots[s].room(pages.page_tokens) > 0]
             prefilled = 0
             for chunk in quantum.chunks:
                 if chunk.step == index:
@@ -178,31 +282,46 @@ class NullDriver(Driver):
         prefilled: int,
         pages: Pages,
     ) -> PendingStep:
+        seats: list[int] = []
         tokens: list[int] = []
         finished: list[tuple[int, FinishReason]] = []
         for slot in ready:
             sequence = slots[slot]
-            _compute(slot, sequence, len(sequence.tokens), pages)
-            token = next_token(sequence.tokens)
-            sequence.tokens.append(token)
-            tokens.append(token)
-            if token in sequence.start.stop:
-                finished.append((slot, "stop"))
-            elif len(sequence.tokens) >= sequence.start.limit:
-                finished.append((slot, "length"))
+            if sequence.room(pages.page_tokens) < 1:
+                raise InvalidArgument(
+                    f"slot {slot}: {len(sequence.tokens)} tokens exceed its {len(sequence.table)} pages"
+                )
+            count = min(burst_of(sequence.tokens, self._burst), sequence.room(pages.page_tokens))
+            end: FinishReason | None = None
+            while count and end is None:
+                _compute(slot, sequence, len(sequence.tokens), pages)
+                end = sequence.produce()
+                seats.append(slot)
+                tokens.append(sequence.tokens[-1])
+                count -= 1
+            if end is not None:
+                finished.append((slot, end))
         for slot, _ in finished:
             slots[slot].finished = True
         cost = self._step + self._prefill * prefilled + self._decode * len(ready)
-        began = max(time.monotonic(), self._free_at)
-        self._free_at = ends = began + cost
-        step = Step(quantum.id, index, ready, tokens, finished, round(cost * 1e6))
+        ends = self._after(cost, quantum.replica)
+        step = Step(quantum.id, index, seats, tokens, finished, round(cost * 1e6))
 
         def wait() -> Step:
-            if (left := ends - time.monotonic()) > 0:
-                time.sleep(left)
+            _sleep_until(ends)
             return step
 
-        return wait
+        return Pending(wait, lambda: time.monotonic() >= ends)
+
+    def _after(self, cost: float, replica: int = 0) -> float:
+        """When a step that is dispatched now will be done: after those before it."""
+        self._free_at[replica] = max(time.monotonic(), self._free_at.get(replica, 0.0)) + cost
+        return self._free_at[replica]
+
+
+def _sleep_until(then: float) -> None:
+    if (left := then - time.monotonic()) > 0:
+        time.sleep(left)
 
 
 def _decodes(sequence: _Sequence) -> bool:

@@ -8,6 +8,8 @@ from llmos.ipc.errors import InvalidArgument
 
 STOP_LIMIT = 16
 BIAS_LIMIT = 512
+TEXT_LIMIT = 4096
+TEXT_TOKENS = 1 << 18
 
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from llmos.drivers.sdk.messages import (
     DriverInfo,
+    EncodedStep,
+    EncodeStep,
     LoadedModel,
     LoadProgress,
     LoadRequest,
@@ -19,11 +22,34 @@ from llmos.ipc.errors import NotSupported
 PendingStep = Callable[[], Step]
 """Waits for a dispatched step and returns what it produced."""
 
+PendingEncoding = Callable[[], EncodedStep]
+"""Waits for a dispatched step of an encoder and returns what it made."""
+
 Finish = Callable[[], Moved]
 
 PendingMove = Callable[[], Finish]
 """The slow part of a move, run on a worker thread while steps go on: it copies, and returns what is left
 to do on the driver's thread, which must be quick and may dispatch to the device."""
+
+Bytes = bytes | memoryview
+
+Put = Callable[[int, Bytes], None]
+"""Takes the bytes of the page at an index; may be called from several threads at once."""
+
+Get = Callable[[int], Bytes]
+"""Returns the bytes of the page at an index; may be called from several threads at once."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A ``PendingStep`` that tells, without waiting, whether it is done: replicas are waited for by turns."""
+
+    resolve: Callable[[], Step]
+    ready: Callable[[], bool]
+
+    def __call__(self) -> Step:
+        return self.resolve()
+
 
 Progress = Callable[[LoadProgress], None]
 
@@ -45,11 +71,21 @@ class Driver:
         raise NotSupported("this driver loads no models")
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
-        """Yield once for every step, *after dispatching it*; at most two are pending at a time.
+        """Yield once for every step, *after dispatching it*; at most two of a replica are pending at a time.
+        A driver with replicas yields ``Pending``.
 
         The SDK closes the generator between steps to preempt, so state must be consistent at each yield.
         """
         raise NotSupported("this driver executes nothing")
+
+    def idle(self) -> bool:
+        """Called while there is nothing to execute: do something useful for less than a second, if there is
+        anything; True asks to be called again."""
+        return False
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        """Dispatch one step of an encoder, and return at once with what waits for it."""
+        raise NotSupported("this driver has no encoders")
 
     def move(self, move: Move, key: bytes) -> PendingMove:
         """Dispatch the copying of pages between tiers, without waiting for it.
@@ -61,8 +97,19 @@ class Driver:
         """
         raise NotSupported("this driver moves no pages")
 
-    def reset(self, model: str) -> None:
-        """Empty all slots of a model; nothing is in flight. The KV in its pages need not be kept."""
+    def save(self, model: str, replica: int, pages: list[int], put: Put) -> PendingMove:
+        """Read pages for a file, in the manner of a move from the device: ``put(i, ...)`` takes page i of
+        the list. They are read as the steps dispatched so far leave them, though their owner may be gone."""
+        raise NotSupported("this driver saves no pages")
+
+    def restore(self, model: str, replica: int, pages: list[int], get: Get) -> PendingMove:
+        """Write pages from a file, in the manner of a move to the device: ``get(i)`` has page i of the list,
+        and raises IOFailure where the file was changed: then nothing may be written to any of them."""
+        raise NotSupported("this driver restores no pages")
+
+    def reset(self, model: str, replica: int) -> None:
+        """Empty all slots of a replica, of all where it is -1; nothing is in flight there. The KV in its
+        pages need not be kept."""
         raise NotSupported("this driver cannot empty its slots")
 
     def unload(self, model: str) -> None:

@@ -1,18 +1,23 @@
-"""Keeps the device fed: at most two steps in flight, the next quantum begun before the last one's results."""
+"""Keeps the device fed: at most two steps in flight, the next quantum begun before the last one's results.
+
+The steps of quanta and those of encoders take turns, so that neither waits for more than one of the other.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from llmos.drivers.sdk.driver import Driver, PendingStep
-from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
+from llmos.drivers.sdk.driver import Driver, Pending, PendingStep
+from llmos.drivers.sdk.messages import EncodedStep, EncodeStep, Quantum, QuantumDone, Step
 from llmos.ipc.errors import Canceled, LLMOSError
 
 IN_FLIGHT = 2
+POLL_SECONDS = 5e-5
 
 
 class Sink(Protocol):
@@ -20,6 +25,13 @@ class Sink(Protocol):
 
     def step(self, step: Step) -> None: ...
     def done(self, done: QuantumDone) -> None: ...
+    def fail(self, error: LLMOSError) -> None: ...
+
+
+class EncodingSink(Protocol):
+    """Where the result of one encoder's step goes."""
+
+    def encoded(self, result: EncodedStep) -> None: ...
     def fail(self, error: LLMOSError) -> None: ...
 
 
@@ -33,58 +45,114 @@ class _Run:
         self.dispatched = 0
         self.preempted = False
 
+    @property
+    def model(self) -> str:
+        return self.quantum.model
 
-class Executor:
-    """Runs quanta in the order they came; call ``advance`` for as long as it returns True."""
+
+class _Encoding:
+    """A step of an encoder that is queued or in flight."""
+
+    def __init__(self, request: EncodeStep, sink: EncodingSink) -> None:
+        self.request = request
+        self.sink = sink
+
+    @property
+    def model(self) -> str:
+        return self.request.model
+
+
+class _Barrier:
+    """What is to be done once the quanta before it are dispatched."""
+
+    def __init__(self, model: str, function: Callable[[], None]) -> None:
+        self.model = model
+        self.function = function
+
+
+class _Lane:
+    """The steps of one replica, run in the order they came."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._queue: deque[_Run | Callable[[], None]] = deque()
-        self._pending: deque[tuple[_Run, PendingStep | None]] = deque()
+        self._queue: deque[_Run | _Barrier] = deque()
+        self._encodings: deque[_Encoding] = deque()
+        self._turn = False  # of the encodings
+        self._pending: deque[tuple[_Run | _Encoding, Callable[[], Any] | None]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._queue or self._encodings or self._pending)
+
+    @property
+    def waits(self) -> bool:
+        """Whether delivering now would wait for the device."""
+        if not self._pending:
+            return True
+        pending = self._pending[0][1]
+        return isinstance(pending, Pending) and not pending.ready()
 
     def submit(self, quantum: Quantum, sink: Sink) -> None:
         self._queue.append(_Run(quantum, sink))
 
-    def after(self, function: Callable[[], None]) -> None:
-        """Call ``function`` once the steps of all quanta submitted so far are dispatched; never if they are
-        abandoned."""
-        self._queue.append(function)
+    def after(self, model: str, function: Callable[[], None]) -> None:
+        self._queue.append(_Barrier(model, function))
+
+    def encode(self, request: EncodeStep, sink: EncodingSink) -> None:
+        self._encodings.append(_Encoding(request, sink))
 
     def preempt(self, quantum: int) -> None:
-        """Dispatch no further step of this quantum or of any before it; their slots still change hands."""
-        for run in self._runs():
-            if run.quantum.id <= quantum:
-                run.preempted = True
+        runs = [run for run in self._queue if isinstance(run, _Run)]
+        if any(run.quantum.id == quantum for run in runs):
+            for run in runs:
+                run.preempted = run.preempted or run.quantum.id <= quantum
 
-    def abandon(self) -> None:
-        """Run nothing that is queued, and wait for what is in flight; nobody wants the results."""
-        for run in self._runs():
-            if run.steps is not None:
+    def abandon(self, model: str) -> None:
+        gone: set[_Run | _Encoding] = {
+            run
+            for run in (*self._queue, *self._encodings, *(run for run, _ in self._pending))
+            if model in ("", run.model) and not isinstance(run, _Barrier)
+        }
+        for run in gone:
+            if isinstance(run, _Run) and run in self._queue and run.steps is not None:
                 _close(run.steps)
-        for _, pending in self._pending:
-            if pending is not None:
+        for run, pending in self._pending:
+            if run in gone and pending is not None:
                 pending()
-        # A quantum may be queued and pending at once.
-        for run in {*self._runs(), *(run for run, _ in self._pending)}:
+        for run in gone:
             run.sink.fail(Canceled("the driver's slots were emptied"))
-        self._queue.clear()
-        self._pending.clear()
+        self._queue = deque(run for run in self._queue if model not in ("", run.model))
+        self._encodings = deque(run for run in self._encodings if run not in gone)
+        self._pending = deque(entry for entry in self._pending if entry[0] not in gone)
 
-    def advance(self) -> bool:
-        """Dispatch until two steps are in flight, then deliver the oldest; False when nothing is left."""
-        while self._queue and sum(pending is not None for _, pending in self._pending) < IN_FLIGHT:
-            head = self._queue[0]
-            if isinstance(head, _Run):
-                self._dispatch(head)
-            else:
+    def dispatch(self) -> None:
+        """Dispatch until two steps are in flight."""
+        while (self._queue or self._encodings) and self._in_flight < IN_FLIGHT:
+            head = self._queue[0] if self._queue else None
+            if isinstance(head, _Barrier):
                 self._queue.popleft()
-                head()
+                head.function()
+                continue
+            if self._encodings and (self._turn or head is None):
+                self._dispatch_encoding(self._encodings.popleft())
+            elif head is not None:
+                self._dispatch(head)
+            self._turn = not self._turn
+
+    def deliver(self) -> None:
+        """Wait for the oldest step and pass on what it produced."""
         if self._pending:
             self._deliver(*self._pending.popleft())
-        return bool(self._queue or self._pending)
 
-    def _runs(self) -> list[_Run]:
-        return [entry for entry in self._queue if isinstance(entry, _Run)]
+    @property
+    def _in_flight(self) -> int:
+        return sum(pending is not None for _, pending in self._pending)
+
+    def _dispatch_encoding(self, run: _Encoding) -> None:
+        try:
+            self._pending.append((run, self._driver.encode(run.request)))
+        except LLMOSError as error:
+            run.sink.fail(error)
 
     def _dispatch(self, run: _Run) -> None:
         """Dispatch one step, or find that the quantum has no more."""
@@ -111,21 +179,80 @@ class Executor:
             return None
         return next(run.steps, None)
 
-    def _deliver(self, run: _Run, pending: PendingStep | None) -> None:
+    def _deliver(self, run: _Run | _Encoding, pending: Callable[[], Any] | None) -> None:
         if pending is None:
+            assert isinstance(run, _Run)
             run.sink.done(QuantumDone(run.quantum.id, run.dispatched, run.preempted))
             return
         try:
-            run.sink.step(pending())
+            result = pending()
         except LLMOSError as error:
-            self._abort(run)
+            if isinstance(run, _Run):
+                self._abort(run)
             run.sink.fail(error)
+        else:
+            run.sink.step(result) if isinstance(run, _Run) else run.sink.encoded(result)
 
     def _abort(self, failed: _Run) -> None:
         """A step failed on the device: nothing that was dispatched after it can be trusted."""
         self._pending = deque(entry for entry in self._pending if entry[0] is not failed)
         if self._queue and self._queue[0] is failed:
             self._queue.popleft()
+
+
+class Executor:
+    """Runs the quanta of each replica in their order; call ``advance`` for as long as it returns True.
+
+    Replicas run beside each other: while one's step is waited for, the others are kept fed.
+    """
+
+    def __init__(self, driver: Driver, pause: Callable[[float], None] = time.sleep) -> None:
+        self._driver = driver
+        self._pause = pause
+        self._lanes: dict[int, _Lane] = {}
+
+    def submit(self, quantum: Quantum, sink: Sink) -> None:
+        self._lane(quantum.replica).submit(quantum, sink)
+
+    def after(self, model: str, replica: int, function: Callable[[], None]) -> None:
+        """Call ``function`` once the steps of all quanta submitted so far for a replica are dispatched; never
+        if the model is abandoned there."""
+        self._lane(replica).after(model, function)
+
+    def encode(self, request: EncodeStep, sink: EncodingSink) -> None:
+        """Run a step of an encoder, in turns with the quanta of the first replica."""
+        self._lane(0).encode(request, sink)
+
+    def preempt(self, quantum: int) -> None:
+        """Dispatch no further step of this quantum or of any before it for its replica; their slots still
+        change hands."""
+        for lane in self._lanes.values():
+            lane.preempt(quantum)
+
+    def abandon(self, model: str = "", replica: int = -1) -> None:
+        """Run nothing that is queued for a model (any, if none is named) and a replica (any, if -1), and wait
+        for what is in flight; nobody wants the results."""
+        for number, lane in self._lanes.items():
+            if replica in (-1, number):
+                lane.abandon(model)
+
+    def advance(self) -> bool:
+        """Dispatch until two steps of each replica are in flight, then deliver the oldest of whichever is
+        done first; False when nothing is left."""
+        for lane in self._lanes.values():
+            lane.dispatch()
+        busy = [lane for lane in self._lanes.values() if lane.busy]
+        if len(busy) > 1:
+            done = [lane for lane in busy if not lane.waits]
+            if not done:
+                self._pause(POLL_SECONDS)
+            busy = done
+        for lane in busy:
+            lane.deliver()
+        return any(lane.busy for lane in self._lanes.values())
+
+    def _lane(self, replica: int) -> _Lane:
+        return self._lanes.setdefault(replica, _Lane(self._driver))
 
 
 def _without_steps(quantum: Quantum) -> Quantum:

@@ -4,6 +4,8 @@ A *sequence* sits in a *slot* of the driver's batch. A *quantum* is a short prog
 slots to empty, which sequences to start, which pages to append, and for each of its steps which prompt
 chunks to prefill; the slots in ``decode`` advance by a token on every step. Tokens never travel to the
 driver during decode: the last token, the position and the random counter of a slot live on the device.
+
+An *encoder* has no slots and keeps nothing: it is sent texts, a step's worth at a time, and answers numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import msgspec
 DType = Literal["float32", "bfloat16", "int8", "float8"]
 FinishReason = Literal["stop", "length", "error"]
 Tier = Literal["device", "host", "disk"]
+Kind = Literal["decoder", "encoder"]
+Speculation = Literal["off", "auto", "ngram", "draft"]
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -45,6 +49,10 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``mesh`` maps axis names (data, tensor, pipeline, expert, sequence) to sizes; empty means one device.
     ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to; where they are 0,
     ``host_bytes`` and ``disk_bytes`` say it in bytes, and ``host_bytes`` -1 leaves it to the driver.
+    ``speculation`` guesses ``speculation_tokens`` tokens (0: as many as the driver likes) and verifies them
+    in one step, where that is measured to be faster: "ngram" takes guesses from the sequence's own past,
+    "draft" from the smaller model at the source ``draft``, which has the same vocabulary, and "auto" from the
+    draft model if there is one. The tokens are those of plain decoding.
     """
 
     model: str
@@ -63,6 +71,9 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     disk_pages: int = 0
     host_bytes: int = 0
     disk_bytes: int = 0
+    speculation: Speculation = "off"
+    speculation_tokens: int = 0
+    draft: str = ""
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -74,10 +85,16 @@ class LoadProgress(msgspec.Struct, frozen=True):
 
 
 class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that is ready to execute quanta.
+    """A model that is ready to execute quanta, or to encode.
 
     ``pages`` counts the usable pages, numbered 0 to ``pages - 1``; each holds ``page_tokens`` tokens and
-    ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step.
+    ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step. Each of the
+    ``replicas`` has as many slots and pages of its own, and executes quanta beside the others.
+
+    Of an encoder ``pages`` and ``slots`` are 0, ``max_context`` is the longest text, and ``chunk_tokens``
+    bounds the texts of one step, each counted as long as the longest. It makes ``width`` numbers of a text:
+    a vector, or where it has ``labels`` a score for each, ``exclusive`` if only one of them can be true.
+    ``token_types`` is how many types its tokens may be of.
     """
 
     model: str
@@ -96,6 +113,12 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     host_pages: int = 0
     disk_pages: int = 0
     phases: dict[str, float] = {}
+    kind: Kind = "decoder"
+    width: int = 0
+    labels: list[str] = []
+    exclusive: bool = True
+    token_types: int = 1
+    replicas: int = 1
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -155,7 +178,7 @@ class Growth(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Quantum(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Work for ``steps`` steps of one model's batch, applied in the order of the fields.
+    """Work for ``steps`` steps of the batch of one model's replica, applied in the order of the fields.
 
     A slot in ``decode`` produces one token a step from the step after its last chunk on, until it finishes;
     a slot that has finished, or is not in ``decode``, holds still.
@@ -169,10 +192,12 @@ class Quantum(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     grow: list[Growth] = []
     chunks: list[Chunk] = []
     decode: list[int] = []
+    replica: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
-    """What one step produced: ``tokens[i]`` belongs to ``slots[i]``; a slot may occur more than once.
+    """What one step produced: ``tokens[i]`` belongs to ``slots[i]``; a slot may occur more than once, its
+    tokens in order.
 
     The stop token itself is reported. ``micros`` is the time since the previous step completed, or since
     dispatch where the device was idle.
@@ -194,6 +219,22 @@ class QuantumDone(msgspec.Struct, frozen=True, array_like=True):
     preempted: bool
 
 
+class EncodeStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One step of an encoder; ``types`` are the token types of each text, left out where all are 0."""
+
+    model: str
+    texts: list[list[int]]
+    types: list[list[int]] = []
+
+
+class EncodedStep(msgspec.Struct, frozen=True):
+    """``rows`` is float32, little-endian, [texts, width]. ``micros`` as in ``Step``."""
+
+    rows: bytes
+    width: int
+    micros: int
+
+
 class Move(msgspec.Struct, frozen=True, kw_only=True):
     """Copy the KV of pages from one tier to another: (number at the source, number at the target) each.
 
@@ -208,6 +249,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     target: Tier
     pages: list[tuple[int, int]]
     tenant: str
+    replica: int = 0
 
 
 class Moved(msgspec.Struct, frozen=True):
@@ -217,16 +259,69 @@ class Moved(msgspec.Struct, frozen=True):
     micros: int
 
 
+class SaveTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Write ``state`` and the KV in ``pages`` to the saved task ``name``, sealed with the tenant's key.
+
+    ``digest`` names the tokens whose KV it is. The pages are read like those of a move, and may change hands
+    as soon as this was sent. A driver that cannot save pages saves the state alone.
+    """
+
+    name: str
+    model: str
+    tenant: str
+    pages: list[int]
+    digest: bytes
+    state: bytes
+    replica: int = 0
+
+
+class TaskSaved(msgspec.Struct, frozen=True):
+    """A saved task is complete: ``pages`` in it, ``bytes`` in all."""
+
+    pages: int
+    bytes: int
+
+
+class OpenTask(msgspec.Struct, frozen=True):
+    """Read the state of a saved task of this tenant."""
+
+    name: str
+    tenant: str
+
+
+class TaskOpened(msgspec.Struct, frozen=True):
+    """What ``SaveTask`` was given."""
+
+    state: bytes
+
+
+class RestoreTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Fill ``pages`` with those of a saved task from its page ``first`` on; answered by ``Moved``.
+
+    NotSupported where its pages are not of the kind that this driver has for ``model``.
+    """
+
+    name: str
+    model: str
+    tenant: str
+    pages: list[int]
+    first: int
+    digest: bytes
+    replica: int = 0
+
+
 class Preempt(msgspec.Struct, frozen=True):
-    """Dispatch no further step of this quantum or of any before it."""
+    """Dispatch no further step of this quantum or of any before it that is for the same replica."""
 
     quantum: int
 
 
 class Reset(msgspec.Struct, frozen=True):
-    """Empty all slots of a model: the scheduler that filled them is gone."""
+    """Empty all slots of one replica of a model, of all of them where it is -1: the scheduler that filled
+    them is gone."""
 
     model: str
+    replica: int = -1
 
 
 class Unload(msgspec.Struct, frozen=True):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Protocol
 
-from llmos.drivers.sdk.driver import Driver, Finish
+from llmos.drivers.sdk.driver import Finish, PendingMove
 from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.messages import LoadedModel, Move, Moved, Tier
 from llmos.ipc.background import Background
 from llmos.ipc.errors import Canceled, InvalidArgument, LLMOSError
+
+Begin = Callable[[], PendingMove]
 
 
 class Sink(Protocol):
@@ -31,8 +34,15 @@ def check_move(move: Move, loaded: LoadedModel) -> None:
     targets = _sides(move)[1]
     if not targets or len(set(targets)) < len(targets):
         raise InvalidArgument("a move copies a page at least, and writes none twice")
+    check_replica(move.replica, loaded)
     if not move.tenant:
         raise InvalidArgument("a move names the tenant whose pages they are")
+
+
+def check_replica(replica: int, loaded: LoadedModel) -> None:
+    """Refuse a replica that is not there."""
+    if not 0 <= replica < loaded.replicas:
+        raise InvalidArgument(f"there is no replica {replica}: this model has {loaded.replicas}")
 
 
 def _sides(move: Move) -> tuple[list[int], list[int]]:
@@ -42,9 +52,10 @@ def _sides(move: Move) -> tuple[list[int], list[int]]:
 class _Transfer:
     """A move between its arrival and its answer."""
 
-    def __init__(self, move: Move, key: bytes, sink: Sink) -> None:
-        self.move = move
-        self.key = key
+    def __init__(self, model: str, replica: int, begin: Begin, sink: Sink) -> None:
+        self.model = model
+        self.replica = replica
+        self.begin = begin
         self.sink = sink
         self.copying: Future[Finish] | None = None
         self.reached = False
@@ -53,34 +64,39 @@ class _Transfer:
 class Moves:
     """The moves that are under way. Used from the driver's thread, beside which ``background`` copies."""
 
-    def __init__(self, driver: Driver, executor: Executor, background: Background) -> None:
-        self._driver = driver
+    def __init__(self, executor: Executor, background: Background) -> None:
         self._executor = executor
         self._background = background
         self._open: list[_Transfer] = []
 
-    def submit(self, move: Move, key: bytes, sink: Sink) -> None:
+    def submit(self, model: str, replica: int, begin: Begin, sink: Sink, *, reads_device: bool) -> None:
         """Begin a checked move behind the quanta submitted so far.
 
         One that does not read the device is copied meanwhile, unless it might overtake one that does.
         """
-        transfer = _Transfer(move, key, sink)
+        transfer = _Transfer(model, replica, begin, sink)
         ahead = all(other.copying is not None for other in self._open)
         self._open.append(transfer)
-        if move.source != "device" and ahead:
+        if ahead and not reads_device:
             self._begin(transfer)
-        self._executor.after(lambda: self._reach(transfer))
+        self._executor.after(model, replica, lambda: self._reach(transfer))
 
-    def abandon(self) -> None:
-        """Drop all moves; what is being copied is waited for, since its pages may be gone next."""
-        dropped, self._open = self._open, []
+    def abandon(self, model: str = "", replica: int = -1) -> None:
+        """Drop the moves of a model (any, if none is named) and a replica (any, if -1); what is being copied
+        is waited for, since its pages may be gone next."""
+        dropped = [
+            transfer
+            for transfer in self._open
+            if model in ("", transfer.model) and replica in (-1, transfer.replica)
+        ]
+        self._open = [transfer for transfer in self._open if transfer not in dropped]
         wait([transfer.copying for transfer in dropped if transfer.copying is not None])
         for transfer in dropped:
             transfer.sink.fail(Canceled("the driver's pages were given up"))
 
     def _begin(self, transfer: _Transfer) -> None:
         try:
-            pending = self._driver.move(transfer.move, transfer.key)
+            pending = transfer.begin()
         except LLMOSError as error:
             self._open.remove(transfer)
             transfer.sink.fail(error)

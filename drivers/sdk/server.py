@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 
+from llmos.drivers.sdk import saving
 from llmos.drivers.sdk.driver import Driver
 from llmos.drivers.sdk.executor import Executor
+from llmos.drivers.sdk.keys import StorageKeys
 from llmos.drivers.sdk.messages import (
     DriverInfo,
+    EncodedStep,
+    EncodeStep,
     LoadedModel,
     LoadProgress,
     LoadRequest,
     Move,
     Moved,
+    OpenTask,
     Preempt,
     Quantum,
     QuantumDone,
     Reset,
+    RestoreTask,
+    SaveTask,
     Step,
+    TaskOpened,
     Unload,
 )
 from llmos.drivers.sdk.moves import Moves, check_move
+from llmos.drivers.sdk.saved import SavedFile
 from llmos.ipc.background import Background
 from llmos.ipc.errors import LLMOSError, NotFound
 from llmos.ipc.server import Incoming, Later, Server, method
 from llmos.kernel.messages import Beat
+from llmos.services import saved
 
 LOAD_LIMIT = 900.0
 STEP_LIMIT = 60.0
@@ -33,7 +44,7 @@ PROGRESS_SECONDS = 0.2
 
 
 class _CallSink:
-    """Sends the results of a quantum as the answers of the call that brought it."""
+    """Sends the results of a quantum, or of an encoder's step, as the answers of the call that brought it."""
 
     def __init__(self, call: Incoming) -> None:
         self._call = call
@@ -43,6 +54,9 @@ class _CallSink:
 
     def done(self, done: QuantumDone) -> None:
         self._call.end(done)
+
+    def encoded(self, result: EncodedStep) -> None:
+        self._call.reply(result)
 
     def fail(self, error: LLMOSError) -> None:
         self._call.fail(error)
@@ -69,12 +83,13 @@ class DriverServer(Server):
         self._driver = driver
         self._executor = Executor(driver)
         self._background = Background(self)
-        self._moves = Moves(driver, self._executor, self._background)
+        self._moves = Moves(self._executor, self._background)
+        self._keys = StorageKeys(self)
         self._limit = STEP_LIMIT
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
 
     def work(self) -> bool:
-        return self._executor.advance()
+        return self._executor.advance() or self._driver.idle()
 
     def beat(self) -> Beat:
         return Beat(self.progress, self._limit)
@@ -128,12 +143,60 @@ class DriverServer(Server):
         return Later()
 
     @method
+    def encode(self, request: EncodeStep, call: Incoming) -> Later:
+        """Answers ``EncodedStep``."""
+        self._executor.encode(request, _CallSink(call))
+        return Later()
+
+    @method
     def move(self, request: Move, call: Incoming) -> Later:
         """The reply is ``Moved``."""
-        if request.model not in self._loaded:
-            raise NotFound(f"no model {request.model!r} is loaded here")
-        check_move(request, self._loaded[request.model][1])
-        self._moves.submit(request, b"", _MoveSink(call))
+        check_move(request, self._model(request.model))
+        if "disk" in (request.source, request.target):
+            self._keys.use(request.tenant, "pages", call, lambda key: self._submit(request, key, call))
+        else:
+            self._submit(request, b"", call)
+        return Later()
+
+    @method
+    def save(self, request: SaveTask, call: Incoming) -> Later:
+        """The reply is ``TaskSaved``."""
+        saving.check_pages(request.pages, request.replica, self._model(request.model))
+        saved.path_of(request.name)
+
+        def begin(key: bytes) -> None:
+            loaded, layout = self._model(request.model), self._layout(request.model)
+            task = saving.Saving(self._driver, request, loaded, layout, key)
+            self._moves.submit(
+                request.model, request.replica, task.begin, saving.SavedSink(task, call), reads_device=True
+            )
+
+        self._keys.use(request.tenant, "tasks", call, begin)
+        return Later()
+
+    @method
+    def open(self, request: OpenTask, call: Incoming) -> Later:
+        """The reply is ``TaskOpened``."""
+
+        def read(key: bytes) -> None:
+            with closing(SavedFile(request.name, key)) as file:
+                call.reply(TaskOpened(file.contents.state))
+
+        self._keys.use(request.tenant, "tasks", call, read)
+        return Later()
+
+    @method
+    def restore(self, request: RestoreTask, call: Incoming) -> Later:
+        """The reply is ``Moved``."""
+        saving.check_pages(request.pages, request.replica, self._model(request.model))
+
+        def begin(key: bytes) -> None:
+            self._model(request.model)
+            layout = self._layout(request.model)
+            start = lambda: saving.restore(self._driver, request, layout, key)  # noqa: E731
+            self._moves.submit(request.model, request.replica, start, _MoveSink(call), reads_device=False)
+
+        self._keys.use(request.tenant, "tasks", call, begin)
         return Later()
 
     @method
@@ -142,18 +205,37 @@ class DriverServer(Server):
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:
-        self._abandon()
-        self._driver.reset(request.model)
+        self._abandon(request.model, request.replica)
+        self._driver.reset(request.model, request.replica)
 
     @method
     def unload(self, request: Unload, call: Incoming) -> None:
         self._forget(request.model)
 
+    def _submit(self, move: Move, key: bytes, call: Incoming) -> None:
+        # Its model may have been unloaded while the key was fetched.
+        self._model(move.model)
+        begin = lambda: self._driver.move(move, key)  # noqa: E731
+        self._moves.submit(
+            move.model, move.replica, begin, _MoveSink(call), reads_device=move.source == "device"
+        )
+
+    def _model(self, name: str) -> LoadedModel:
+        if name not in self._loaded:
+            raise NotFound(f"no model {name!r} is loaded here")
+        return self._loaded[name][1]
+
+    def _layout(self, model: str) -> str:
+        """What the bytes of a page mean here: pages go only where this is the same."""
+        request, loaded = self._loaded[model]
+        parts = (self._driver.describe().driver, loaded.family, loaded.attention, request.kv_dtype)
+        return ":".join((*parts, str(loaded.page_tokens), str(loaded.page_bytes)))
+
     def _forget(self, model: str) -> None:
-        self._abandon()
+        self._abandon(model)
         self._driver.unload(model)
         self._loaded.pop(model, None)
 
-    def _abandon(self) -> None:
-        self._executor.abandon()
-        self._moves.abandon()
+    def _abandon(self, model: str = "", replica: int = -1) -> None:
+        self._executor.abandon(model, replica)
+        self._moves.abandon(model, replica)

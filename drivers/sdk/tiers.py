@@ -12,28 +12,32 @@ import mmap
 import os
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from llmos.drivers.sdk.driver import Finish, PendingMove
+from llmos.drivers.sdk.driver import Bytes, Finish, PendingMove
 from llmos.drivers.sdk.messages import Move, Moved
 from llmos.ipc import paths
 from llmos.ipc.errors import IOFailure, NoMemory
 from llmos.services.security import keys
 
-Bytes = bytes | memoryview
-
 _ALIGN = 4096
 
 
 class HostTier:
-    """Blocks in RAM, taken at once: page-aligned, and touched when they are first written."""
+    """Blocks in RAM, taken at once: page-aligned, in huge pages where the system has them, and touched when
+    they are first written."""
 
     def __init__(self, blocks: int, block_bytes: int) -> None:
         self._size = block_bytes
         try:
-            self._memory = memoryview(mmap.mmap(-1, max(1, blocks * block_bytes)))
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            memory = mmap.mmap(-1, max(1, blocks * block_bytes), flags=flags)
         except OSError as error:
             raise NoMemory(f"{blocks} host pages of {block_bytes} bytes: {error.strerror}") from None
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memoryview(memory)
 
     def __getitem__(self, block: int) -> memoryview:
         """The bytes of a block, to read and to write."""

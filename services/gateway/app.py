@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from llmos.ipc.aio import AsyncClient
 from llmos.ipc.errors import AccessDenied, LLMOSError, NotFound
-from llmos.services.gateway import choices, translate
+from llmos.services.gateway import choices, encoders, translate
 from llmos.services.gateway.choices import Batch
 from llmos.services.gateway.errors import ApiError, from_error
 from llmos.services.gateway.events import events
@@ -21,8 +21,10 @@ from llmos.services.gateway.keys import KeyRing, read_key
 from llmos.services.gateway.replies import Shape
 from llmos.services.gateway.responses import EventStream, Json, failure, read_body, until_gone
 from llmos.services.gateway.schema import ChatRequest, CompletionRequest
-from llmos.services.models.messages import Chat, Complete, Done, ModelLine, ModelList
+from llmos.services.models.messages import Chat, Complete, Done, Embedded, ModelLine, ModelList, Ranked
 from llmos.services.monitor.messages import Snapshot
+
+T = TypeVar("T")
 
 HEALTH_SECONDS = 2.0
 LIST_SECONDS = 10.0
@@ -48,6 +50,8 @@ class Gateway:
             Route("/v1/models/{name:path}", self._model),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
+            Route("/v1/rerank", self._rerank, methods=["POST"]),
         ]
         handlers: dict[Any, Callable[..., Awaitable[Response]]] = {
             ApiError: _on_api_error,
@@ -108,6 +112,29 @@ class Gateway:
         bodies = translate.completions(asked)
         return await self._answer(request, key, shape, "models.complete", bodies, bool(asked.stream))
 
+    async def _embeddings(self, request: Request) -> Response:
+        key = read_key(request.headers.get("authorization"))
+        asked = translate.decode(await read_body(request, self._max_body), encoders.EmbeddingsRequest)
+        made = await self._encode(request, key, "models.embed", encoders.to_embed(asked), Embedded)
+        return Json(encoders.embeddings(asked, made))
+
+    async def _rerank(self, request: Request) -> Response:
+        key = read_key(request.headers.get("authorization"))
+        asked = translate.decode(await read_body(request, self._max_body), encoders.RerankRequest)
+        made = await self._encode(request, key, "models.rerank", encoders.to_rerank(asked), Ranked)
+        return Json(encoders.ranking(asked, made))
+
+    async def _encode(self, request: Request, key: str, method: str, body: object, type: type[T]) -> T:
+        """One call to an encoder, withdrawn when the client leaves."""
+        self.progress += 1
+        timeout = translate.timeout(request.headers.get("x-request-timeout"))
+        handle = await self._keys.handle(key)
+        try:
+            call = self._client.call(method, body, type, handle=handle, timeout=timeout)
+            return await until_gone(request.receive, call)
+        except AccessDenied as error:
+            raise await self._keys.denied(key, error) or error from None
+
     async def _answer(
         self,
         request: Request,
@@ -151,6 +178,7 @@ def _model_object(line: ModelLine) -> dict[str, Any]:
         "owned_by": "llmos",
         "state": line.state,
         "context_length": line.context,
+        "kind": line.kind,
     }
 
 

@@ -65,7 +65,7 @@ def from_error(error: LLMOSError) -> ApiError:
     status, type, code = BY_CODE.get(error.code, (500, "server_error", None))
     param = error.details.get("param")
     if error.code == "EINVAL" and {"limit", "tokens"} <= error.details.keys():
-        code, param = "context_length_exceeded", "messages"
+        code, param = "context_length_exceeded", param or "messages"
     if error.code == "ENOENT":
         param = "model"
     if isinstance(error, HostDown) and not error.details.get("delivered", True):

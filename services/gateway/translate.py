@@ -6,10 +6,12 @@ from typing import TypeVar
 
 import msgspec
 
+from llmos.services.gateway.encoders import one_or_many
 from llmos.services.gateway.errors import ApiError
 from llmos.services.gateway.schema import UNSUPPORTED, ChatRequest, CompletionRequest, Message, Request
 from llmos.services.models.messages import Chat, ChatMessage, Complete, Generation
 
+B = TypeVar("B")
 R = TypeVar("R", bound=Request)
 
 MAX_N = 8
@@ -20,14 +22,19 @@ MAX_TIMEOUT = 86_400.0
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-def parse(body: bytes, type: type[R]) -> R:
-    """A request's body, checked; ApiError 400 says what is wrong with it."""
+def decode(body: bytes, type: type[B]) -> B:
+    """A request's body; ApiError 400 says what is wrong with it."""
     try:
-        request = msgspec.json.decode(body, type=type)
+        return msgspec.json.decode(body, type=type)
     except msgspec.ValidationError as error:
         raise ApiError(400, str(error), param=_field(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def parse(body: bytes, type: type[R]) -> R:
+    """The body of a request to generate, checked; ApiError 400 says what is wrong with it."""
+    request = decode(body, type)
     for name, harmless in UNSUPPORTED.items():
         value = getattr(request, name, None)
         if value is not None and value not in harmless:
@@ -56,7 +63,7 @@ def chats(request: ChatRequest) -> list[Chat]:
 def completions(request: CompletionRequest) -> list[Complete]:
     """One message for each of the ``n`` choices of each prompt, all choices of the first prompt first."""
     limit = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-    prompts, n = _prompts(request.prompt), request.n or 1
+    prompts, n = one_or_many(request.prompt, "prompt"), request.n or 1
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"{len(prompts) * n} choices are over {MAX_CHOICES}", param="prompt")
     return [
@@ -116,17 +123,6 @@ def _message(message: Message, at: int) -> ChatMessage:
         if part.type != "text":
             raise ApiError(400, f"{where}: parts of type {part.type!r} are not supported", param=where)
     return ChatMessage(role=role, content="".join(part.text for part in message.content), name=message.name)
-
-
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """A prompt as a list of prompts, each a text or token ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    tokens = [item for item in prompt if isinstance(item, int)]
-    others: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
-    if not prompt or (tokens and others):
-        raise ApiError(400, "prompt must be a text, token ids, or a list of either", param="prompt")
-    return [tokens] if tokens else others
 
 
 def _field(message: str) -> str | None:

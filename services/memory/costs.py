@@ -15,8 +15,8 @@ CLASSES = 3  # pages used once, twice, more often
 @dataclass(slots=True)
 class Costs:
     """In microseconds; a page's are the sum over its tokens. ``compute`` 0: nothing is known, so moving is
-    taken to be better. ``returned`` and ``dropped`` count, by how often they had been used, the pages that were
-    needed again after they had left the device, and those that were not; old ones fade."""
+    taken to be better. ``returned`` and ``dropped`` count, by how often they had been used, the pages that
+    were needed again after they had left the device, and those that were not; old ones fade."""
 
     compute: float = 0.0
     fetch: dict[int, float] = field(default_factory=lambda: {DEVICE: 0.0, HOST: 0.0, DISK: 0.0})

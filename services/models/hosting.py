@@ -27,6 +27,7 @@ class Model:
         self.source = source
         self.tokenizer: ModelTokenizer | None = None
         self.template: ChatTemplate | None = None
+        self.fingerprint = ""
         self.loaded: LoadedModel | None = None
         self.loading = False
         self.hosted = False
@@ -93,6 +94,8 @@ class Model:
             phase=progress.phase if self.loading else "",
             error=str(self.error or ""),
             phases=loaded.phases if loaded else {},
+            kind=loaded.kind if loaded else "decoder",
+            mesh=self.spec.mesh,
         )
 
     def _state(self) -> Literal["missing", "unloaded", "loading", "ready", "failed"]:
@@ -129,4 +132,9 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         mesh=spec.mesh,
         host_bytes=manifest.size(spec.host_cache),
         disk_bytes=manifest.size(spec.disk_cache),
+        host_pages=spec.host_pages,
+        disk_pages=spec.disk_pages,
+        speculation=spec.speculation,
+        speculation_tokens=spec.speculation_tokens,
+        draft=str(Path(spec.draft).expanduser().absolute()) if spec.draft else "",
     )

@@ -15,6 +15,7 @@ from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming, Server
 from llmos.services.manifest import Manifest, ModelSpec
 from llmos.services.models import store, tokenizer
+from llmos.services.models.fingerprint import fingerprint
 from llmos.services.models.hosting import Model, load_request
 from llmos.services.models.template import ChatTemplate
 from llmos.services.models.tokenizer import ModelTokenizer
@@ -207,19 +208,19 @@ class Loader:
     # --- tokenizers ---
 
     def _read_tokenizer(self, model: Model) -> None:
-        source, cache = model.source, self._cache
+        source, cache, dtype = model.source, self._cache, model.spec.dtype
         if source is None or model.tokenizer is not None:
             return
 
-        def done(future: Future[tuple[ModelTokenizer, ChatTemplate]]) -> None:
+        def done(future: Future[tuple[tuple[ModelTokenizer, ChatTemplate], str]]) -> None:
             try:
-                model.tokenizer, model.template = future.result()
+                (model.tokenizer, model.template), model.fingerprint = future.result()
             except LLMOSError as error:
                 self._fail(model, error)
             else:
                 model.settle()
 
-        self._background.run(lambda: read_tokenizer(source, cache), done)
+        self._background.run(lambda: (read_tokenizer(source, cache), fingerprint(source, dtype)), done)
 
 
 def read_tokenizer(source: Path, cache: Path) -> tuple[ModelTokenizer, ChatTemplate]:

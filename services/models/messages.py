@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from llmos.drivers.sdk.messages import Kind
 from llmos.ipc.grant import Band
 from llmos.services.scheduler.messages import Finished
 
@@ -72,6 +73,73 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     usage: Finished
 
 
+class Resume(msgspec.Struct, frozen=True):
+    """Go on with the saved task of this name in the folder of saved tasks. A stream of ``Text``, the first of
+    which is what it had said before, ended by ``Done``."""
+
+    name: str
+
+
+class Embed(msgspec.Struct, frozen=True, kw_only=True):
+    """Make a vector of each text; token ids are taken as they are, with their special tokens.
+
+    A text that is too long is refused, or cut if ``truncate`` is set; so in all that follow.
+    """
+
+    model: str
+    input: list[str | list[int]]
+    truncate: bool = False
+    band: Band = "interactive"
+
+
+class Embedded(msgspec.Struct, frozen=True, kw_only=True):
+    """``vectors`` is float32, little-endian, [texts, width]; ``tokens`` counts those of all texts."""
+
+    model: str
+    width: int
+    vectors: bytes
+    tokens: int
+
+
+class Rerank(msgspec.Struct, frozen=True, kw_only=True):
+    """Order documents by how well they answer a query; ``top_n`` 0 returns all."""
+
+    model: str
+    query: str
+    documents: list[str]
+    top_n: int = 0
+    truncate: bool = False
+    band: Band = "interactive"
+
+
+class Ranked(msgspec.Struct, frozen=True, kw_only=True):
+    """(index of the document, score), best first. Scores are 0 to 1 of a cross-encoder, which sees query and
+    document together; of an embedding model the cosine of their vectors."""
+
+    model: str
+    results: list[tuple[int, float]]
+    tokens: int
+
+
+class Classify(msgspec.Struct, frozen=True, kw_only=True):
+    """Score each text, or with ``seconds`` each pair, by the model's labels."""
+
+    model: str
+    input: list[str]
+    seconds: list[str] = []
+    truncate: bool = False
+    band: Band = "interactive"
+
+
+class Classified(msgspec.Struct, frozen=True, kw_only=True):
+    """For each text a probability for each of ``labels``; they sum to 1 where only one label can be true."""
+
+    model: str
+    labels: list[str]
+    scores: list[list[float]]
+    tokens: int
+
+
 class Load(msgspec.Struct, frozen=True):
     """Load a model of the manifest onto its driver; chunks are the driver's ``LoadProgress``."""
 
@@ -97,6 +165,8 @@ class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     phase: str = ""
     error: str = ""
     phases: dict[str, float] = {}
+    kind: Kind = "decoder"
+    mesh: dict[str, int] = {}
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from llmos.drivers.sdk.checks import BIAS_LIMIT as MAX_BIASES
 from llmos.drivers.sdk.messages import LoadedModel, Sampling
 from llmos.ipc.errors import AccessDenied, InvalidArgument
-from llmos.ipc.grant import Grant
+from llmos.ipc.grant import Band, Grant
 from llmos.services.models.messages import ChatMessage, Generation
 from llmos.services.scheduler.messages import Submit
 
@@ -56,12 +56,23 @@ def check_generation(generation: Generation) -> None:
 
 def check_grant(grant: Grant, generation: Generation) -> None:
     """AccessDenied unless the caller may run in this band and ask for this many tokens."""
-    if not grant.may_run_in(generation.band):
-        raise AccessDenied(f"this capability allows the band {grant.band!r} at most, not {generation.band!r}")
+    check_band(grant, generation.band)
     if 0 < grant.max_tokens < generation.max_tokens:
         raise AccessDenied(
             f"this capability allows max_tokens up to {grant.max_tokens}, not {generation.max_tokens}"
         )
+
+
+def check_band(grant: Grant, band: Band) -> None:
+    """AccessDenied unless the caller may run in this band."""
+    if not grant.may_run_in(band):
+        raise AccessDenied(f"this capability allows the band {grant.band!r} at most, not {band!r}")
+
+
+def check_decoder(model: LoadedModel) -> None:
+    """InvalidArgument for a model that generates no text."""
+    if model.kind != "decoder":
+        raise InvalidArgument(f"{model.model} is an encoder: it generates no text, use models.embed")
 
 
 def context_limit(model: LoadedModel) -> int:

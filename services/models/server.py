@@ -6,31 +6,41 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llmos.ipc import paths
+import msgspec
+
+from llmos.drivers.sdk.messages import OpenTask, TaskOpened
+from llmos.ipc import calls, codec, paths
 from llmos.ipc.errors import LLMOSError
 from llmos.ipc.grant import Origin
 from llmos.ipc.server import Incoming, Later, Server, method
-from llmos.services import manifest
-from llmos.services.models import requests
+from llmos.services import manifest, saved
+from llmos.services.models import requests, resuming
 from llmos.services.models.detokenizer import detokenizer
+from llmos.services.models.encoding import Encodings
 from llmos.services.models.generation import Answer
 from llmos.services.models.hosting import Model
 from llmos.services.models.loader import Loader
 from llmos.services.models.messages import (
     Chat,
+    Classify,
     Complete,
     Detokenize,
+    Embed,
     Generation,
     Load,
     ModelList,
+    Rerank,
+    Resume,
     TokenIds,
     Tokenize,
     Unload,
 )
 from llmos.services.models.streams import Streams
+from llmos.services.scheduler.messages import TaskState
 
 Tokens = list[int]
 
+OPEN_SECONDS = 30.0
 SYSTEM = "system"  # the tenant of the services themselves
 
 
@@ -44,12 +54,14 @@ class ModelsServer(Server):
         super().__init__(run)
         self._loader = Loader(self, manifest.read_running(run), cache or paths.cache_dir())
         self._streams = Streams(self)
+        self._encodings = Encodings(self)
 
     def start(self) -> None:
         self._loader.start()
 
     def stop(self) -> None:
         self._loader.close()
+        self._encodings.close()
 
     def on_up(self, name: str, connection: int) -> None:
         if name == "scheduler":
@@ -84,6 +96,24 @@ class ModelsServer(Server):
             return _encode(model, request.prompt, template=False)
 
         return self._generate(request.model, request.generation, prompt, call)
+
+    @method
+    def embed(self, request: Embed, call: Incoming) -> Later:
+        """Answers ``Embedded``."""
+        requests.check_band(call.origin.grant, request.band)
+        return self._when(request.model, call, lambda model: self._encodings.embed(request, model, call))
+
+    @method
+    def rerank(self, request: Rerank, call: Incoming) -> Later:
+        """Answers ``Ranked``."""
+        requests.check_band(call.origin.grant, request.band)
+        return self._when(request.model, call, lambda model: self._encodings.rerank(request, model, call))
+
+    @method
+    def classify(self, request: Classify, call: Incoming) -> Later:
+        """Answers ``Classified``."""
+        requests.check_band(call.origin.grant, request.band)
+        return self._when(request.model, call, lambda model: self._encodings.classify(request, model, call))
 
     @method
     def list(self, request: None, call: Incoming) -> ModelList:
@@ -124,6 +154,38 @@ class ModelsServer(Server):
 
         return self._when(request.model, call, reply, for_driver=False)
 
+    @method
+    def resume(self, request: Resume, call: Incoming) -> Later:
+        """A stream of ``Text``, the first of which is what was said before, ended by ``Done``."""
+        with saved.open_file(request.name) as file:
+            header, _ = saved.read_header(file)
+
+        def begin(model: Model) -> None:
+            def opened(reply: calls.Answer) -> None:
+                try:
+                    if reply.error is not None:
+                        raise reply.error
+                    state = codec.decode(codec.decode(reply.body, TaskOpened).state, TaskState)
+                    self._go_on(request.name, state, model, call)
+                except LLMOSError as error:
+                    call.fail(error)
+
+            body = OpenTask(request.name, call.origin.grant.tenant)
+            self.call(f"driver.{model.spec.driver}.open", body, opened, timeout=OPEN_SECONDS)
+
+        return self._when(header.model, call, begin)
+
+    def _go_on(self, name: str, state: TaskState, model: Model, call: Incoming) -> None:
+        text = codec.decode(state.context, resuming.TextState)
+        resuming.check(state, text, model, call.origin.grant.tenant)
+        submit, now = resuming.to_submit(name, state), time.monotonic()
+        answer, said = resuming.answer(state, text, model, submit, now)
+        call.chunk(said)
+        if answer.stopped:
+            call.end(answer.cut(now))
+        else:
+            self._streams.begin(call, submit, answer, stream=True)
+
     def _generate(
         self, name: str, generation: Generation, prompt: Callable[[Model], Tokens], call: Incoming
     ) -> Later:
@@ -133,11 +195,13 @@ class ModelsServer(Server):
         def begin(model: Model) -> None:
             assert model.loaded is not None
             assert model.tokenizer is not None
+            requests.check_decoder(model.loaded)
             tokens, grant = prompt(model), call.origin.grant
             stop = model.tokenizer.info.stop
             submit = requests.to_submit(
                 generation, tokens, model.loaded, grant, stop=stop, label=call.head.method
             )
+            submit = msgspec.structs.replace(submit, context=resuming.context(generation.stop, model))
             text = detokenizer(model.tokenizer, tokens)
             answer = Answer(submit, generation.stop, text, time.monotonic())
             self._streams.begin(call, submit, answer, stream=generation.stream)

@@ -13,7 +13,7 @@ import msgspec
 
 from llmos.ipc import paths
 from llmos.ipc.errors import InvalidArgument, IOFailure, LLMOSError
-from llmos.services.models import gguf
+from llmos.services.models import gguf, vocabulary
 from llmos.services.models.convert import checked, to_tokenizer
 
 if TYPE_CHECKING:
@@ -162,12 +162,14 @@ _FOLDER_FILES = (
     "generation_config.json",
     "config.json",
     "chat_template.jinja",
+    *vocabulary.FILES,
 )
 
 
 def _from_folder(folder: Path) -> ModelTokenizer:
-    tokenizer = _parse(folder / "tokenizer.json")
     config = _json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer.json"
+    tokenizer = _parse(path) if path.exists() else vocabulary.from_vocabulary(folder, config)
     bos, eos = _token(config.get("bos_token")), _token(config.get("eos_token"))
     stop = set(_ids(_json(folder / "generation_config.json")) or _ids(_json(folder / "config.json")))
     eos_id = tokenizer.token_to_id(eos) if eos else None

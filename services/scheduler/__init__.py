@@ -13,7 +13,9 @@ host.py       one model on one driver: slots, quanta in flight, results applied 
 compose.py    a host's state -> its next quantum (pure)
 displace.py   who must give way (pure)
 core.py       what happens on every event; asks for effects through an interface (no I/O, no clock)
+encoding.py   work for encoders: who is next, what goes into one step (no I/O, no clock)
 effects.py    those effects as messages to memory, the drivers and the callers
+encode_effects.py  encoding's effects as messages
 server.py     the message handlers
 simulator.py  the core and memory's policy in simulated time
 """

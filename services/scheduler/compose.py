@@ -39,6 +39,7 @@ def compose(host: Host, id: int, max_steps: int) -> Quantum | None:
         grow=[Growth(slot, pages) for slot, pages in host.growth.items()],
         chunks=chunks,
         decode=decode,
+        replica=host.replica,
     )
     host.starting, host.releasing, host.growth = [], [], {}
     return quantum

@@ -8,6 +8,7 @@ makes it ready; ``_run`` composes it into a quantum; ``step`` records its tokens
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, Protocol
 
 from llmos.drivers.sdk.messages import LoadedModel, Quantum, QuantumDone, Step
@@ -121,6 +122,10 @@ class Core:
 
     def waiting_of(self, tenant: str) -> int:
         return sum(queue.waiting[tenant] for queue in self.queues.values())
+
+    def hosts_of(self, model: str) -> list[Host]:
+        """The hosts that serve a model."""
+        return self._hosts_of(model)
 
     # --- events: hosts ---
 
@@ -255,10 +260,10 @@ class Core:
         """A step's tokens arrived."""
         produced = host.apply(step)
         for item in produced:
-            if not item.task.first_token_at:
+            if item.tokens and not item.task.first_token_at:
                 item.task.first_token_at = now
             self.counters.charge(item.task, 0, len(item.tokens))
-        self._effects.emit(produced)
+        self._effects.emit([item for item in produced if item.tokens])
         ended = [item for item in produced if item.finished is not None]
         for item in ended:
             if item.finished == "error":
@@ -393,14 +398,16 @@ class Core:
         for task in host.slots:
             if task is None or task.place is not Place.RUNNING or task.growing:
                 continue
-            if host.capacity(task) < min(task.limit, task.planned + 2 * self._max_steps):
+            ahead = math.ceil(self._max_steps * max(1.0, task.pace))
+            if host.capacity(task) < min(task.limit, task.planned + 2 * ahead):
                 wants.append((task, self._lacking(host, task)))
                 task.growing = True
         if wants:
             self._effects.grow(host, wants)
 
     def _lacking(self, host: Host, task: Task) -> int:
-        target = min(task.limit, task.planned + AHEAD * self._max_steps)
+        ahead = math.ceil(self._max_steps * max(1.0, task.pace))
+        target = min(task.limit, task.planned + AHEAD * ahead)
         return host.pages_for(target) - len(task.pages)
 
     def reserve(self, host: Host, task: Task) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llmos.drivers.sdk.messages import Preempt, Quantum, QuantumDone, Step
@@ -22,6 +23,7 @@ from llmos.services.memory.messages import (
     Reserved,
     Restore,
 )
+from llmos.services.scheduler import saving
 from llmos.services.scheduler.host import Host, Produced
 from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import Emitted, Finished, Reason, Tokens
@@ -43,11 +45,18 @@ class MessageEffects(SwapMessages):
         self._server = server
         self._rates = rates
         self._attached = attached
+        # Resumed tasks whose pages are being read from their files, with what they asked for meanwhile.
+        self._filling: dict[int, Callable[[], None] | None] = {}
 
     def reserve(self, host: Host, task: Task, extra: int) -> None:
         def answered(answer: Answer) -> None:
             if answer.error is None:
                 body = codec.decode(answer.body, Reserved)
+                if task.resume is not None and body.transfer is None:
+                    self._resume(host, task, body)
+                    return
+                # What is in another tier is nearer than the file.
+                task.resume = None
                 self._server.core.reserved(
                     host, task, body.pages, body.cached, now(), body.transfer, body.low
                 )
@@ -58,9 +67,26 @@ class MessageEffects(SwapMessages):
             else:
                 self._server.core.kill(task, answer.error, now())
 
-        if task.place is Place.RESERVING:
+        if task.id in self._filling:
+            self._filling[task.id] = lambda: self.reserve(host, task, extra)
+        elif task.place is Place.RESERVING:
             body = Reserve(host.arena, task.id, task.tokens, extra, host.tiers.hurries(task))
             self._server.call("memory.reserve", body, answered, acting=task.call)
+
+    def _resume(self, host: Host, task: Task, body: Reserved) -> None:
+        """Tell the core of a resumed task's pages once they hold what its file has."""
+        self._filling[task.id] = None
+
+        def given(pages: list[int], cached: int) -> None:
+            again = self._filling.pop(task.id)
+            if again is None:
+                self._server.core.reserved(host, task, pages, cached, now())
+            else:
+                # It left meanwhile, and came back, perhaps to another host.
+                self.free(host, [task])
+                again()
+
+        saving.fill(self._server, host, task, body.pages, body.cached, given)
 
     def grow(self, host: Host, wants: list[tuple[Task, int]]) -> None:
         asked = {task.id: (task, task.residence) for task, _ in wants}

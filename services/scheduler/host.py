@@ -15,18 +15,32 @@ from llmos.services.scheduler.tiers import HostTiers
 QUANTA_IN_FLIGHT = 2
 
 
+def arena_name(driver: str, model: str, replica: int = 0) -> str:
+    """The name of the KV pages of a replica; the first is called as if it were the only one."""
+    return f"{driver}/{model}#{replica}" if replica else f"{driver}/{model}"
+
+
 @dataclass(slots=True)
 class InFlight:
-    """A quantum that was sent, and who sat in the slots: (task, which of its stays on a device this is)."""
+    """A quantum that was sent, who sat in the slots: (task, which of its stays on a device this is), and the
+    first and last step in which each slot gains tokens."""
 
     quantum: Quantum
     seats: dict[int, tuple[Task, int]]
+    gaining: dict[int, tuple[int, int]]
     received: int = 0
 
     def sitter(self, slot: int) -> Task | None:
         """Who sat in a slot and sits there still; None if that stay is over."""
         task, stay = self.seats.get(slot, (None, 0))
         return task if task is not None and task.stay == stay and task.place is Place.RUNNING else None
+
+    def coming(self, task: Task) -> int:
+        """How many tokens of a task are on their way, at one a step."""
+        if self.sitter(task.slot) is not task or task.slot not in self.gaining:
+            return 0
+        first, last = self.gaining[task.slot]
+        return max(0, last + 1 - max(first, self.received))
 
     @property
     def tasks(self) -> list[Task]:
@@ -45,7 +59,8 @@ class Produced:
 
 @dataclass(eq=False)
 class Host:
-    """The scheduler's picture of a driver's batch; changed by composing and by results, never by I/O.
+    """The scheduler's picture of a batch: one replica's of a driver; changed by composing and by results,
+    never by I/O.
 
     ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
     them, ``solo`` that they did in the last quantum, for a start; ``keepers`` have pages here and no slot;
@@ -54,6 +69,7 @@ class Host:
 
     driver: str
     model: LoadedModel
+    replica: int = 0
     ready: bool = False
     slots: list[Task | None] = field(default_factory=list)
     starting: list[Task] = field(default_factory=list)
@@ -84,7 +100,7 @@ class Host:
     @property
     def arena(self) -> str:
         """The name of this host's KV pages at memory."""
-        return f"{self.driver}/{self.model.model}"
+        return arena_name(self.driver, self.model.model, self.replica)
 
     @property
     def running(self) -> list[Task]:
@@ -149,7 +165,7 @@ class Host:
     def sent(self, quantum: Quantum) -> None:
         """A quantum is on its way."""
         seats = {i: (task, task.stay) for i, task in enumerate(self.slots) if task is not None}
-        self.flight.append(InFlight(quantum, seats))
+        self.flight.append(InFlight(quantum, seats, _gaining(quantum, seats)))
 
     def apply(self, step: Step) -> list[Produced]:
         """Record what a step produced; a task whose stay is over gets nothing."""
@@ -171,18 +187,46 @@ class Host:
             if task is None:
                 continue
             task.computed = len(task.tokens)
-            context += task.computed
+            if slot not in produced:
+                context += task.computed
+                produced[slot] = Produced(task, [], ends.get(slot))
             task.tokens.append(token)
-            produced.setdefault(slot, Produced(task, [], ends.get(slot))).tokens.append(token)
+            produced[slot].tokens.append(token)
             self.tokens += 1
-        self.times.observe(len(step.slots), context, prefilled, step.micros / 1e6)
+        for slot in ends.keys() - produced.keys():
+            if (task := flight.sitter(slot)) is not None:
+                produced[slot] = Produced(task, [], ends[slot])
+        self._pace(flight, step.index, produced)
+        self.times.observe(len(set(step.slots)), context, prefilled, step.micros / 1e6)
         return list(produced.values())
 
+    def _pace(self, flight: InFlight, index: int, produced: dict[int, Produced]) -> None:
+        """Correct the plans, which know of one token a step, where a driver speculates or lacked pages."""
+        for item in produced.values():
+            if len(item.tokens) != 1 or item.task.pace != 1.0:
+                item.task.gain(len(item.tokens))
+        if len(produced) < len(flight.gaining):
+            for slot, (first, last) in flight.gaining.items():
+                if slot not in produced and first <= index <= last and (task := flight.sitter(slot)):
+                    task.gain(0)
+
     def done(self, done: QuantumDone) -> None:
-        """A quantum ended. Once none is in flight, plans give way to what really happened."""
+        """A quantum ended: it may have had fewer steps than planned. Once none is in flight, the same holds
+        for prompts."""
         self.flight = deque(f for f in self.flight if f.quantum.id != done.quantum)
-        if not self.flight:
-            self.draining = False
-            for task in self.running:
-                if task.place is Place.RUNNING:
-                    task.settle()
+        for task in self.running:
+            if task.place is Place.RUNNING:
+                task.settle(sum(flight.coming(task) for flight in self.flight))
+                if not self.flight:
+                    task.prefilled = min(task.base, task.computed)
+        self.draining = self.draining and bool(self.flight)
+
+
+def _gaining(quantum: Quantum, seats: dict[int, tuple[Task, int]]) -> dict[int, tuple[int, int]]:
+    """In which steps each slot gains tokens: from its last chunk on, or from the first if it has none."""
+    last = quantum.steps - 1
+    found = dict.fromkeys(quantum.decode, (0, last))
+    for chunk in quantum.chunks:
+        if chunk.slot in seats and chunk.start + chunk.length == seats[chunk.slot][0].base:
+            found[chunk.slot] = chunk.step, last if chunk.slot in found else chunk.step
+    return found

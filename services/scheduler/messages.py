@@ -13,11 +13,21 @@ State = Literal["waiting", "running", "stopped"]
 Reason = Literal["stop", "length"]
 
 
+class Resume(msgspec.Struct, frozen=True):
+    """Where a task was saved: the file, and how many of its first tokens have their KV there."""
+
+    name: str
+    computed: int
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True):
     """Run a task: continue ``tokens`` until a token of ``stop``, or ``max_tokens`` new ones.
 
     The call stays open while the task lives: chunks are ``Tokens`` (or go to this connection's ``attach``
     stream), the end is ``Finished``, cancelling the call kills the task. The header's deadline is the task's.
+    Of a task that goes on, the first ``prompt`` tokens are its prompt (0: all of them) and the rest what it
+    produced before; the KV of a saved one may be found by ``resume``. ``context`` is the caller's, and kept
+    with the task when it is saved.
     """
 
     model: str
@@ -27,6 +37,9 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     stop: list[int] = []
     band: Band = "interactive"
     label: str = ""
+    prompt: int = 0
+    context: bytes = b""
+    resume: Resume | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
@@ -57,8 +70,37 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     total: float
 
 
+class Encode(msgspec.Struct, frozen=True, kw_only=True):
+    """Have an encoder make a row of numbers of each text, its tokens as they are, ``types`` theirs (none: 0).
+
+    Chunks are ``Rows``, in any order, the end is ``Encoded``; cancelling the call ends the job.
+    """
+
+    model: str
+    texts: list[list[int]]
+    types: list[list[int]] = []
+    band: Band = "interactive"
+    label: str = ""
+
+
+class Rows(msgspec.Struct, frozen=True, array_like=True):
+    """What one step made: ``data`` is float32, little-endian, [indices, width] of these texts."""
+
+    indices: list[int]
+    data: bytes
+
+
+class Encoded(msgspec.Struct, frozen=True, kw_only=True):
+    """All texts are encoded. Times in seconds: waiting for the first step, and in all."""
+
+    task: int
+    tokens: int
+    queued: float
+    total: float
+
+
 class Host(msgspec.Struct, frozen=True):
-    """A driver has loaded a model and will execute quanta for it."""
+    """A driver has loaded a model and will execute quanta for it, or encode."""
 
     driver: str
     model: LoadedModel
@@ -118,8 +160,38 @@ class Cont(msgspec.Struct, frozen=True):
     task: int
 
 
+class Save(msgspec.Struct, frozen=True):
+    """Stop a task, write it to a file, and end it; its caller gets ECANCELED. It only stops if that fails."""
+
+    task: int
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """The name of the file in the folder of saved tasks; how many KV pages it has, its size in bytes."""
+
+    name: str
+    pages: int
+    bytes: int
+
+
+class TaskState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a saved task consists of besides its KV; ``computed`` tokens of it have some."""
+
+    model: str
+    tenant: str
+    tokens: list[int]
+    prompt: int
+    limit: int
+    stop: list[int]
+    sampling: Sampling
+    band: Band
+    label: str
+    context: bytes
+    computed: int
+
+
 class HostLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One model on one driver."""
+    """One replica of a model on one driver."""
 
     driver: str
     model: str
@@ -128,6 +200,7 @@ class HostLine(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     tokens: int
     step_micros: float
+    replica: int = 0
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):

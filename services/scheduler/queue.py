@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from llmos.services.scheduler.task import Place, Task
 
@@ -23,6 +24,15 @@ REALTIME_LOOKAHEAD = 8  # how many are passed over whose tenants are at a limit
 Eligible = Callable[[Task], bool]
 Line = deque[tuple[int, Task]]
 Key = tuple[float, float, int]
+
+
+class Payer(Protocol):
+    """Whom something is charged to: a task, or a job for an encoder."""
+
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
 
 
 class Counters:
@@ -49,12 +59,12 @@ class Counters:
             del self._active[tenant]
             self._last = self.served[tenant]
 
-    def refund(self, task: Task, prompt: int) -> None:
+    def refund(self, task: Payer, prompt: int) -> None:
         """A prompt was charged for, and so many of its tokens were cached."""
         self.served[task.tenant] -= PROMPT_CHARGE * prompt / task.weight
         heapq.heappush(self._order, (self.served[task.tenant], task.tenant))
 
-    def charge(self, task: Task, prompt: int, output: int) -> None:
+    def charge(self, task: Payer, prompt: int, output: int) -> None:
         """Tokens were served to a task."""
         cost = (PROMPT_CHARGE * prompt + OUTPUT_CHARGE * output) / task.weight
         self.served[task.tenant] = self.served.get(task.tenant, 0.0) + cost

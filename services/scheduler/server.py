@@ -17,22 +17,28 @@ from llmos.ipc.errors import (
     InvalidArgument,
     LLMOSError,
     NotFound,
+    NotSupported,
 )
 from llmos.ipc.grant import Band, Grant
 from llmos.ipc.link import now as wall_now
 from llmos.ipc.server import Incoming, Later, Server, log, method
 from llmos.services import manifest
 from llmos.services.memory.messages import DropArena
+from llmos.services.scheduler import saving
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.effects import MessageEffects, arena_of, holdings
+from llmos.services.scheduler.encode_effects import EncodeEffects, check_texts, encoder_line, job_line
+from llmos.services.scheduler.encoding import EncoderHost, Encoding, Job
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import (
     Cont,
+    Encode,
     HostLine,
     Kill,
     Nice,
     Pause,
+    Save,
     SchedulerStats,
     State,
     Submit,
@@ -44,6 +50,7 @@ from llmos.services.scheduler.messages import Host as HostRequest
 from llmos.services.scheduler.task import Place, Task
 
 RETRY_SECONDS = 0.05
+CONTEXT_BYTES = 64 << 10
 RETRY_AFTER = 1.0  # what a full queue tells its callers
 now = time.monotonic
 
@@ -60,6 +67,7 @@ class Scheduler(Server):
         self._attached: dict[int, Incoming] = {}
         self._rates = RateLimits()
         self.core = Core(MessageEffects(self, self._attached, self._rates), spec.steps)
+        self.encoding = Encoding(EncodeEffects(self, self._rates), self.core.counters, self.core.running_of)
         self._ids = itertools.count(1)
         self._memory = 0
 
@@ -76,6 +84,16 @@ class Scheduler(Server):
         return Later()
 
     @method
+    def encode(self, request: Encode, call: Incoming) -> Later:
+        """Chunks are ``Rows``; the end is ``Encoded``."""
+        job = self._admissible_job(request, call)
+        call.on_cancel = lambda: self.encoding.kill(job, Canceled("the caller withdrew the job"), now())
+        grant = call.origin.grant
+        self._rates.take(grant.tenant, grant.tokens_per_minute, job.tokens, now())
+        self.encoding.submit(job, now())
+        return Later()
+
+    @method
     def attach(self, request: None, call: Incoming) -> Later:
         """One stream of ``Emitted`` for all tasks that this connection submits."""
         connection = call.origin.connection
@@ -87,18 +105,28 @@ class Scheduler(Server):
     def tasks(self, request: None, call: Incoming) -> Tasks:
         """The caller's tenant's tasks, or everyone's with the right ``scheduler.any_tenant``."""
         mine = [task for task in self.core.tasks.values() if _may_touch(call, task)]
-        return Tasks([_line(task, self.core.hosts.get(task.arena)) for task in mine])
+        jobs = [job for job in self.encoding.jobs.values() if _may_touch(call, job)]
+        drivers = {host.model.model: host.driver for host in self.encoding.hosts.values()}
+        return Tasks(
+            [_line(task, self.core.hosts.get(task.arena)) for task in mine]
+            + [job_line(job, drivers.get(job.model, "")) for job in jobs]
+        )
 
     @method
     def kill(self, request: Kill, call: Incoming) -> None:
-        self.core.kill(self._task(request.task, call), Canceled("the task was killed"), now())
+        if (job := self._job(request.task, call)) is not None:
+            self.encoding.kill(job, Canceled("the task was killed"), now())
+        else:
+            self.core.kill(self._task(request.task, call), Canceled("the task was killed"), now())
 
     @method
     def nice(self, request: Nice, call: Incoming) -> None:
         """Up to the caller's own ceiling; into realtime only if the task's deadline can be kept."""
-        task = self._task(request.task, call)
         _check_band(call, request.band)
-        self.core.nice(task, request.band, now())
+        if (job := self._job(request.task, call)) is not None:
+            self.encoding.nice(job, request.band, now())
+        else:
+            self.core.nice(self._task(request.task, call), request.band, now())
 
     @method
     def pause(self, request: Pause, call: Incoming) -> None:
@@ -111,37 +139,65 @@ class Scheduler(Server):
         self.core.cont(self._task(request.task, call), now())
 
     @method
+    def save(self, request: Save, call: Incoming) -> Later:
+        """The reply is ``Saved``."""
+        saving.save(self, self._task(request.task, call), call, now)
+        return Later()
+
+    @method
     def stats(self, request: None, call: Incoming) -> SchedulerStats:
-        core = self.core
+        core, encoding = self.core, self.encoding
+        lines = [_host_line(host) for host in core.hosts.values()]
+        lines += [encoder_line(host) for host in encoding.hosts.values()]
         running = sum(len(host.running) for host in core.hosts.values())
+        running += sum(job.flying > 0 for job in encoding.jobs.values())
         return SchedulerStats(
-            waiting=len(core.tasks) - running,
+            waiting=len(core.tasks) + len(encoding.jobs) - running,
             running=running,
-            finished=core.finished,
+            finished=core.finished + encoding.finished,
             displaced=core.displaced,
-            tokens=sum(host.tokens for host in core.hosts.values()),
+            tokens=sum(line.tokens for line in lines),
             served=dict(core.counters.served),
-            hosts=[_host_line(host) for host in core.hosts.values()],
+            hosts=lines,
         )
 
     @method
     def host(self, request: HostRequest, call: Incoming) -> Later:
-        """Answered once the driver's slots are empty and memory knows the arena."""
-        host = Host(request.driver, request.model)
-        previous = self.core.hosts.get(host.arena)
-        if previous is not None:
+        """Answered once the driver's slots are empty and memory knows the arenas: each replica is a host.
+        For an encoder at once."""
+        if request.model.kind == "encoder":
+            self.encoding.add_host(EncoderHost(request.driver, request.model), now())
+            call.reply()
+            return Later()
+        for previous in self._replicas(request.driver, request.model.model):
             self.core.lose_host(previous, now())
+        hosts = [Host(request.driver, request.model, i) for i in range(max(1, request.model.replicas))]
+        left, failed = len(hosts), False
 
-        self._open(host, lambda error: call.fail(error) if error else call.reply())
+        def opened(error: LLMOSError | None) -> None:
+            nonlocal left, failed
+            left -= 1
+            if error is not None and not failed:
+                failed = True
+                call.fail(error)
+            elif not left and not failed:
+                call.reply()
+
+        for host in hosts:
+            self._open(host, opened)
         return Later()
 
     @method
     def unhost(self, request: Unhost, call: Incoming) -> None:
-        host = self.core.hosts.get(f"{request.driver}/{request.model}")
-        if host is None:
+        if (name := f"{request.driver}/{request.model}") in self.encoding.hosts:
+            self.encoding.lose_host(name, now())
+            return
+        hosts = self._replicas(request.driver, request.model)
+        if not hosts:
             raise NotFound(f"{request.driver} does not host {request.model!r}")
-        self.core.lose_host(host, now())
-        self.cast("memory.drop_arena", DropArena(host.arena))
+        for host in hosts:
+            self.core.lose_host(host, now())
+            self.cast("memory.drop_arena", DropArena(host.arena))
 
     # --- what watching brings ---
 
@@ -150,6 +206,9 @@ class Scheduler(Server):
             if name == f"driver.{host.driver}":
                 log.warning("%s went down; its %d tasks wait for it", name, len(host.running))
                 self.core.lose_host(host, now())
+        for encoder in list(self.encoding.hosts.values()):
+            if name == f"driver.{encoder.driver}":
+                self.encoding.lose_host(encoder.name, now())
 
     def on_up(self, name: str, connection: int) -> None:
         if name != "memory":
@@ -168,10 +227,17 @@ class Scheduler(Server):
         self._attached.clear()
         for task in list(self.core.tasks.values()):
             self.core.kill(task, HostDown("the kernel went down"), now())
+        for job in list(self.encoding.jobs.values()):
+            self.encoding.kill(job, HostDown("the kernel went down"), now())
+        for encoder in list(self.encoding.hosts.values()):
+            self.encoding.lose_host(encoder.name, now())
         for host in list(self.core.hosts.values()):
             self.core.lose_host(host, now())
 
     # --- helpers ---
+
+    def _replicas(self, driver: str, model: str) -> list[Host]:
+        return [h for h in self.core.hosts.values() if (h.driver, h.model.model) == (driver, model)]
 
     def _open(self, host: Host, then: Callable[[LLMOSError | None], None]) -> None:
         """Empty the driver's slots, declare the arena, and let the host take work."""
@@ -187,7 +253,7 @@ class Scheduler(Server):
             else:
                 then(answer.error)
 
-        self.call(f"driver.{host.driver}.reset", Reset(host.model.model), emptied, timeout=60)
+        self.call(f"driver.{host.driver}.reset", Reset(host.model.model, host.replica), emptied, timeout=60)
 
     def complain(self, message: str) -> None:
         """Say in the log that something failed that nobody waits for."""
@@ -205,27 +271,22 @@ class Scheduler(Server):
             if error is not None:
                 log.error("%s stays without work: %s", host.driver, error)
 
-        self._open(Host(host.driver, host.model), opened)
+        self._open(Host(host.driver, host.model, host.replica), opened)
 
     def _admissible(self, request: Submit, call: Incoming) -> Task:
         """A task for a request that can be served, now or later; every check comes before any effect."""
         grant = call.origin.grant
         call.origin.check_model(request.model)
         _check_band(call, request.band)
+        if request.model in self.encoding.models:
+            raise InvalidArgument(f"{request.model} is an encoder: it generates no text")
         if request.model not in self.core.queues:
             raise NotFound(f"no driver serves the model {request.model!r} yet")
         limit = len(request.tokens) + request.max_tokens
         _check_fit(self.core.models[request.model], request, limit)
         if grant.max_tokens and request.max_tokens > grant.max_tokens:
             raise AccessDenied(f"this capability allows {grant.max_tokens} tokens, not {request.max_tokens}")
-        waiting = sum(len(queue) for queue in self.core.queues.values())
-        if waiting >= self._queue_limit:
-            raise Busy(f"{waiting} tasks are waiting; try again later", retry_after=RETRY_AFTER)
-        if grant.max_queued and self.core.waiting_of(grant.tenant) >= grant.max_queued:
-            raise Busy(
-                f"{grant.max_queued} tasks of this tenant are waiting; try again later",
-                retry_after=RETRY_AFTER,
-            )
+        self._check_room(grant)
         self._check_rate(grant, limit)
         return Task(
             id=next(self._ids),
@@ -234,7 +295,7 @@ class Scheduler(Server):
             model=request.model,
             band=request.band,
             tokens=list(request.tokens),
-            prompt=len(request.tokens),
+            prompt=request.prompt or len(request.tokens),
             limit=limit,
             arrived=now(),
             sampling=request.sampling,
@@ -245,11 +306,61 @@ class Scheduler(Server):
             max_pages=grant.max_pages,
             label=request.label[:80],
             call=call,
+            context=request.context,
+            resume=request.resume,
         )
+
+    def _admissible_job(self, request: Encode, call: Incoming) -> Job:
+        """As ``_admissible``, for an encoder."""
+        grant = call.origin.grant
+        call.origin.check_model(request.model)
+        _check_band(call, request.band)
+        model = self.encoding.models.get(request.model) or self.core.models.get(request.model)
+        if model is None:
+            raise NotFound(f"no driver serves the model {request.model!r} yet")
+        check_texts(model, request)
+        self._check_room(grant)
+        self._check_rate(grant, sum(map(len, request.texts)))
+        return Job(
+            id=next(self._ids),
+            tenant=grant.tenant,
+            principal=grant.principal,
+            model=request.model,
+            band=request.band,
+            texts=request.texts,
+            types=request.types,
+            arrived=now(),
+            deadline=now() + (call.deadline - wall_now()) / 1e6 if call.deadline else 0.0,
+            weight=grant.weight,
+            max_running=grant.max_running,
+            label=request.label[:80],
+            call=call,
+        )
+
+    def _check_room(self, grant: Grant) -> None:
+        """Busy where the queue is full, or the tenant's share of it."""
+        waiting = sum(len(queue) for queue in self.core.queues.values()) + len(self.encoding.jobs)
+        if waiting >= self._queue_limit:
+            raise Busy(f"{waiting} tasks are waiting; try again later", retry_after=RETRY_AFTER)
+        mine = self.core.waiting_of(grant.tenant) + self.encoding.per_tenant[grant.tenant]
+        if grant.max_queued and mine >= grant.max_queued:
+            raise Busy(
+                f"{grant.max_queued} tasks of this tenant are waiting; try again later",
+                retry_after=RETRY_AFTER,
+            )
+
+    def _job(self, id: int, call: Incoming) -> Job | None:
+        """A job for an encoder that the caller may touch; None for another task."""
+        job = self.encoding.jobs.get(id)
+        if job is not None and not _may_touch(call, job):
+            raise AccessDenied(f"task {id} belongs to another tenant")
+        return job
 
     def _task(self, id: int, call: Incoming) -> Task:
         """A task that the caller may touch."""
         task = self.core.tasks.get(id)
+        if id in self.encoding.jobs:
+            raise NotSupported(f"task {id} encodes texts: it can be killed, not paused")
         if task is None:
             raise NotFound(f"there is no task {id}")
         if not _may_touch(call, task):
@@ -276,7 +387,7 @@ def _check_band(call: Incoming, band: Band) -> None:
         raise AccessDenied(f"this capability does not reach band {band!r}, only {grant.band!r}")
 
 
-def _may_touch(call: Incoming, task: Task) -> bool:
+def _may_touch(call: Incoming, task: Task | Job) -> bool:
     grant = call.origin.grant
     return task.tenant == grant.tenant or "scheduler.any_tenant" in grant.calls
 
@@ -294,6 +405,10 @@ def _check_fit(model: LoadedModel, request: Submit, limit: int) -> None:
         )
     if limit > model.pages * model.page_tokens:
         raise InvalidArgument(f"{limit} tokens do not fit in {model.pages} pages of {model.page_tokens}")
+    if not 0 <= request.prompt <= len(request.tokens):
+        raise InvalidArgument(f"prompt is {request.prompt}, not in 0..{len(request.tokens)}")
+    if len(request.context) > CONTEXT_BYTES:
+        raise InvalidArgument(f"a context of {len(request.context)} bytes exceeds {CONTEXT_BYTES}")
     if len(request.stop) > STOP_LIMIT:
         raise InvalidArgument(f"at most {STOP_LIMIT} stop tokens, not {len(request.stop)}")
     check_sampling(request.sampling, model.vocab_size)
@@ -326,6 +441,7 @@ def _host_line(host: Host) -> HostLine:
     return HostLine(
         driver=host.driver,
         model=host.model.model,
+        replica=host.replica,
         running=len(host.running),
         slots=host.model.slots,
         steps=host.steps,

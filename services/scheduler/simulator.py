@@ -2,9 +2,10 @@
 
 Weeks of traffic run in seconds, and a policy is compared with others on the same trace. Nothing is mocked
 but time: messages take ``latency`` seconds, steps take what ``StepTime`` says, two steps are in flight as in
-the driver SDK, and tokens are those of the null driver, so that every task's output can be checked. Moves
-between tiers take what ``LinkTime`` says, one after the other in each direction, while steps go on; they are
-ordered with quanta as the driver SDK does it.
+the driver SDK, and tokens are those of the null driver, so that every task's output can be checked. With a
+``burst`` a step gives a task up to so many tokens, as a driver that speculates. Moves between tiers take what
+``LinkTime`` says, one after the other in each direction, while steps go on; they are ordered with quanta as
+the driver SDK does it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from llmos.drivers.null.driver import next_token
+from llmos.drivers.null.driver import burst_of, next_token
 from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Moved, Quantum, QuantumDone, Step
 from llmos.ipc.errors import HostDown, LLMOSError, NoMemory
 from llmos.services.memory.arena import Arena, restore
@@ -80,6 +81,7 @@ class Simulator:
         max_steps: int = 8,
         latency: float = 2.5e-4,
         hosts: int = 1,
+        burst: int = 1,
         make_core: Callable[[Simulator, int], Core] = Core,
         link_time: LinkTime | None = None,
         checked: bool = False,
@@ -93,6 +95,7 @@ class Simulator:
         self.checked = checked
         self.moved_bytes = self.prefilled = 0
         self._latency = latency
+        self.burst = burst
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self.hosts = [Host(f"sim{i}", model) for i in range(hosts)]
@@ -325,9 +328,22 @@ class _Seat:
     stop: list[int]
     limit: int
     known: int
+    capacity: int
     table: list[int] = field(default_factory=list)
+    written: int = 0  # positions whose KV is in the simulated pages
     hashes: list[int] = field(default_factory=list)
     finished: bool = False
+
+    def gain(self, tokens: int) -> FinishReason | None:
+        """Produce up to so many tokens, as far as the pages reach; why the sequence ended, if it did."""
+        for _ in range(min(tokens, self.capacity + 1 - len(self.tokens))):
+            token = next_token(self.tokens)
+            self.computed = len(self.tokens)
+            self.tokens.append(token)
+            if token in self.stop or len(self.tokens) >= self.limit:
+                self.finished = True
+                return "stop" if token in self.stop else "length"
+        return None
 
 
 class _Device:
@@ -446,19 +462,23 @@ class _Device:
                 start.stop,
                 start.limit,
                 len(start.tokens),
+                len(start.pages) * self._host.model.page_tokens,
                 list(start.pages),
             )
             if self.pages.checked:
+                seat.written = start.cached
                 prefix_hashes(seat.tokens, seat.hashes)
                 self.pages.check(seat.table, seat.hashes, start.cached)
         for growth in quantum.grow:
-            self._seats[growth.slot].table.extend(growth.pages)
+            seat = self._seats[growth.slot]
+            seat.capacity += len(growth.pages) * self._host.model.page_tokens
+            seat.table.extend(growth.pages)
 
     def _compute(self, seat: _Seat, stop: int) -> None:
         if self.pages.checked:
             prefix_hashes(seat.tokens[:stop], seat.hashes)
-            self.pages.write(seat.table, seat.hashes, seat.computed, stop)
-        seat.computed = stop
+            self.pages.write(seat.table, seat.hashes, seat.written, stop)
+        seat.written = seat.computed = stop
 
     def _step(self, quantum: Quantum) -> Step | None:
         """Compute a step's tokens now, and book the device's time for it."""
@@ -475,22 +495,22 @@ class _Device:
                     ready.append(chunk.slot)
         if not ready and not prefilled:
             return None
-        tokens, finished = [], list[tuple[int, FinishReason]]()
+        tokens, finished = list[int](), list[tuple[int, FinishReason]]()
         context = sum(len(seats[slot].tokens) for slot in ready)
+        slots = list[int]()
         for slot in ready:
-            seat = seats[slot]
-            token = next_token(seat.tokens)
-            self._compute(seat, len(seat.tokens))
-            seat.tokens.append(token)
-            tokens.append(token)
-            if token in seat.stop or len(seat.tokens) >= seat.limit:
-                finished.append((slot, "stop" if token in seat.stop else "length"))
-                seat.finished = True
+            seat, before = seats[slot], len(seats[slot].tokens)
+            if reason := seat.gain(burst_of(seat.tokens, self._sim.burst)):
+                finished.append((slot, reason))
+            self._compute(seat, seat.computed)
+            tokens += seat.tokens[before:]
+            slots += [slot] * (len(seat.tokens) - before)
+            assert slots[-1:] == [slot] or self._sim.burst > 1, f"slot {slot} has no page for its token"
         self._sim.prefilled += prefilled
         seconds = self._sim.step_seconds(len(ready), context, prefilled)
         self._free_at = max(self._free_at, self._sim.now) + seconds
         self._sim.busy += seconds
-        return Step(quantum.id, index, ready, tokens, finished, round(seconds * 1e6))
+        return Step(quantum.id, index, slots, tokens, finished, round(seconds * 1e6))
 
 
 def _transfer(memory: Arena, task: Task) -> Transfer | None:

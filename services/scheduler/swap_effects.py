@@ -115,4 +115,5 @@ def _move(host: Host, batch: Batch) -> Move:
         target=batch.target,
         pages=batch.pages,
         tenant=batch.tenant,
+        replica=host.replica,
     )

@@ -180,6 +180,7 @@ class Swapping:
     def settled(self, host: Host, transfer: int, complete: bool, cached: int, low: bool, now: float) -> None:
         """A transfer is over, and memory knows."""
         journey = host.tiers.journeys.pop(transfer, None)
+        host.tiers.stale.discard(transfer)
         if journey is None or self._core.hosts.get(host.arena) is not host:
             return
         task = journey.task
@@ -203,6 +204,7 @@ class Swapping:
         tasks that have to ask for pages, once memory knows the rest."""
         host.tiers.demoting, host.tiers.taught = False, None
         host.tiers.leaving.clear()
+        host.tiers.stale |= host.tiers.journeys.keys()  # the new memory does not know which blocks they use
         coming = {journey.task for journey in host.tiers.journeys.values()}
         again = []
         for task in list(host.tiers.away.values()):

@@ -8,8 +8,10 @@ from typing import Any
 
 from llmos.drivers.sdk.messages import Sampling
 from llmos.ipc.grant import BANDS, Band
+from llmos.services.scheduler.messages import Resume
 
 GREEDY = Sampling()
+PACE_SMOOTHING = 0.2
 
 
 class Place(Enum):
@@ -39,11 +41,13 @@ class Task:
 
     ``tokens`` is the prompt and everything produced. While it is on a device: ``base`` tokens were known
     when it started there, ``prefilled`` of them will be computed when the quanta in flight are done, and it
-    will then have at most ``planned`` tokens. ``residence`` counts how often it gave up its pages, ``stay``
-    how often it left a slot, ``ticket`` how often it was queued. ``bound`` is the host that promised to keep
-    its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that it
-    counts as interactive while it has its slot. ``left`` are the pages that it had on the device, while they
-    are copied from there.
+    will then have ``planned`` tokens, or end before. ``residence`` counts how often it gave up its pages,
+    ``stay`` how often it left a slot, ``ticket`` how often it was queued. ``bound`` is the host that promised
+    to keep its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that
+    it counts as interactive while it has its slot. ``pace`` is how many tokens it gains in a step, lately:
+    more than one where the driver speculates, so that ``planned`` is what it will have at least. ``context``
+    belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read. ``left`` are
+    the pages that it had on the device, while they are copied from there.
     """
 
     id: int
@@ -63,6 +67,8 @@ class Task:
     max_pages: int = 0
     label: str = ""
     call: Any = None
+    context: bytes = b""
+    resume: Resume | None = None
 
     place: Place = Place.WAITING
     arena: str = ""
@@ -76,6 +82,7 @@ class Task:
     committed: int = 0
     shared_pages: int = 0
     growing: bool = False
+    pace: float = 1.0
     residence: int = 0
     stay: int = 0
     queued_at: float = 0.0
@@ -118,7 +125,12 @@ class Task:
         self.cached = self.prefilled = self.computed = cached
         self.planned = self.base
 
-    def settle(self) -> None:
-        """Nothing is in flight any more: what was planned is what happened."""
-        self.planned = len(self.tokens)
-        self.prefilled = min(self.base, self.computed)
+    def gain(self, tokens: int) -> None:
+        """A step in which the task decoded gave it so many tokens; its plan knew of one."""
+        if tokens:
+            self.pace += PACE_SMOOTHING * (tokens - self.pace)
+        self.planned = min(self.limit, max(self.planned + tokens - 1, len(self.tokens)))
+
+    def settle(self, coming: int) -> None:
+        """The quanta in flight give it ``coming`` tokens: plans give way to what really happened."""
+        self.planned = min(self.limit, len(self.tokens) + coming)

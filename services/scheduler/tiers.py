@@ -85,13 +85,14 @@ class HostTiers:
     # Device pages that will be free, by task, or by the negative of a transfer of cached pages.
     leaving: dict[int, int] = field(default_factory=dict)
     hasty: set[int] = field(default_factory=set)
+    stale: set[int] = field(default_factory=set)  # transfers of a memory that went down
     demoting: bool = False
     taught: Costs | None = None
 
     @property
     def exist(self) -> bool:
-        """Whether there is any tier beside the device."""
-        return bool(self.model.host_pages or self.model.disk_pages)
+        """Whether there is any tier beside the device that may be written now."""
+        return bool(self.model.host_pages or self.model.disk_pages) and not self.stale
 
     @property
     def coming(self) -> int:

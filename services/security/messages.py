@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from llmos.ipc.grant import Grant
 from llmos.kernel.messages import Verified, Verify
 
-__all__ = ["Mint", "Minted", "RevokeToken", "Revoked", "Verified", "Verify"]
+__all__ = [
+    "Mint",
+    "Minted",
+    "RevokeToken",
+    "Revoked",
+    "StorageKey",
+    "StorageKeyQuery",
+    "Verified",
+    "Verify",
+]
 
 
 class Mint(msgspec.Struct, frozen=True):
@@ -35,3 +46,16 @@ class Revoked(msgspec.Struct, frozen=True):
 
     grants: int
     calls: int
+
+
+class StorageKeyQuery(msgspec.Struct, frozen=True):
+    """Ask for the key that seals what a tenant's data leaves RAM as; for drivers only."""
+
+    tenant: str
+    purpose: Literal["pages", "tasks"]
+
+
+class StorageKey(msgspec.Struct, frozen=True):
+    """32 bytes; never logged, kept in memory only."""
+
+    key: bytes

@@ -14,15 +14,25 @@ from llmos.ipc.grant import Grant
 from llmos.ipc.link import now
 from llmos.ipc.server import Incoming, Later, Server, method
 from llmos.kernel.messages import Revoke
-from llmos.services.security import audit, rights, rootkey, tokens
+from llmos.services.security import audit, keys, rights, rootkey, tokens
 from llmos.services.security.audit import AuditLog, Event
-from llmos.services.security.messages import Mint, Minted, Revoked, RevokeToken, Verified, Verify
+from llmos.services.security.messages import (
+    Mint,
+    Minted,
+    Revoked,
+    RevokeToken,
+    StorageKey,
+    StorageKeyQuery,
+    Verified,
+    Verify,
+)
 from llmos.services.security.revocations import Revocations, check_id
 
 KERNEL_CONNECTION = 0
 KERNEL_SECONDS = 10.0
 REFUSALS_PER_SECOND = 5
 SEEN = 65536
+DRIVER = "driver."
 NOBODY = Grant(principal="", tenant="")
 log = logging.getLogger("llmos.security")
 
@@ -35,6 +45,7 @@ class SecurityServer(Server):
     def start(self) -> None:
         state = paths.private_dir(paths.state_dir())
         self._root = rootkey.load(state)
+        self._master = rootkey.secret(state, "storage.key")
         self._revoked = Revocations(state / "revoked")
         self._audit = AuditLog(state / "audit.log")
         self._tenants: dict[str, str] = {}
@@ -87,6 +98,12 @@ class SecurityServer(Server):
     @method
     def whoami(self, request: None, call: Incoming) -> Grant:
         return call.origin.grant
+
+    @method
+    def storage_key(self, request: StorageKeyQuery, call: Incoming) -> StorageKey:
+        if not call.origin.grant.serves.startswith(DRIVER):
+            raise AccessDenied("only a driver of this system may have the key of a tenant")
+        return StorageKey(keys.tenant_key(self._master, request.tenant, request.purpose))
 
     def _to_revoke(self, request: RevokeToken) -> tuple[str, Grant]:
         """The revocation id that a request means, and the grant it was minted for."""

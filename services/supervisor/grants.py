@@ -20,8 +20,8 @@ SUPERVISOR, USER = "supervisor", "user"
 TOKEN_BYTES = 32
 
 DRIVER_METHODS: dict[str, tuple[str, ...]] = {
-    "scheduler": ("execute", "preempt", "reset", "move"),
-    "models": ("load", "unload"),
+    "scheduler": ("execute", "encode", "preempt", "reset", "move", "save", "restore"),
+    "models": ("load", "unload", "open"),
     USER: ("describe",),
 }
 """The methods of every driver that a service, or the local user, may call."""

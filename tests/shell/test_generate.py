@@ -145,14 +145,14 @@ def test_a_conversation_keeps_its_history_until_it_is_cleared(
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(
     models: Models, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put = generate._put
+    put = generate.put
 
     def interrupted(piece: str) -> None:
         put(piece)
         if piece == "here ":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "_put", interrupted)
+    monkeypatch.setattr(generate, "put", interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("wait here\nand on\n"))
     assert generate.chat(argparse.Namespace(**vars(main.parser().parse_args(["chat", "echo"])))) == 0
     assert models.cancelled == 1

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from llmos.shell.output import count, seconds, table
+from llmos.shell.output import count, mesh_words, seconds, table
 
 
 def test_columns_are_as_wide_as_they_need_to_be() -> None:
     text = table(("NAME", "PID"), [("kernel", 7), ("a", 1234)], right=("PID",))
     assert text.split("\n") == ["NAME     PID", "kernel     7", "a       1234"]
+
+
+def test_a_mesh_is_named_by_the_axes_that_spread_something() -> None:
+    assert mesh_words({"data": 2, "tensor": 4, "expert": 1}) == "data 2 x tensor 4"
+    assert mesh_words({}) == ""
 
 
 def test_a_label_cannot_move_the_terminals_cursor() -> None:

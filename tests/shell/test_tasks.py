@@ -11,7 +11,8 @@ from llmos.services.memory.messages import ArenaUsage, TenantUsage, TierUsage
 from llmos.services.scheduler.messages import Cont, Kill, Nice, Pause
 from llmos.shell import session
 from llmos.shell.main import main
-from llmos.shell.tasks import arena_table, size, tenant_table, tier_table
+from llmos.shell.output import size
+from llmos.shell.tasks import arena_table, tenant_table, tier_table
 
 ARENA = ArenaUsage(
     arena="jax0/m",

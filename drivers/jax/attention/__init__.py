@@ -43,6 +43,19 @@ class PrefillPlan(NamedTuple):
     offsets: jax.Array
 
 
+class VerifyPlan(NamedTuple):
+    """The last token of each of B rows and C - 1 guessed ones, from position ``starts`` [B] on.
+
+    As in ``PrefillPlan``; C is small, B may be large, and a row whose ``lengths`` is 0 reads nothing.
+    """
+
+    tables: jax.Array
+    starts: jax.Array
+    lengths: jax.Array
+    pages: jax.Array
+    offsets: jax.Array
+
+
 @dataclass(frozen=True)
 class Scoring:
     """How a layer scores keys: with ``window``, only by the last so many tokens (itself included).
@@ -98,6 +111,15 @@ class AttentionBackend(Protocol):
         """q [R, C, heads, head_dim], k and v [R, C, kv_heads, head_dim] -> output like q, and the cache.
 
         ``fresh`` (static): all rows start at position 0, so that nothing is read from the cache.
+        """
+        ...
+
+    def verify(
+        self, plan: VerifyPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        """q [B, C, heads, head_dim], k and v [B, C, kv_heads, head_dim] -> output like q, and the cache.
+
+        Each token sees those before it; a row's pages are read once for all its tokens.
         """
         ...
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring
+from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, write
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.modules import struct
@@ -58,19 +58,43 @@ class PallasAttention:
         if scoring != PLAIN:
             return self._xla.decode(plan, cache, q, k, v, scoring)
         cache = write(cache, plan.pages, plan.offsets, k, v)
-        splits = split_count(q.shape[0], cache.k.shape[1], plan.tables.shape[1])
-        out = paged_decode(
+        return self._attend(plan.tables, plan.lengths, cache, q[:, None])[:, 0], cache
+
+    def verify(
+        self,
+        plan: VerifyPlan,
+        cache: PagedCache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, PagedCache]:
+        if scoring != PLAIN:
+            return self._xla.verify(plan, cache, q, k, v, scoring)
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), *flat)
+        return self._attend(plan.tables, plan.lengths, cache, q, plan.starts + 1), cache
+
+    def _attend(
+        self,
+        tables: jax.Array,
+        lengths: jax.Array,
+        cache: PagedCache,
+        q: jax.Array,
+        visible: jax.Array | None = None,
+    ) -> jax.Array:
+        return paged_decode(
             q,
             cache.k,
             cache.v,
-            plan.tables,
-            plan.lengths,
-            splits=splits,
+            tables,
+            lengths,
+            visible,
+            splits=split_count(q.shape[0], cache.k.shape[1], tables.shape[1]),
             warps=self.warps,
             stages=self.stages,
             interpret=self.interpret,
         )
-        return out, cache
 
     def prefill(
         self,
@@ -121,36 +145,43 @@ def paged_decode(
     v_pages: jax.Array,
     tables: jax.Array,
     lengths: jax.Array,
+    visible: jax.Array | None = None,
     *,
     splits: int,
     warps: int = 4,
     stages: int = 3,
     interpret: bool = False,
 ) -> jax.Array:
-    """One query for each of B rows over its pages.
+    """C queries for each of B rows over its pages, which are read once for all of them.
 
-    q [B, heads, head_dim]; k_pages and v_pages [pages, kv_heads, page_tokens, head_dim]; tables [B, width]
-    of page ids; lengths [B], 0 for a row that is not live, whose output is zero. Returns an array like q.
+    q [B, C, heads, head_dim]; k_pages and v_pages [pages, kv_heads, page_tokens, head_dim]; tables [B, width]
+    of page ids; lengths [B], 0 for a row that is not live, whose output is zero. The first query of a row
+    sees ``visible`` [B] tokens (None: all), each further one a token more. Returns an array like q.
     Raises ValueError where the shapes do not fit together.
     """
-    rows, heads, head_dim = q.shape
+    rows, queries, heads, head_dim = q.shape
     _, kv_heads, _, cached_dim = k_pages.shape
-    if heads % kv_heads or cached_dim != head_dim or tables.shape[0] != rows or lengths.shape != (rows,):
+    visible = lengths if visible is None else visible
+    fits = lengths.shape == visible.shape == (rows,) and tables.shape[0] == rows
+    if heads % kv_heads or cached_dim != head_dim or not fits:
         raise ValueError(
-            f"q {q.shape}, pages {k_pages.shape}, tables {tables.shape}, lengths {lengths.shape}"
+            f"q {q.shape}, pages {k_pages.shape}, tables {tables.shape}, lengths {lengths.shape}, "
+            f"visible {visible.shape}"
         )
     group = heads // kv_heads
-    padded = -(-group // GROUP_ROWS) * GROUP_ROWS
-    grouped = jnp.pad(
-        q.reshape(rows, kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0))
-    )
+    used = queries * group
+    padded = max(GROUP_ROWS, 1 << (used - 1).bit_length())
+    grouped = q.reshape(rows, queries, kv_heads, group, head_dim).swapaxes(1, 2)
+    grouped = grouped.reshape(rows, kv_heads, used, head_dim)
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - used), (0, 0)))
     whole = pl.BlockSpec(k_pages.shape, lambda b, h, s: (0, 0, 0, 0))
     partial_spec = pl.BlockSpec((None, None, None, padded), lambda b, h, s: (s, b, h, 0))
     acc, top, total = pl.pallas_call(
-        partial(_decode_kernel, splits=splits, scale=head_dim**-0.5),
+        partial(_decode_kernel, splits=splits, group=group if queries > 1 else 0, scale=head_dim**-0.5),
         grid=(rows, kv_heads, splits),
         in_specs=[
             pl.BlockSpec((None, tables.shape[1]), lambda b, h, s: (b, 0)),
+            pl.BlockSpec((1,), lambda b, h, s: (b,)),
             pl.BlockSpec((1,), lambda b, h, s: (b,)),
             pl.BlockSpec((None, None, padded, head_dim), lambda b, h, s: (b, h, 0, 0)),
             whole,
@@ -169,13 +200,15 @@ def paged_decode(
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name="paged_decode",
-    )(tables, lengths, grouped, k_pages, v_pages)
-    return _join(acc, top, total)[:, :, :group].reshape(q.shape).astype(q.dtype)
+    )(tables, lengths, visible, grouped, k_pages, v_pages)
+    out = _join(acc, top, total)[:, :, :used].reshape(rows, kv_heads, queries, group, head_dim)
+    return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
 
 
 def _decode_kernel(
     tables: Any,  # [width]
     lengths: Any,  # [1]
+    visible: Any,  # [1]
     q_ref: Any,  # [padded, head_dim]
     k_pages: Any,  # [pages, kv_heads, page_tokens, head_dim]
     v_pages: Any,
@@ -184,6 +217,7 @@ def _decode_kernel(
     total_ref: Any,  # [padded]
     *,
     splits: int,
+    group: int,  # query heads of a token, 0 if there is one token only
     scale: float,
 ) -> None:
     head, split = pl.program_id(1), pl.program_id(2)
@@ -195,14 +229,20 @@ def _decode_kernel(
     last = jnp.minimum(first + share, pages)
     q = q_ref[...]
     padded, head_dim = q.shape
+    if group:
+        # A split in which a query sees nothing weighs nothing when the splits are joined.
+        limit = jnp.minimum(visible[0] + jax.lax.div(jnp.arange(padded), group), length)
 
     def body(index: Any, carry: Any) -> Any:
         top, total, acc = carry
         page = tables[index]
         k = k_pages[page, head]
         scores = plgpu.dot(q, k.T.astype(q.dtype)) * (scale * _LOG2E)
-        seen = index * page_tokens + jnp.arange(page_tokens) < length
-        scores = jnp.where(seen[None, :], scores, _MASKED)
+        place = index * page_tokens + jnp.arange(page_tokens)
+        seen = (place < length)[None, :]
+        if group:
+            seen = place[None, :] < limit[:, None]
+        scores = jnp.where(seen, scores, _MASKED)
         peak = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.exp2(scores - peak[:, None])
         decay = jnp.exp2(top - peak)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring
+from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.config import DecoderConfig
 
 _MASKED = -1e30
@@ -72,6 +72,17 @@ class XlaAttention:
         visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
         return self.attend(plan.tables, visible, plan.lengths, cache, q, scoring), cache
 
+    def verify(
+        self,
+        plan: VerifyPlan,
+        cache: PagedCache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, PagedCache]:
+        return self.prefill(PrefillPlan(*plan), cache, q, k, v, scoring=scoring)
+
     def attend(
         self,
         tables: jax.Array,
@@ -85,6 +96,23 @@ class XlaAttention:
 
         Query (b, c) sees the first ``visible[b, c]`` tokens, or of these the last ``scoring.window``; blocks
         before every row's window are not read.
+        """
+        _, total, acc = self.running(tables, visible, lengths, cache, q, scoring)
+        return finish(total, acc, q)
+
+    def running(
+        self,
+        tables: jax.Array,
+        visible: jax.Array,
+        lengths: jax.Array,
+        cache: PagedCache,
+        q: jax.Array,
+        scoring: Scoring,
+        columns: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The softmax's maxima and sums [B, kv_heads, n], and the mixed values [B, kv_heads, n, head_dim].
+
+        Where a table [B, width] holds only some of a sequence's pages, ``columns`` [B, width] says which.
         """
         rows, chunk, heads, head_dim = q.shape
         _, kv_heads, page_tokens, _ = cache.k.shape
@@ -101,6 +129,10 @@ class XlaAttention:
             if scoring.cap:
                 scores = jnp.tanh(scores / scoring.cap) * scoring.cap
             place = index * tokens + jnp.arange(tokens)
+            if columns is not None:
+                at = jax.lax.dynamic_slice_in_dim(columns, index * block, block, axis=1)
+                place = at[:, None, None, :, None] * page_tokens + jnp.arange(page_tokens)
+                place = place.reshape(rows, 1, 1, tokens)
             seen = place < limit
             if scoring.window:
                 seen &= place >= limit - scoring.window
@@ -115,14 +147,11 @@ class XlaAttention:
         start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape, jnp.float32))
         trips = jnp.clip((jnp.max(lengths) + tokens - 1) // tokens, 1, tables.shape[1] // block)
         first: Any = 0
-        if scoring.window:
+        if scoring.window and columns is None:
             oldest = jnp.where(lengths > 0, visible[:, 0] - scoring.window, jnp.max(lengths))
             first = jnp.clip(jnp.min(oldest) // tokens, 0, trips - 1)
-        total: jax.Array
-        acc: jax.Array
-        _, total, acc = jax.lax.fori_loop(first, trips, body, start)
-        out = (acc / total[..., None]).reshape(rows, kv_heads, -1, chunk, head_dim)
-        return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+        found: tuple[jax.Array, jax.Array, jax.Array] = jax.lax.fori_loop(first, trips, body, start)
+        return found
 
     def _block_pages(self, rows: int, width: int, page_tokens: int) -> int:
         """Pages gathered at once per row: a power of two that divides the (padded) table's width."""
@@ -131,6 +160,13 @@ class XlaAttention:
         while width % block:
             block //= 2
         return block
+
+
+def finish(total: jax.Array, acc: jax.Array, q: jax.Array) -> jax.Array:
+    """The output, like q [B, C, heads, head_dim], of a running softmax's sums and mixed values."""
+    rows, chunk, _, head_dim = q.shape
+    out = (acc / total[..., None]).reshape(rows, acc.shape[1], -1, chunk, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 def write(cache: PagedCache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> PagedCache:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from llmos.drivers.jax.config import require
 from llmos.drivers.jax.encoder import Encoder, EncoderConfig
-from llmos.drivers.jax.families import Part, Rules
+from llmos.drivers.jax.families import Family, Part, Rules
 from llmos.drivers.jax.families.common import activation
 from llmos.drivers.jax.modules import abstract
 from llmos.drivers.jax.weights.convert import apply
@@ -69,6 +69,8 @@ def configure(source: Source, pooling: dict[str, Any] | None = None) -> EncoderC
         activation=activation(config.get("hidden_act", "gelu")),
         first_position=int(config.get("pad_token_id", 1)) + 1 if roberta else 0,
         labels=_labels(config) if classifies else 0,
+        names=_names(config) if classifies else (),
+        exclusive=config.get("problem_type") != "multi_label_classification",
         **(pooling or {}),
     )
 
@@ -103,8 +105,23 @@ def read(folder: Path, dtype: Any) -> Encoder:
     return encoder
 
 
+FAMILY = Family(
+    name="bert",
+    architectures={"safetensors": tuple(ARCHITECTURES)},
+    configure={"safetensors": configure},  # type: ignore[dict-item]
+    rules=rules,  # type: ignore[arg-type]
+)
+"""As the converter and the kept checkpoints want it; no decoder is made of it."""
+
+
 def _labels(config: dict[str, Any]) -> int:
     return int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
+
+
+def _names(config: dict[str, Any]) -> tuple[str, ...]:
+    """The labels in order; numbered where the configuration does not name each."""
+    named, count = config.get("id2label") or {}, _labels(config)
+    return tuple(str(named.get(str(index), f"LABEL_{index}")) for index in range(count))
 
 
 def _layer(path: str, name: str, config: EncoderConfig) -> dict[str, tuple[Part, ...]]:

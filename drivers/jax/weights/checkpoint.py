@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +47,7 @@ def is_checkpoint(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, _MANIFEST))
 
 
-def save(folder: Path, family: str, config: DecoderConfig, weights: dict[str, jax.Array]) -> None:
+def save(folder: Path, family: str, config: Any, weights: dict[str, jax.Array]) -> None:
     """Write ``weights`` (by path) to ``folder`` all at once or not at all; replaces what was there."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -69,7 +69,7 @@ def save(folder: Path, family: str, config: DecoderConfig, weights: dict[str, ja
     _flush([folder.parent])
 
 
-def read_manifest(folder: Path) -> tuple[str, DecoderConfig, dict[str, Any]]:
+def read_manifest(folder: Path, make: Callable[..., Any] = DecoderConfig) -> tuple[str, Any, dict[str, Any]]:
     """Family, configuration and parameter shapes of a kept checkpoint; InvalidArgument if it is damaged."""
     try:
         if (folder / _MANIFEST).stat().st_size > _MAX_MANIFEST:
@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> tuple[str, DecoderConfig, dict[str, Any]]:
             path: struct(tuple(shape), jax.numpy.dtype(dtype))
             for path, (shape, dtype) in manifest["weights"].items()
         }
-        return str(manifest["family"]), DecoderConfig(**config), shapes
+        return str(manifest["family"]), make(**config), shapes
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
         raise InvalidArgument(f"the checkpoint {folder} is damaged: {cause}") from cause
 

@@ -13,10 +13,19 @@ _MAX_MODULES = 1 << 20
 
 
 def read_pooling(folder: Path) -> dict[str, Any]:
-    """``pooling`` and ``normalise`` as the folder's module list has them; empty where it says nothing.
+    """``pooling``, ``normalise`` and ``longest`` as the folder's files have them; empty if they say nothing.
 
     Raises InvalidArgument for a pooling that is not known.
     """
+    return _pooling(folder) | _longest(folder / "sentence_bert_config.json")
+
+
+def _longest(file: Path) -> dict[str, Any]:
+    longest = read_json(file).get("max_seq_length") if file.exists() else None
+    return {"longest": longest} if isinstance(longest, int) and longest > 0 else {}
+
+
+def _pooling(folder: Path) -> dict[str, Any]:
     file = folder / "1_Pooling" / "config.json"
     if not file.exists():
         return {}

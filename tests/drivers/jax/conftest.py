@@ -14,8 +14,11 @@ import pytest
 from gguf import GGUFWriter
 from safetensors.numpy import save_file
 
+from llmos.drivers.jax import platform
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.sdk.messages import Chunk, LoadedModel, LoadRequest, Quantum, Sampling, Start, Step
+
+platform.set_option("jax_num_cpu_devices", 8)  # models run on the first, unless a mesh takes more
 
 Tensors = dict[str, np.ndarray]
 
@@ -210,7 +213,7 @@ class Runner:
                 done.append(pending.pop(0)())
         return done + [step() for step in pending]
 
-    def run(self, *tasks: Task) -> list[list[int]]:
+    def run(self, *tasks: Task, replica: int = 0) -> list[list[int]]:
         """All tasks in one batch, prefilled one after another, until each has its tokens; then released."""
         starts, chunks, step = [], [], 0
         for slot, task in enumerate(tasks):
@@ -222,8 +225,8 @@ class Runner:
                 at, step = at + length, step + 1
         slots = list(range(len(tasks)))
         longest = max(task.count for task in tasks)
-        done = self.steps(step + longest, start=starts, chunks=chunks, decode=slots)
-        self.steps(1, release=slots)
+        done = self.steps(step + longest, start=starts, chunks=chunks, decode=slots, replica=replica)
+        self.steps(1, release=slots, replica=replica)
         return [tokens_of(done, slot) for slot in slots]
 
     def start(self, slot: int, task: Task) -> Start:

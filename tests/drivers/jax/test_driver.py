@@ -103,7 +103,7 @@ def test_progress_is_told_at_least_once_a_second(helpers: Any, fresh_cache: Path
     [
         ({"dtype": "int8"}, InvalidArgument),
         ({"kv_dtype": "float8"}, InvalidArgument),
-        ({"mesh": {"tensor": 2}}, InvalidArgument),
+        ({"mesh": {"tensor": 1024}}, InvalidArgument),
         ({"slots": 0}, InvalidArgument),
         ({"page_tokens": 0}, InvalidArgument),
         ({"max_context": 1}, InvalidArgument),

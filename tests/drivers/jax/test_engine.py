@@ -95,6 +95,18 @@ def test_the_next_quantum_may_start_while_steps_are_pending(runner: Any, helpers
     assert [step.quantum for step in steps] == [1] * 5 + [2] * 7
 
 
+def test_rehearsing_programs_changes_nothing_for_sequences(runner: Any, helpers: Any) -> None:
+    task = helpers.Task(PROMPTS[1], 12, sampling=SAMPLED)
+    (whole,) = runner.run(task)
+    half = runner.steps(8, start=[runner.start(0, task)], chunks=[Chunk(0, 0, 0, 57)], decode=[0])
+    engine = runner.driver._engines["tiny"][0]
+    engine.unrehearsed = engine.programs.ahead()
+    while runner.driver.idle():
+        pass
+    rest = runner.steps(4, decode=[0])
+    assert helpers.tokens_of(half + rest, 0) == whole
+
+
 def test_pages_arrive_by_growth(runner: Any, helpers: Any) -> None:
     task = helpers.Task(PROMPTS[2], 30)
     (whole,) = runner.run(task)
@@ -153,7 +165,7 @@ def test_a_failed_sequence_ends_with_error_and_harms_no_other(
     alone = [runner.run(task)[0] for task in tasks]
     starts = [runner.start(slot, task) for slot, task in enumerate(tasks)]
     runner.steps(1, start=starts, chunks=[Chunk(0, 0, 0, 4), Chunk(0, 1, 0, 17)])
-    engine = tiny_driver[0]._engines["tiny"]
+    engine = tiny_driver[0]._engines["tiny"][0]
     broken = runner.pages(0, 8)[0]
     engine._caches = [type(c)(c.k, c.v.at[broken].set(np.nan)) for c in engine._caches]
     done = runner.steps(12, decode=[0, 1])

@@ -15,7 +15,7 @@ from llmos.drivers.jax import pages
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.jax.link import Link, Pinned, SharedMemory, view
 from llmos.drivers.jax.moves import Mover
-from llmos.drivers.sdk.messages import LoadRequest, Move, Moved
+from llmos.drivers.sdk.messages import LoadRequest, Move, Moved, Sampling
 from llmos.drivers.sdk.tiers import Tiers
 from llmos.ipc.errors import IOFailure
 
@@ -24,13 +24,12 @@ COUNT = 40
 
 
 def caches() -> list[Any]:
-    """Leaves of several types and shapes, filled with bits that include not-a-number."""
+    """Leaves of several types and shapes."""
     rng = np.random.default_rng(0)
     kinds = [((2, 4, 8), jnp.float32), ((2, 4, 8), jnp.bfloat16), ((2, 4), jnp.int8), ((3,), jnp.float32)]
     leaves = []
     for shape, kind in kinds:
-        raw = rng.integers(0, 256, (COUNT, int(np.prod(shape)) * jnp.dtype(kind).itemsize), np.uint8)
-        leaves.append(jnp.asarray(raw.view(kind).reshape(COUNT, *shape)))
+        leaves.append(jnp.asarray(50 * rng.standard_normal((COUNT, *shape))).astype(kind))
     return [tuple(leaves[:2]), tuple(leaves[2:])]
 
 
@@ -116,6 +115,19 @@ def test_what_was_read_before_later_steps_is_what_leaves(device: FakeDevice, mov
     assert device.bits(2) == before
 
 
+def test_an_error_is_raised_once_every_row_has_ended(mover: Mover) -> None:
+    begun: list[int] = []
+
+    def put(index: int, data: bytes | memoryview) -> None:
+        begun.append(index)
+        if index == 0:
+            raise IOFailure("the disk failed")
+
+    with pytest.raises(IOFailure, match="the disk failed"):
+        mover.save(list(range(16)), put)()
+    assert sorted(begun) == list(range(16))
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 37, 64, 100])
 def test_moves_are_cut_into_few_programs_without_padding(count: int) -> None:
     cut = pages.parts(count, [1, 4, 16])
@@ -155,3 +167,32 @@ def test_a_sequence_goes_on_from_moved_pages_as_it_would_have(
     resumed = helpers.Task(known, 15, prompt=len(prompt), cached=len(known) - 1, pages=table)
     assert begun + runner.run(resumed)[0] == whole
     driver.unload("tiny")
+
+
+def test_a_sequence_goes_on_from_a_file_in_another_driver(
+    tiny_folder: Path, cache_folder: Path, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMOS_STATE", str(tmp_path))
+    request = LoadRequest(
+        model="tiny", source=str(tiny_folder), cache=str(cache_folder), page_tokens=8, pages=64, slots=2,
+        max_context=128, chunk_tokens=64,
+    )  # fmt: skip
+    file: dict[int, bytes] = {}
+    prompt, sampling = list(range(3, 40)), Sampling(temperature=0.9, seed=5, repetition_penalty=1.1)
+    first = JaxDriver("cpu")
+    runner = helpers.Runner(first, first.load(request, helpers.ignore))
+    (whole,) = runner.run(helpers.Task(prompt, 24, sampling=sampling))
+    (begun,) = runner.run(helpers.Task(prompt, 9, sampling=sampling))
+    held = runner.pages(0, len(prompt) + 9)
+    first.save("tiny", 0, held, lambda index, data: file.update({index: bytes(data)}))()()
+    first.unload("tiny")
+    second = JaxDriver("cpu")
+    runner = helpers.Runner(second, second.load(request, helpers.ignore))
+    second.restore("tiny", 0, [30 + index for index in range(len(held))], lambda index: file[index])()()
+    table = [30 + index for index in range(len(held))] + [60, 61]
+    known = prompt + begun
+    resumed = helpers.Task(
+        known, 15, prompt=len(prompt), cached=len(known) - 1, pages=table, sampling=sampling
+    )
+    assert begun + runner.run(resumed)[0] == whole
+    second.unload("tiny")

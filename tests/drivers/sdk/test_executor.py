@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmos.drivers.sdk.driver import Driver, PendingStep
+from llmos.drivers.sdk.driver import Driver, Pending, PendingEncoding, PendingStep
 from llmos.drivers.sdk.executor import Executor
-from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
+from llmos.drivers.sdk.messages import EncodedStep, EncodeStep, Quantum, QuantumDone, Step
 from llmos.ipc.errors import Canceled, InvalidArgument, IOFailure, LLMOSError
 
 
@@ -138,3 +138,142 @@ def test_abandoning_waits_for_the_device_and_tells_every_caller() -> None:
     assert driver.in_flight == 0
     assert [type(end) for end in notes.ended] == [Canceled, Canceled]
     assert not executor.advance()
+
+
+class Encoder(Scripted):
+    """Also encodes: notes when a step is dispatched and when it is waited for."""
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        text = request.texts[0][0]
+        if text == 99:
+            raise InvalidArgument("refused")
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self.log.append(f"encode {text}")
+
+        def wait() -> EncodedStep:
+            self.in_flight -= 1
+            if text == 98:
+                raise IOFailure("the device failed")
+            return EncodedStep(bytes([text]), 1, 0)
+
+        return wait
+
+
+class EncodingNotes:
+    def __init__(self) -> None:
+        self.ended: list[bytes | LLMOSError] = []
+
+    def encoded(self, result: EncodedStep) -> None:
+        self.ended.append(result.rows)
+
+    def fail(self, error: LLMOSError) -> None:
+        self.ended.append(error)
+
+
+def text(token: int) -> EncodeStep:
+    return EncodeStep(model="e", texts=[[token]])
+
+
+def test_an_encoders_steps_take_turns_with_those_of_a_quantum() -> None:
+    driver, notes, encoded = Encoder(), Notes(), EncodingNotes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 4), notes)
+    for token in range(3):
+        executor.encode(text(token), encoded)
+    run(executor)
+    work = [entry.split()[0] for entry in driver.log if not entry.startswith("begin")]
+    assert work[:6] in (["dispatch", "encode"] * 3, ["encode", "dispatch"] * 3)
+    assert encoded.ended == [b"\0", b"\1", b"\2"]
+    assert (len(notes.steps), driver.most_in_flight) == (4, 2)
+
+
+def test_an_encoders_step_that_fails_concerns_nobody_else() -> None:
+    driver, notes, encoded = Encoder(), Notes(), EncodingNotes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 3), notes)
+    for token in (99, 98, 5):
+        executor.encode(text(token), encoded)
+    run(executor)
+    assert {type(end) for end in encoded.ended[:2]} == {InvalidArgument, IOFailure}
+    assert encoded.ended[2] == b"\5"
+    assert [type(end) for end in notes.ended] == [QuantumDone]
+
+
+def test_what_is_abandoned_is_that_of_the_model_alone() -> None:
+    driver, notes, encoded = Encoder(), Notes(), EncodingNotes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 8), notes)
+    for token in range(5):
+        executor.encode(text(token), encoded)
+    executor.advance()
+    executor.abandon("m")
+    assert [type(end) for end in notes.ended] == [Canceled]
+    run(executor)
+    assert encoded.ended == [bytes([token]) for token in range(5)]
+    executor.encode(text(1), encoded)
+    executor.advance()
+    executor.abandon()
+    assert driver.in_flight == 0
+
+
+class Replicated(Driver):
+    """Replicas whose steps are done when the test says so."""
+
+    def __init__(self) -> None:
+        self.dispatched: list[tuple[int, int]] = []
+        self.done: set[int] = set()
+
+    def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
+        for index in range(quantum.steps):
+            self.dispatched.append((quantum.id, index))
+            step = Step(quantum.id, index, [], [], [], 0)
+            yield Pending(lambda step=step: step, lambda: quantum.replica in self.done)  # type: ignore[misc]
+
+
+def replicated(id: int, replica: int, steps: int = 4) -> Quantum:
+    return Quantum(id=id, model="m", steps=steps, replica=replica)
+
+
+def test_a_replica_that_waits_does_not_hold_up_another() -> None:
+    driver, slow, fast = Replicated(), Notes(), Notes()
+    executor = Executor(driver, pause=lambda _: None)
+    executor.submit(replicated(1, 0), slow)
+    executor.submit(replicated(2, 1), fast)
+    driver.done = {1}
+    for _ in range(5):
+        executor.advance()
+    assert fast.ended == [QuantumDone(2, 4, False)]
+    assert driver.dispatched.count((1, 0)) == driver.dispatched.count((1, 1)) == 1
+    assert (1, 2) not in driver.dispatched, "two steps of each replica are in flight, never more"
+    assert not slow.steps
+    run(executor)
+    assert slow.ended == [QuantumDone(1, 4, False)]
+
+
+def test_all_replicas_waiting_pauses_instead_of_blocking_on_one() -> None:
+    driver, pauses = Replicated(), list[float]()
+    executor = Executor(driver, pauses.append)
+    for id, replica in ((1, 0), (2, 1)):
+        executor.submit(replicated(id, replica), Notes())
+    assert executor.advance()
+    assert len(pauses) == 1
+
+
+def test_preempt_and_abandon_reach_one_replica() -> None:
+    driver, first, second = Replicated(), Notes(), Notes()
+    driver.done = {0, 1}
+    executor = Executor(driver)
+    executor.submit(replicated(1, 0), first)
+    executor.submit(replicated(2, 1), second)
+    executor.advance()
+    executor.preempt(2)
+    run(executor)
+    assert first.ended == [QuantumDone(1, 4, False)]
+    assert second.ended == [QuantumDone(2, 2, True)]
+    executor.submit(replicated(3, 0), first)
+    executor.submit(replicated(4, 1), second)
+    executor.abandon(replica=1)
+    run(executor)
+    assert first.ended[1:] == [QuantumDone(3, 4, False)]
+    assert [type(end) for end in second.ended[1:]] == [Canceled]

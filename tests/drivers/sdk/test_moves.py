@@ -61,15 +61,15 @@ class Bench:
         self.driver = driver or NullDriver()
         self.worker = Worker()
         self.executor = Executor(self.driver)
-        self.moves = Moves(self.driver, self.executor, self.worker)  # type: ignore[arg-type]
+        self.moves = Moves(self.executor, self.worker)  # type: ignore[arg-type]
         if driver is None:
             self.loaded: LoadedModel = self.driver.load(REQUEST, lambda progress: None)
 
     def move(self, source: Any, target: Any, *pages: tuple[int, int]) -> Ends:
         ends = Ends()
-        self.moves.submit(
-            Move(model="m", source=source, target=target, pages=list(pages), tenant="a"), b"", ends
-        )
+        move = Move(model="m", source=source, target=target, pages=list(pages), tenant="a")
+        begin = lambda: self.driver.move(move, b"")  # noqa: E731
+        self.moves.submit(move.model, move.replica, begin, ends, reads_device=source == "device")
         return ends
 
     def quantum(self, **fields: Any) -> Notes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import struct
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,12 +23,24 @@ from llmos.ipc.server import Incoming, Later, Server, method
 from llmos.kernel.messages import Stop, Verified, Verify
 from llmos.services.gateway import server as gateway_server
 from llmos.services.manifest import GatewaySpec, Manifest
-from llmos.services.models.messages import Chat, Complete, Done, Generation, ModelLine, ModelList, Text
+from llmos.services.models.messages import (
+    Chat,
+    Complete,
+    Done,
+    Embed,
+    Embedded,
+    Generation,
+    ModelLine,
+    ModelList,
+    Ranked,
+    Rerank,
+    Text,
+)
 from llmos.services.monitor.messages import Health, Snapshot
 from llmos.services.scheduler.messages import Finished
 from tests.conftest import System, wait_until
 
-RIGHTS = ["models.chat", "models.complete", "models.list"]
+RIGHTS = ["models.chat", "models.complete", "models.embed", "models.rerank", "models.list"]
 GRANTS = {
     "models": Grant(principal="models", tenant="system", serves="models"),
     "monitor": Grant(principal="monitor", tenant="system", serves="monitor"),
@@ -85,6 +98,7 @@ class FakeModels(Server):
     def start(self) -> None:
         self.canceled = threading.Event()
         self.requests: list[Chat | Complete] = []
+        self.encodes: list[Embed | Rerank] = []
 
     @method
     def list(self, request: None, call: Incoming) -> ModelList:
@@ -97,6 +111,22 @@ class FakeModels(Server):
     @method
     def complete(self, request: Complete, call: Incoming) -> Later:
         return self._say(request, str(request.prompt), request.generation, call)
+
+    @method
+    def embed(self, request: Embed, call: Incoming) -> Embedded:
+        """Of each input the vector (its length, 0.5)."""
+        self.encodes.append(request)
+        if str(request.input[0]) in ERRORS:
+            raise ERRORS[str(request.input[0])]
+        rows = b"".join(struct.pack("<2f", len(text), 0.5) for text in request.input)
+        return Embedded(model=request.model, width=2, vectors=rows, tokens=sum(map(len, request.input)))
+
+    @method
+    def rerank(self, request: Rerank, call: Incoming) -> Ranked:
+        """The last documents first."""
+        self.encodes.append(request)
+        order = [(index, index / 10) for index in reversed(range(len(request.documents)))]
+        return Ranked(model=request.model, results=order[: request.top_n or len(order)], tokens=9)
 
     def _say(self, request: Chat | Complete, text: str, generation: Generation, call: Incoming) -> Later:
         self.requests.append(request)

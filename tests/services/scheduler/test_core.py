@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos.ipc.errors import Canceled, NoMemory
+from llmos.drivers.sdk.messages import Step
+from llmos.ipc.errors import Canceled, IOFailure, NoMemory
 from llmos.services.scheduler.simulator import Simulator, StepTime
 from llmos.services.scheduler.task import Place, Task
 from tests.services.scheduler.traffic import check_all, model, task
@@ -40,6 +41,42 @@ def test_any_traffic_ends_with_the_right_tokens_and_all_pages_back(
     sim.submit(made)
     sim.run()
     check_all(sim, made, prompts)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tasks, st.integers(1, 6), st.integers(30, 80), st.integers(1, 9), st.integers(2, 9))
+def test_a_driver_may_give_several_tokens_in_a_step(
+    traffic: list[tuple[int, int, float, int, str]], slots: int, pages: int, steps: int, burst: int
+) -> None:
+    sim = Simulator(model(slots, pages), StepTime(), max_steps=steps, burst=burst)
+    made = [task(i, [i] * p, n, t, band, tenant) for i, (p, n, t, band, tenant) in enumerate(traffic)]
+    prompts = {each.id: list(each.tokens) for each in made}
+    sim.submit(made)
+    sim.run()
+    check_all(sim, made, prompts)
+
+
+def test_who_gains_several_tokens_a_step_gets_pages_in_time() -> None:
+    took = {}
+    for burst in (1, 8):
+        sim = Simulator(model(slots=1, pages=200), StepTime(), burst=burst)
+        sim.submit([task(0, [1, 2, 3], 600)])
+        sim.run()
+        took[burst] = sim.now
+    assert took[8] < took[1] / 3.5  # 4.5 tokens a step on average
+
+
+def test_a_task_that_the_device_could_not_compute_ends_with_an_error() -> None:
+    sim = Simulator(model(), StepTime())
+    made = task(0, [1, 2, 3], 300)
+    sim.submit([made])
+    sim.run(until=0.1)
+    flight = sim.host.flight[0]
+    step = Step(flight.quantum.id, flight.received, [], [], [(made.slot, "error")], 5000)
+    before = len(sim.records[0].times)
+    sim.core.step(sim.host, step, sim.now)
+    assert isinstance(sim.records[0].error, IOFailure)
+    assert len(sim.records[0].times) == before
 
 
 @settings(deadline=None, max_examples=40)

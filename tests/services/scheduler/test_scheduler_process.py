@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import struct
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from llmos.drivers.null.driver import next_token
+from llmos.drivers.null.driver import next_token, vector
 from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
 from llmos.ipc.client import Client
-from llmos.ipc.errors import AccessDenied, Busy, Canceled, InvalidArgument, NotFound, TimedOut
+from llmos.ipc.errors import (
+    AccessDenied,
+    Busy,
+    Canceled,
+    InvalidArgument,
+    NotFound,
+    NotSupported,
+    TimedOut,
+)
 from llmos.ipc.grant import Grant
 from llmos.ipc.header import Kind
 from llmos.services.manifest import DriverSpec, Manifest
 from llmos.services.memory.messages import Usage
-from llmos.services.scheduler.messages import Emitted, Finished, Host, SchedulerStats, Submit, Tasks, Tokens
+from llmos.services.scheduler.messages import (
+    Emitted,
+    Encode,
+    Encoded,
+    Finished,
+    Host,
+    Kill,
+    Nice,
+    Pause,
+    Rows,
+    SchedulerStats,
+    Submit,
+    Tasks,
+    Tokens,
+    Unhost,
+)
 from tests.conftest import System, wait_until
 
 GRANTS = {
@@ -51,12 +76,28 @@ def expected(prompt: list[int], count: int) -> list[int]:
 class Bench:
     """The system under test, and the ways to use it."""
 
-    def __init__(self, system: System, slots: int = 4, pages: int = 256, step_ms: float = 0.0) -> None:
+    def __init__(
+        self,
+        system: System,
+        slots: int = 4,
+        pages: int = 256,
+        step_ms: float = 0.0,
+        burst: int = 1,
+        replicas: int = 1,
+    ) -> None:
         self.system = system
         self.load = LoadRequest(
-            model="m", source="", slots=slots, pages=pages, page_tokens=4, max_context=512, chunk_tokens=16
+            model="m",
+            source="",
+            slots=slots,
+            pages=pages,
+            page_tokens=4,
+            max_context=512,
+            chunk_tokens=16,
+            mesh={"data": replicas},
         )
-        driver = DriverSpec(name="null0", kind="null", options={"step_ms": step_ms})
+        options = {"step_ms": step_ms, "burst": burst, "encoder": "e"}
+        driver = DriverSpec(name="null0", kind="null", options=options)
         system.write_manifest(Manifest(drivers=[driver], models=[]))
         system.kernel()
         self.start("memory")
@@ -76,6 +117,23 @@ class Bench:
         """What the models service does when a driver comes up."""
         loaded = self.user.call("driver.null0.load", self.load, LoadedModel)
         self.user.call("scheduler.host", Host("null0", loaded))
+
+    def host_encoder(self) -> None:
+        load = LoadRequest(model="e", source="", max_context=64, chunk_tokens=64)
+        self.user.call(
+            "scheduler.host", Host("null0", self.user.call("driver.null0.load", load, LoadedModel))
+        )
+
+    def encode(self, texts: list[list[int]], client: Client | None = None, **more: Any) -> list[Any]:
+        """Encode texts; each must come back once."""
+        rows: dict[int, Any] = {}
+        *chunks, _ = (client or self.user).stream(
+            "scheduler.encode", Encode(model="e", texts=texts, **more), Rows, Encoded
+        )
+        for chunk in chunks:
+            for index, row in zip(chunk.indices, struct.iter_unpack("<4f", chunk.data), strict=True):
+                assert rows.setdefault(index, row) is row, "a text came back twice"
+        return [rows[index] for index in range(len(texts))]
 
     def kill(self, name: str) -> None:
         process = self.system.processes.pop(name)
@@ -135,8 +193,11 @@ def test_pages_come_back_and_prefixes_stay(bench: Callable[..., Bench]) -> None:
     assert last["cached_tokens"] == 60
 
 
-def test_many_tasks_share_slots_and_pages_and_all_end_right(bench: Callable[..., Bench]) -> None:
-    b = bench(slots=4, pages=64)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_many_tasks_share_slots_and_pages_and_all_end_right(
+    bench: Callable[..., Bench], replicas: int
+) -> None:
+    b = bench(slots=4, pages=64, replicas=replicas)
     attach = b.user._link
     got: dict[int, list[int]] = {}
     ended: dict[int, Finished] = {}
@@ -168,13 +229,28 @@ def test_many_tasks_share_slots_and_pages_and_all_end_right(bench: Callable[...,
     wait_until(lambda: bool(b.user.call("kernel.stats")) and len(ended) == 60, what="60 tasks")
     for call, (prompt, count) in prompts.items():
         assert got[call] == expected(prompt, count)
-    wait_until(lambda: b.usage().owned == 0, what="pages given back")
+    arenas = lambda: b.user.call("memory.usage", None, Usage).arenas  # noqa: E731
+    wait_until(lambda: not any(arena.owned for arena in arenas()), what="pages given back")
+    hosts = b.user.call("scheduler.stats", None, SchedulerStats).hosts
+    assert [host.replica for host in hosts] == list(range(replicas))
+    assert all(host.tokens > 100 for host in hosts), "the tasks are spread over the replicas"
 
 
+def test_a_replica_is_a_host_and_an_arena_of_its_own(bench: Callable[..., Bench]) -> None:
+    b = bench(slots=1, replicas=2)
+    arenas = [arena.arena for arena in b.user.call("memory.usage", None, Usage).arenas]
+    assert arenas == ["null0/m", "null0/m#1"]
+    streams = [b.stream([number], 40) for number in (1, 2)]
+    assert [list(tokens) for tokens in streams] == [expected([1], 40), expected([2], 40)]
+    b.user.call("scheduler.unhost", Unhost("null0", "m"))
+    assert not b.user.call("memory.usage", None, Usage).arenas
+
+
+@pytest.mark.parametrize("burst", [1, 3], ids=["plain", "speculating"])
 def test_a_higher_band_takes_the_slot_of_a_lower_one_which_continues_exactly(
-    bench: Callable[..., Bench],
+    bench: Callable[..., Bench], burst: int
 ) -> None:
-    b = bench(slots=1, step_ms=2)
+    b = bench(slots=1, step_ms=2, burst=burst)
     batch = b.system.client("batch")
     low = b.stream([1, 2], 200, batch, band="batch")
     first = next(low)
@@ -184,8 +260,11 @@ def test_a_higher_band_takes_the_slot_of_a_lower_one_which_continues_exactly(
     assert b.user.call("scheduler.stats", None, SchedulerStats).displaced >= 1
 
 
-def test_tasks_continue_by_themselves_when_the_driver_is_killed(bench: Callable[..., Bench]) -> None:
-    b = bench(step_ms=2)
+@pytest.mark.parametrize("burst", [1, 3], ids=["plain", "speculating"])
+def test_tasks_continue_by_themselves_when_the_driver_is_killed(
+    bench: Callable[..., Bench], burst: int
+) -> None:
+    b = bench(step_ms=2, burst=burst)
     reader = b.system.client()
     stream = b.stream([3, 4], 150, reader)
     first = next(stream)
@@ -257,8 +336,11 @@ def test_what_can_never_be_served_is_refused_at_once(bench: Callable[..., Bench]
         list(b.user.stream("scheduler.submit", Submit(model="other", tokens=[1], max_tokens=1)))
 
 
-def test_a_stopped_task_gives_up_its_slot_and_continues_exactly(bench: Callable[..., Bench]) -> None:
-    b = bench(slots=1, step_ms=2)
+@pytest.mark.parametrize("burst", [1, 3], ids=["plain", "speculating"])
+def test_a_stopped_task_gives_up_its_slot_and_continues_exactly(
+    bench: Callable[..., Bench], burst: int
+) -> None:
+    b = bench(slots=1, step_ms=2, burst=burst)
     stream = b.stream([3, 4], 200, b.system.client())
     first = next(stream)
     (line,) = b.user.call("scheduler.tasks", None, Tasks).tasks
@@ -305,3 +387,68 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once(bench: Callable[..., 
     with pytest.raises(TimedOut, match="cannot be kept") as refusal:
         list(b.user.stream("scheduler.submit", submit, Tokens, timeout=1.0))
     assert float(str(refusal.value.details["earliest"])) > 3
+
+
+TEXTS = [[i % 97 + 1] * (i % 60 + 1) for i in range(200)]
+VECTORS = [tuple(vector(text, [])) for text in TEXTS]
+
+
+def test_an_encoder_and_a_decoder_share_a_driver(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=1.0)
+    b.host_encoder()
+    other, got = b.system.client(), []
+    encoding = threading.Thread(target=lambda: got.extend(b.encode(TEXTS, other)))
+    encoding.start()
+    assert b.generate([1, 2, 3], 60) == expected([1, 2, 3], 60)
+    encoding.join(20)
+    assert got == VECTORS
+    b.host()  # which empties the decoder's slots, and must not disturb the encoder
+    assert b.encode(TEXTS[:3]) == VECTORS[:3]
+
+
+def test_a_job_for_an_encoder_survives_its_driver(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=5.0)
+    b.host_encoder()
+    other, got = b.system.client(), []
+    encoding = threading.Thread(target=lambda: got.extend(b.encode(TEXTS, other)))
+    encoding.start()
+    wait_until(lambda: _steps(b) > 2, what="the first steps")
+    b.kill("driver.null0")
+    b.start("driver.null0")
+    b.system.wait_ready("driver.null0")
+    b.host_encoder()
+    encoding.join(20)
+    assert got == VECTORS
+
+
+def test_a_job_is_listed_moved_and_killed_like_a_task_but_not_paused(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=20.0)
+    b.host_encoder()
+    other = b.system.client()
+    stream = other.stream("scheduler.encode", Encode(model="e", texts=TEXTS, label="mine"), Rows)
+    next(stream)
+    (line,) = b.user.call("scheduler.tasks", None, Tasks).tasks
+    assert (line.label, line.driver, line.state, line.pages) == ("mine", "null0", "running", 0)
+    assert line.prompt_tokens == sum(map(len, TEXTS))
+    b.user.call("scheduler.nice", Nice(line.task, "batch"))
+    with pytest.raises(NotSupported, match="killed, not paused"):
+        b.user.call("scheduler.pause", Pause(line.task))
+    with pytest.raises(AccessDenied, match="another tenant"):
+        b.system.client("batch").call("scheduler.kill", Kill(line.task))
+    b.user.call("scheduler.kill", Kill(line.task))
+    with pytest.raises(Canceled):
+        list(stream)
+    wait_until(lambda: not b.user.call("scheduler.tasks", None, Tasks).tasks, what="the end of the job")
+
+
+def test_a_caller_that_leaves_withdraws_its_job(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=20.0)
+    b.host_encoder()
+    for _ in b.user.stream("scheduler.encode", Encode(model="e", texts=TEXTS), Rows):
+        break
+    wait_until(lambda: not b.user.call("scheduler.tasks", None, Tasks).tasks, what="the end of the job")
+
+
+def _steps(b: Bench) -> int:
+    hosts = b.user.call("scheduler.stats", None, SchedulerStats).hosts
+    return max((host.steps for host in hosts if host.model == "e"), default=0)

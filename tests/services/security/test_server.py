@@ -16,9 +16,17 @@ from llmos.ipc.grant import Grant
 from llmos.ipc.server import Incoming, Later, Server, method
 from llmos.kernel.messages import Verify
 from llmos.services.security import audit, tokens
-from llmos.services.security.messages import Mint, Minted, Revoked, RevokeToken
+from llmos.services.security.messages import Mint, Minted, Revoked, RevokeToken, StorageKey, StorageKeyQuery
 
-RIGHTS = ["echo.say", "echo.wait", "security.whoami", "security.mint", "security.revoke", "security.verify"]
+RIGHTS = [
+    "echo.say",
+    "echo.wait",
+    "security.whoami",
+    "security.mint",
+    "security.revoke",
+    "security.verify",
+    "security.storage_key",
+]
 GRANTS = {
     "security": Grant(principal="security", tenant="system", serves="security", calls=["kernel.revoke"]),
     "echo": Grant(principal="echo", tenant="system", serves="echo"),
@@ -26,6 +34,9 @@ GRANTS = {
         principal="user", tenant="local", calls=[*RIGHTS, "kernel.names"], models=["*"], band="realtime"
     ),
     "admin": Grant(principal="admin", tenant="system", calls=RIGHTS),
+    "driver.null0": Grant(
+        principal="driver.null0", tenant="system", serves="driver.null0", calls=["security.storage_key"]
+    ),
     "stranger": Grant(principal="stranger", tenant="elsewhere", calls=RIGHTS),
 }
 CHILD = Grant(
@@ -221,3 +232,19 @@ def test_a_flood_of_bad_tokens_does_not_fill_the_log(booted: Any) -> None:
             Client("garbage", run=booted.run, timeout=20)
     path = Path(booted.env["LLMOS_STATE"]) / "audit.log"
     assert audit.verify(path).lines < 40
+
+
+def test_a_driver_gets_the_key_of_a_tenant_and_a_purpose_and_nobody_else_gets_any(booted: Any) -> None:
+    driver = booted.client("driver.null0")
+    ask = [StorageKeyQuery(tenant, purpose) for tenant in "ab" for purpose in ("pages", "tasks")]  # type: ignore[arg-type]
+    keys = [driver.call("security.storage_key", query, StorageKey).key for query in ask]
+    assert {len(key) for key in keys} == {32}
+    assert len(set(keys)) == 4
+    assert driver.call("security.storage_key", ask[0], StorageKey).key == keys[0]
+    for name in ("user", "admin"):
+        with pytest.raises(AccessDenied, match="only a driver"):
+            booted.client(name).call("security.storage_key", ask[0])
+    for wrong in (StorageKeyQuery("", "pages"), {"tenant": "a", "purpose": "other"}):
+        with pytest.raises(InvalidArgument):
+            driver.call("security.storage_key", wrong)
+    assert (booted.run / "state" / "keys" / "storage.key").stat().st_mode & 0o777 == 0o600

@@ -27,7 +27,7 @@ def test_every_process_has_a_grant_and_serves_its_own_name_only() -> None:
 
 
 def test_the_scheduler_and_models_may_call_each_driver_and_nobody_else_may() -> None:
-    assert {"driver.a.execute", "driver.b.preempt"} <= set(GRANTS["scheduler"].calls)
+    assert {"driver.a.execute", "driver.b.preempt", "driver.a.move"} <= set(GRANTS["scheduler"].calls)
     assert {"driver.a.load", "driver.b.unload"} <= set(GRANTS["models"].calls)
     allowed = {name for name, grant in GRANTS.items() if any(c.startswith("driver.") for c in grant.calls)}
     assert allowed == {"scheduler", "models", "user"}
@@ -37,8 +37,10 @@ def test_the_scheduler_and_models_may_call_each_driver_and_nobody_else_may() -> 
     ]
 
 
-def test_a_driver_may_call_nobody() -> None:
-    assert GRANTS["driver.a"].calls == []
+def test_a_driver_may_ask_for_storage_keys_and_for_nothing_else() -> None:
+    assert GRANTS["driver.a"].calls == ["security.storage_key"]
+    allowed = {name for name, grant in GRANTS.items() if "security.storage_key" in grant.calls}
+    assert allowed == {"driver.a", "driver.b"}
 
 
 def test_the_user_is_a_tenant_of_their_own_with_all_models() -> None:

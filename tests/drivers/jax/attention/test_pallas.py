@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.attention import PrefillPlan, select
+from llmos.drivers.jax.attention import PrefillPlan, VerifyPlan, select
 from llmos.drivers.jax.attention.pallas import PallasAttention, paged_decode, split_count
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
@@ -18,9 +18,11 @@ from llmos.ipc.errors import InvalidArgument
 PAGE_TOKENS, PAGES, WIDTH = 16, 64, 8
 
 
-def arrays(rows: int, heads: int = 4, kv_heads: int = 2, head_dim: int = 32) -> tuple[Any, ...]:
+def arrays(
+    rows: int, heads: int = 4, kv_heads: int = 2, head_dim: int = 32, queries: int = 1
+) -> tuple[Any, ...]:
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(rows, heads, head_dim)), jnp.float32)
+    q = jnp.asarray(rng.normal(size=(rows, queries, heads, head_dim)), jnp.float32)
     shape = (PAGES, kv_heads, PAGE_TOKENS, head_dim)
     k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
     tables = jnp.asarray(rng.permutation(PAGES)[: rows * WIDTH].reshape(rows, WIDTH), jnp.int32)
@@ -32,8 +34,38 @@ def test_ragged_rows_attend_to_their_own_pages(splits: int) -> None:
     q, k, v, tables = arrays(4)
     lengths = jnp.asarray([1, 16, 17, 128], jnp.int32)
     out = paged_decode(q, k, v, tables, lengths, splits=splits, interpret=True)
-    expected = XlaAttention().attend(tables, lengths[:, None], lengths, PagedCache(k, v), q[:, None])[:, 0]
+    expected = XlaAttention().attend(tables, lengths[:, None], lengths, PagedCache(k, v), q)
     np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("queries", [2, 5, 8, 11])
+def test_the_tokens_of_a_row_share_its_pages_and_see_what_is_before_them(queries: int, splits: int) -> None:
+    q, k, v, tables = arrays(4, queries=queries)
+    starts = jnp.asarray([0, 15, 16, 128 - queries], jnp.int32)
+    lengths = starts + queries
+    visible = starts[:, None] + jnp.arange(1, queries + 1)
+    out = paged_decode(q, k, v, tables, lengths, starts + 1, splits=splits, interpret=True)
+    expected = XlaAttention().attend(tables, visible, lengths, PagedCache(k, v), q)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_guesses_are_verified_as_on_the_other_backend() -> None:
+    q, k, v, tables = arrays(3, queries=4)
+    rng = np.random.default_rng(1)
+    new = [jnp.asarray(rng.normal(size=(3, 4, 2, 32)), jnp.float32) for _ in range(2)]
+    starts, counts = jnp.asarray([14, 40, 0], jnp.int32), jnp.asarray([4, 2, 0], jnp.int32)
+    position = starts[:, None] + jnp.arange(4)
+    pages = jnp.take_along_axis(tables, position // PAGE_TOKENS, axis=1)
+    pages = jnp.where(jnp.arange(4) < counts[:, None], pages, PAGES)
+    lengths = jnp.where(counts > 0, starts + counts, 0)
+    plan = VerifyPlan(tables, starts, lengths, pages, position % PAGE_TOKENS)
+    out, cache = PallasAttention(interpret=True).verify(plan, PagedCache(k, v), q, *new)
+    expected, reference = XlaAttention().verify(plan, PagedCache(k, v), q, *new)
+    np.testing.assert_array_equal(cache.k, reference.k)
+    np.testing.assert_array_equal(cache.v, reference.v)
+    for row, count in enumerate(counts.tolist()):
+        np.testing.assert_allclose(out[row, :count], expected[row, :count], atol=2e-6)
 
 
 @pytest.mark.parametrize("chunk", [8, 40, 64])

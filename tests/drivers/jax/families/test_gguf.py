@@ -14,6 +14,7 @@ from gguf import GGUFWriter
 
 from llmos.drivers.jax import families, loader
 from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import Source, open_source
 from llmos.ipc.errors import InvalidArgument
@@ -127,7 +128,7 @@ def write(
 def converted(source: Source) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
     family = families.find(source)
     config = family.configure[source.format](source)
-    shapes = loader.parameters(config, jnp.float32, jax.devices()[0])[-1]
+    shapes = loader.parameters(config, jnp.float32, OneDevice(jax.devices()[0]))[-1]
     weights = convert(source, family, config, shapes, lambda _, x: jnp.asarray(x), lambda *_: None)
     return config, {name: np.asarray(value) for name, value in weights.items()}
 

@@ -23,6 +23,7 @@ from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.jax.modules import Decoder, abstract
+from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import open_source
 from llmos.drivers.sdk.messages import LoadRequest
@@ -48,7 +49,7 @@ def read(folder: Path, dtype: Any = jnp.float32) -> tuple[DecoderConfig, Any]:
     family = families.find(source)
     config = family.configure[source.format](source)
     config = rope.for_context(config, SHORT.get(folder.name, config.max_positions))
-    shapes = loader.parameters(config, dtype, jax.devices()[0])[-1]
+    shapes = loader.parameters(config, dtype, OneDevice(jax.devices()[0]))[-1]
     weights = convert(source, family, config, shapes, lambda _, x: jnp.asarray(x), lambda *_: None)
     graph, tree = nnx.split(Decoder(config, abstract(dtype)))
     paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(tree)]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax import families, loader
+from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import open_source
 from llmos.ipc.errors import InvalidArgument, NotFound
@@ -22,7 +23,7 @@ def converted(path: Path, dtype: Any = jnp.float32) -> dict[str, np.ndarray]:
     source = open_source(str(path))
     family = families.find(source)
     config = family.configure[source.format](source)
-    _, _, shapes = loader.parameters(config, dtype, jax.devices()[0])
+    _, _, shapes = loader.parameters(config, dtype, OneDevice(jax.devices()[0]))
     weights = convert(source, family, config, shapes, lambda _, x: jnp.asarray(x), lambda *_: None)
     return {name: np.asarray(value) for name, value in weights.items()}
 

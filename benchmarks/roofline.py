@@ -1,0 +1,87 @@
+"""What bounds the serving figures: the matrix products of a model alone, as fast as the device sustains them.
+
+    python -m benchmarks.roofline --model benchmarks/shapes/llama-3.1-8b.json [--rows 8192 256] [--json FILE]
+
+The products of all layers run one after another on random bfloat16 numbers, with nothing between them, for
+``--seconds``. The first and the last rate differ where the device lowers its clock to keep within its power:
+what a queue of requests meets is the last. ``bound`` is what that rate would allow without attention, norms,
+sampling and everything else a step needs.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+
+from benchmarks.report import Report, arguments
+
+
+def shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
+    """(out, in) of the fused products of one layer."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    fused = (heads + 2 * config["num_key_value_heads"]) * head
+    inner = config["intermediate_size"]
+    return [(fused, hidden), (hidden, heads * head), (2 * inner, hidden), (hidden, inner)]
+
+
+def layer(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+    """The products of a layer, each fed with what the one before made."""
+    for weight in weights:
+        x = jax.lax.dot_general(x[:, : weight.shape[1]], weight, (((1,), (1,)), ((), ())))
+    return x
+
+
+def sustain(config: dict[str, Any], rows: int, seconds: float) -> dict[str, float]:
+    """Rates of the products for ``rows`` tokens at a time, in TFLOP/s, at the start and at the end."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    weights = [
+        jax.random.normal(key, shape, jnp.bfloat16) * shape[1] ** -0.5
+        for key, shape in zip(keys, shapes(config))
+    ]
+
+    @jax.jit
+    def run(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+        for _ in range(config["num_hidden_layers"]):
+            x = layer(weights, x)
+        return x
+
+    x = jax.random.normal(keys[4], (rows, config["hidden_size"]), jnp.bfloat16)
+    run(weights, x).block_until_ready()
+    work = 2e-12 * rows * config["num_hidden_layers"] * sum(weight.size for weight in weights)
+    rates: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begun = time.perf_counter()
+        results = [run(weights, x) for _ in range(min(64, max(1, round(20 / work))))]
+        results[-1].block_until_ready()
+        rates.append(work * len(results) / (time.perf_counter() - begun))
+    return {
+        "first_tflops": round(rates[0], 1),
+        "last_tflops": round(rates[-1], 1),
+        "pass_ms": round(work / rates[-1] * 1e3, 2),
+        "bound_tokens_per_s": round(rows * rates[-1] / work),
+    }
+
+
+def main() -> None:
+    parser = arguments("Rate of a model's matrix products alone.")
+    parser.add_argument("--model", type=Path, required=True, help="config.json of the model")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 256], help="tokens at a time")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    options = parser.parse_args()
+    config = msgspec.json.decode(options.model.read_bytes())
+    report = Report("roofline")
+    for rows in options.rows:
+        report.figures[str(rows)] = sustain(config, rows, options.seconds)
+    report.environment = {"device": jax.devices()[0].device_kind, "model": str(options.model)}
+    report.write(options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A draft model that is to be loaded beside a model: what is refused, and what its programs take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from llmos.drivers.jax.attention import AttentionBackend
+from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.forward import Shape
+from llmos.drivers.jax.ledger import Limits
+from llmos.drivers.jax.sharding.placement import Placement
+from llmos.ipc.errors import InvalidArgument
+
+
+@dataclass
+class Draft:
+    """A draft model in the place of the model's replica.
+
+    ``shapes`` are its parameters as programs take them, ``load`` gives their values, and ``kv_dtype`` is that
+    of its cache.
+    """
+
+    place: Placement
+    config: DecoderConfig
+    graph: Any
+    tree: Any
+    backend: AttentionBackend
+    shapes: dict[str, Any]
+    load: Callable[[], dict[str, jax.Array]]
+    kv_dtype: Any
+
+    def described(self, limits: Limits) -> tuple[Shape, list[Any], Any]:
+        """What specialises its programs, and the shapes of its weights and caches."""
+        shape = Shape(self.graph, self.tree, self.backend, limits.page_tokens, limits.pages + 1)
+        return shape, list(self.shapes.values()), self._caches(limits)[0]
+
+    def held(self, limits: Limits) -> tuple[list[jax.Array], Any]:
+        """Its weights and empty caches, on the devices."""
+        weights = self.load()
+        return [weights[path] for path in self.shapes], self._caches(limits)[1]()
+
+    def _caches(self, limits: Limits) -> Any:
+        """It has as many pages as the model, for the block tables are the same."""
+        allocate = partial(
+            self.backend.allocate, pages=limits.pages + 1, page_tokens=limits.page_tokens, dtype=self.kv_dtype
+        )
+        return self.place.caches(allocate, self.config)
+
+
+def check_draft(draft: DecoderConfig, config: DecoderConfig, context: int) -> None:
+    """Refuse a draft model whose guesses would mean something else, or that cannot see ``context`` tokens."""
+    if draft.vocab_size != config.vocab_size:
+        raise InvalidArgument(
+            f"the draft model has {draft.vocab_size} tokens and the model {config.vocab_size}: "
+            "take one with the same vocabulary"
+        )
+    context = min(context, config.max_positions)
+    if draft.max_positions < context:
+        raise InvalidArgument(
+            f"the draft model sees {draft.max_positions} tokens, fewer than a context of {context}: "
+            "lower max_context or take another"
+        )

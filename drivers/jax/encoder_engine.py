@@ -1,0 +1,166 @@
+"""One loaded encoder: its weights, its compiled programs by bucket, and the dispatch of its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmos.drivers.jax.buckets import bucket, split
+from llmos.drivers.jax.encoder import EncoderConfig
+from llmos.drivers.jax.modules import struct
+from llmos.drivers.jax.programs import Key, Programs
+from llmos.drivers.sdk.driver import PendingEncoding
+from llmos.drivers.sdk.messages import EncodedStep, EncodeStep
+from llmos.ipc.errors import InvalidArgument, IOFailure
+
+SHORTEST = 16
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What an encoder's programs are specialised on: its module (``graph`` and ``tree``, as in ``forward``),
+    the shapes of its ``weights``, and the buckets. ``first`` is how many are compiled ahead of serving."""
+
+    graph: Any
+    tree: Any
+    weights: list[Any]
+    lengths: list[int]
+    step_tokens: int
+    factor: int
+    first: int
+
+    def rows_for(self, length: int) -> list[int]:
+        """Batch sizes for texts of a length: ``factor`` apart, together no more than a step."""
+        largest = max(1, self.step_tokens // length)
+        sizes, size = [], 1
+        while size < largest:
+            sizes.append(size)
+            size *= self.factor
+        return [*sizes, largest]
+
+
+def length_buckets(longest: int) -> list[int]:
+    """Lengths that texts are padded to: powers of two, and the longest itself."""
+    sizes, size = [], SHORTEST
+    while size < longest:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, longest]
+
+
+class EncoderPrograms(Programs):
+    """Compiled programs by (rows, length)."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__(spec)  # type: ignore[arg-type]
+        self.encoder = spec
+
+    def ahead(self) -> list[Key]:
+        """All, those for one text first."""
+        alone: list[Key] = [("encode", 1, length) for length in self.encoder.lengths]
+        rest: list[Key] = [
+            ("encode", rows, length)
+            for length in self.encoder.lengths
+            for rows in reversed(self.encoder.rows_for(length))
+        ]
+        return list(dict.fromkeys([*alone, *rest]))
+
+    def ready_rows(self, length: int) -> list[int]:
+        """The batch sizes to use now: those compiled already, so that nobody waits for a compiler while
+        there is another way; all of them where none is."""
+        sizes = self.encoder.rows_for(length)
+        return [rows for rows in sizes if self.ready(("encode", rows, length))] or sizes
+
+    def _compile(self, key: Key) -> Callable[..., Any]:
+        rows, length = (int(side) for side in key[1:])
+        packed = struct((rows, 2 * length + 1), np.int32)
+        return jax.jit(partial(_run, self.encoder)).lower(self.encoder.weights, packed).compile()
+
+
+def _run(spec: EncoderSpec, weights: list[Any], packed: jax.Array) -> jax.Array:
+    """``packed`` [rows, 2 L + 1] holds tokens, their types, and how many count -> float32 [rows, width]."""
+    encoder = nnx.merge(spec.graph, jax.tree.unflatten(spec.tree, weights))
+    length = packed.shape[1] // 2
+    made: jax.Array = encoder(packed[:, :length], packed[:, length:-1], packed[:, -1])
+    return made.astype(jnp.float32)
+
+
+class EncoderEngine:
+    """Encodes texts; see ``Driver.encode`` for the contract."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        programs: EncoderPrograms,
+        weights: list[jax.Array],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._config = config
+        self._programs = programs
+        self._weights = weights
+        self._clock = clock
+        self._completed = 0.0
+
+    def encode(self, request: EncodeStep) -> PendingEncoding:
+        """Check and dispatch a step; InvalidArgument says what does not fit."""
+        spec = self._programs.encoder
+        _check(self._config, spec, request)
+        begun = self._clock()
+        length = bucket(max(map(len, request.texts)), spec.lengths)
+        types = request.types or [[]] * len(request.texts)
+        outputs, at = [], 0
+        sizes = self._programs.ready_rows(length)
+        for count in split(len(request.texts), sizes):
+            rows = bucket(count, sizes)
+            packed = _pack(request.texts[at : at + count], types[at : at + count], rows, length)
+            made = self._programs.get(("encode", rows, length))(self._weights, packed)
+            made.copy_to_host_async()
+            outputs.append((count, made))
+            at += count
+        return partial(self._resolve, outputs, begun)
+
+    def close(self) -> None:
+        """Stop what still runs in the background."""
+        self._programs.close()
+
+    def _resolve(self, outputs: list[tuple[int, jax.Array]], begun: float) -> EncodedStep:
+        rows = np.concatenate([np.asarray(made)[:count] for count, made in outputs])
+        now = self._clock()
+        since, self._completed = max(begun, self._completed), now
+        if not np.isfinite(rows).all():
+            raise IOFailure("the device made numbers that are not finite of these texts")
+        return EncodedStep(rows.astype("<f4").tobytes(), rows.shape[1], round((now - since) * 1e6))
+
+
+def _pack(texts: list[list[int]], types: list[list[int]], rows: int, length: int) -> np.ndarray:
+    packed = np.zeros((rows, 2 * length + 1), np.int32)
+    for row, (text, kinds) in enumerate(zip(texts, types, strict=True)):
+        packed[row, : len(text)] = text
+        packed[row, length : length + len(kinds)] = kinds
+        packed[row, -1] = len(text)
+    return packed
+
+
+def _check(config: EncoderConfig, spec: EncoderSpec, request: EncodeStep) -> None:
+    """Refuse a step that names a token or type that is not there, or exceeds a step, before any effect."""
+    if not request.texts or (request.types and len(request.types) != len(request.texts)):
+        raise InvalidArgument(f"{len(request.texts)} texts with {len(request.types)} rows of types")
+    for number, text in enumerate(request.texts):
+        if not 0 < len(text) <= spec.lengths[-1]:
+            raise InvalidArgument(f"text {number} has {len(text)} tokens, not 1 to {spec.lengths[-1]}")
+        if not 0 <= min(text) <= max(text) < config.vocab_size:
+            raise InvalidArgument(f"text {number}: a token is not below {config.vocab_size}")
+    for number, types in enumerate(request.types):
+        if len(types) != len(request.texts[number]) or not 0 <= min(types) <= max(types) < config.types:
+            raise InvalidArgument(f"text {number}: types must be below {config.types}, one for each token")
+    length = bucket(max(map(len, request.texts)), spec.lengths)
+    if len(request.texts) > spec.rows_for(length)[-1]:
+        raise InvalidArgument(f"{len(request.texts)} texts of {length} tokens exceed {spec.step_tokens}")

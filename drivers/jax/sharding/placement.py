@@ -1,0 +1,217 @@
+"""Where a model's arrays are put and how its programs are compiled: on one device, or over a mesh."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from llmos.drivers.jax.attention import AttentionBackend
+from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.modules import Decoder, struct
+from llmos.drivers.jax.sharding import rules
+from llmos.drivers.jax.sharding.mesh import Axes, make_mesh, replicas
+from llmos.drivers.jax.sharding.sequence import SequenceAttention
+
+Program = Callable[..., Any]
+
+
+class Placement(Protocol):
+    """The place of one replica of a model."""
+
+    @property
+    def device(self) -> Any:
+        """One device that stands for all of them: they are alike."""
+        ...
+
+    @property
+    def common(self) -> Any:
+        """The sharding of what every device has: the batch, token ids, logits."""
+        ...
+
+    def local(self, config: DecoderConfig) -> DecoderConfig:
+        """What one device computes of a model."""
+        ...
+
+    def cut(self, decoder: Decoder) -> None:
+        """Make a decoder of the local configuration add up what the devices compute."""
+        ...
+
+    @property
+    def page_parts(self) -> int:
+        """Over how many devices pages are spread, so that each has fewer."""
+        ...
+
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        """The backend that attends over the pages as they are spread."""
+        ...
+
+    def kept(self, shapes: dict[str, Any]) -> dict[str, Any]:
+        """Parameters as they are loaded: ``shapes`` with shardings."""
+        ...
+
+    def arranged(self, config: DecoderConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+        """Parameters as programs take them."""
+        ...
+
+    def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Loaded parameters as programs take them; what changes is given up."""
+        ...
+
+    def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
+        """Shapes of the caches that ``make`` allocates for a configuration, and how to allocate them."""
+        ...
+
+    def compile(self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any) -> Program:
+        """A compiled program; ``outputs`` is, for each output, the argument that it lies like, or None for
+        what every device has."""
+        ...
+
+
+def places(devices: Sequence[Any], axes: Axes) -> list[Placement]:
+    """The place of each replica."""
+    groups = replicas(devices, axes)
+    if len(groups[0]) == 1:
+        return [OneDevice(group[0]) for group in groups]
+    return [Sharded(make_mesh(group, axes), axes) for group in groups]
+
+
+@dataclass(frozen=True)
+class OneDevice:
+    """Everything on one device, as it is."""
+
+    device: Any
+
+    @property
+    def common(self) -> SingleDeviceSharding:
+        return SingleDeviceSharding(self.device)
+
+    def local(self, config: DecoderConfig) -> DecoderConfig:
+        return config
+
+    def cut(self, decoder: Decoder) -> None:
+        return
+
+    @property
+    def page_parts(self) -> int:
+        return 1
+
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        return backend
+
+    def kept(self, shapes: dict[str, Any]) -> dict[str, Any]:
+        return {path: struct(x.shape, x.dtype, self.common) for path, x in shapes.items()}
+
+    def arranged(self, config: DecoderConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+        return self.kept(shapes)
+
+    def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return weights
+
+    def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
+        allocate = partial(make, config)
+        shapes = _at(jax.eval_shape(allocate), lambda _: self.common)
+        return shapes, jax.jit(allocate, out_shardings=self.common)
+
+    def compile(self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any) -> Program:
+        placed = _at(arguments, lambda _: self.common)
+        return jax.jit(program, donate_argnums=donated).lower(*placed).compile()
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """One part of the model on each device of a mesh; see ``rules``."""
+
+    mesh: Mesh
+    axes: Axes
+
+    @property
+    def device(self) -> Any:
+        return self.mesh.devices.flat[0]
+
+    @property
+    def common(self) -> NamedSharding:
+        return self._at(rules.spec())
+
+    def local(self, config: DecoderConfig) -> DecoderConfig:
+        return rules.local_config(config, self.axes)
+
+    def cut(self, decoder: Decoder) -> None:
+        rules.cut(decoder, self.axes)
+
+    @property
+    def page_parts(self) -> int:
+        return self.axes.sequence
+
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        return SequenceAttention(self.axes.sequence) if self.axes.sequence > 1 else backend
+
+    def kept(self, shapes: dict[str, Any]) -> dict[str, Any]:
+        """Cut as in the end, so that a device reads no more than its part, unless that does not divide."""
+        return {path: self._weight(path, x, whole=True) for path, x in shapes.items()}
+
+    def arranged(self, config: DecoderConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+        made = {}
+        for path, x in shapes.items():
+            arrange = rules.arrangement(path, config, self.axes)
+            made[path] = self._weight(path, jax.eval_shape(arrange, x) if arrange else x)
+        return made
+
+    def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        made: dict[str, jax.Array] = {}
+        programs: dict[str, Program] = {}
+        for path in list(weights):
+            value = weights.pop(path)
+            if arrange := rules.arrangement(path, config, self.axes):
+                shape = self._weight(path, jax.eval_shape(arrange, value))
+                # Layers are alike: one program serves the parameter of all of them.
+                role = re.sub(r"\d+", "", path)
+                programs.setdefault(role, jax.jit(arrange, out_shardings=shape.sharding))
+                value = programs[role](value)
+            made[path] = value
+        return made
+
+    def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
+        allocate = partial(make, rules.stored_config(config, self.axes))
+        shapes = _at(
+            jax.eval_shape(allocate),
+            lambda _: self._at(rules.spec(self.axes.named("sequence"), self.axes.heads)),
+        )
+        placed = jax.tree.map(lambda x: x.sharding, shapes)
+        return shapes, jax.jit(allocate, out_shardings=placed)
+
+    def compile(self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any) -> Program:
+        placed = _at(arguments, lambda x: x.sharding or self.common)
+        specs = jax.tree.map(lambda x: x.sharding.spec, placed)
+        results = jax.tree.map(
+            lambda at: rules.spec() if at is None else specs[at], outputs, is_leaf=lambda x: x is None
+        )
+        local = jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False)
+        return jax.jit(local, donate_argnums=donated).lower(*placed).compile()
+
+    def _at(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def _weight(self, path: str, x: Any, whole: bool = False) -> Any:
+        """The shape of a parameter where it belongs; with ``whole``, uncut if it cannot be cut as it is."""
+        spec = rules.spec_of(path, len(x.shape), self.axes)
+        if whole and not self._divides(x.shape, spec):
+            spec = rules.spec()
+        return struct(x.shape, x.dtype, self._at(spec))
+
+    def _divides(self, shape: tuple[int, ...], spec: PartitionSpec) -> bool:
+        named = (names if isinstance(names, tuple) else (names,) if names else () for names in spec)
+        return all(
+            size % prod(self.mesh.shape[name] for name in names) == 0 for size, names in zip(shape, named)
+        )
+
+
+def _at(tree: Any, sharding: Callable[[Any], Any]) -> Any:
+    """Shapes of a tree of arrays or shapes, with shardings."""
+    return jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding(x)), tree)

@@ -1,0 +1,95 @@
+"""The host's side of speculation: the history on the device, the policy, and the programs that they need."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from llmos.drivers.jax.buckets import bucket
+from llmos.drivers.jax.programs import ADMIT_ROWS, Programs
+from llmos.drivers.jax.sampling import Variant
+from llmos.drivers.jax.speculation import Policy
+from llmos.drivers.jax.verification import History
+from llmos.drivers.sdk.messages import Start
+
+
+class Speculation:
+    """What an engine has more when it speculates.
+
+    ``history`` is on the device; ``steps``, ``rows`` and ``gained`` count for each (batch size, guesses) the
+    steps without prefill, their rows, and the tokens that these gained. ``draft`` are the weights and caches
+    of the draft model, if there is one.
+    """
+
+    def __init__(
+        self, programs: Programs, policy: Policy, history: History, draft: tuple[Any, Any] | None = None
+    ) -> None:
+        self.policy = policy
+        self.history = history
+        self._draft = draft
+        self.steps: Counter[tuple[int, int]] = Counter()
+        self.rows: Counter[tuple[int, int]] = Counter()
+        self.gained: Counter[tuple[int, int]] = Counter()
+        self._programs = programs
+
+    def begin(self, starts: list[Start]) -> None:
+        """Sequences enter: remember all that is known of them."""
+        for start in starts:
+            self.policy.begin(start.slot)
+        if len(starts) == 1:
+            self._recall(starts, 1)
+            return
+        for at in range(0, len(starts), ADMIT_ROWS):
+            self._recall(starts[at : at + ADMIT_ROWS], ADMIT_ROWS)
+
+    def choose(self, rows: list[int], variant: Variant) -> tuple[int, int]:
+        """The batch size for these slots, and how many guesses the step verifies.
+
+        None with penalties, which depend on the tokens before, and none where a program would have to be
+        compiled first.
+        """
+        size = bucket(len(rows), self._programs.spec.decode_sizes)
+        if variant == "full":
+            return size, 0
+        guesses = self.policy.choose(rows, size)
+        keys = ("verify", size, guesses), ("accept", variant, size, guesses)
+        ready = self.policy.always or all(self._programs.ready(key) for key in keys)
+        return size, guesses if ready else 0
+
+    def programs(self, variant: Variant, size: int, guesses: int) -> tuple[Any, Any]:
+        """The programs that compute and that accept."""
+        get = self._programs.get
+        return get(("verify", size, guesses)), get(("accept", variant, size, guesses))
+
+    def verify(self, program: Any, guesses: int, held: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+        """Run a program of ``programs`` on what the engine holds: the caches, logits, and the guess."""
+        if self._draft is None or not guesses:
+            caches, logits, guess = program(*held)
+            return caches, logits, guess
+        weights, drafts = self._draft
+        caches, drafts, logits, guess = program(*held, weights, drafts)
+        self._draft = weights, drafts
+        return caches, logits, guess
+
+    def observe(self, slot: int, guesses: int, trials: int, hits: int) -> None:
+        """What became of the guesses for a slot; a plain step has looked some up, but not asked the draft."""
+        if guesses or self._draft is None:
+            self.policy.observe(slot, trials, hits)
+
+    def resolved(self, rows: int, size: int, guesses: int, gained: int, seconds: float) -> None:
+        """A step without prefill took so long and gained so many tokens."""
+        key = size, guesses
+        self.steps[key] += 1
+        self.rows[key] += rows
+        self.gained[key] += gained
+        self.policy.timed(size, guesses, seconds)
+
+    def _recall(self, starts: list[Start], rows: int) -> None:
+        tokens = np.zeros((rows, self.history.tokens.shape[1]), np.int32)
+        slots = np.full(rows, self.history.tokens.shape[0], np.int32)
+        for row, start in enumerate(starts):
+            tokens[row, : len(start.tokens)] = start.tokens
+            slots[row] = start.slot
+        self.history = self._programs.get(("recall", rows))(self.history, slots, tokens)

@@ -1,0 +1,42 @@
+"""Kept weights know nothing of meshes: saved on any, restored on any other, each shard to its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmos.drivers.jax import loader
+from llmos.drivers.jax.sharding import mesh
+from llmos.drivers.jax.sharding.mesh import Axes
+from llmos.drivers.jax.sharding.placement import OneDevice, Placement, Sharded
+from llmos.drivers.jax.weights import checkpoint
+
+
+def restored(kept: Path, place: Placement) -> dict[str, jax.Array]:
+    _, config, _ = checkpoint.read_manifest(kept)
+    return checkpoint.restore(kept, loader.parameters(config, jnp.float32, place)[-1])
+
+
+def test_weights_saved_on_one_mesh_are_restored_on_another(
+    on_mesh: Callable[..., Any], fresh_cache: Path
+) -> None:
+    saved = on_mesh("llama", {"tensor": 4})
+    assert "save" in saved.loaded.phases
+    other = on_mesh("llama", {"tensor": 2})
+    assert "restore" in other.loaded.phases
+    other.check()
+    (kept,) = (fresh_cache / "weights").iterdir()
+    devices = jax.devices()
+    whole = restored(kept, OneDevice(devices[0]))
+    cut = restored(
+        kept, Sharded(mesh.make_mesh(devices[:8], Axes(sequence=2, tensor=4)), Axes(sequence=2, tensor=4))
+    )
+    for path, value in whole.items():
+        np.testing.assert_array_equal(value, cut[path], err_msg=path)
+    down = cut["layers.0.mlp.down.weight"]
+    assert {shard.data.shape for shard in down.addressable_shards} == {(32, 48 // 8)}

@@ -1,0 +1,84 @@
+"""A model over a mesh computes what it computes on one device, along every axis and across them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from llmos.drivers.sdk.messages import Sampling
+
+OnMesh = Callable[..., Any]
+
+CASES = {
+    "llama-tensor": ("llama", {"tensor": 2}),
+    "llama-repeated-kv-heads": ("llama", {"tensor": 4}),
+    "gemma2-windows-and-caps": ("gemma2", {"tensor": 2}),
+    "gpt2-biases": ("gpt2", {"tensor": 4}),
+    "mixtral-expert": ("mixtral", {"expert": 4}),
+    "mixtral-tensor": ("mixtral", {"tensor": 2}),
+    "gemma2-sequence-and-tensor": ("gemma2", {"sequence": 2, "tensor": 2}),
+    "qwen3_moe-expert-and-tensor": ("qwen3_moe", {"expert": 2, "tensor": 2}),
+}
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES.values(), ids=CASES)
+def test_tokens_and_logits_are_those_of_one_device(on_mesh: OnMesh, name: str, mesh: dict[str, int]) -> None:
+    on_mesh(name, mesh).check()
+
+
+def test_a_context_is_longer_than_one_device_holds(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"sequence": 4}, pages=32)
+    (held,) = {shard.data.shape[0] for shard in model.engines[0]._caches[0].k.addressable_shards}
+    assert held * model.loaded.page_tokens < len(model.prompt) + len(model.expected["greedy"])
+    model.check()
+
+
+def test_replicas_have_slots_and_pages_of_their_own(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"data": 2, "tensor": 2})
+    assert model.loaded.replicas == 2
+    assert model.engines[0].limits == model.engines[1].limits
+    devices = [{d for w in engine._weights for d in w.devices()} for engine in model.engines]
+    assert [len(each) for each in devices] == [2, 2]
+    assert not devices[0] & devices[1]
+    model.check(replica=1)
+    model.check(replica=0)
+
+
+def test_sampled_tokens_are_those_of_one_device(on_mesh: OnMesh) -> None:
+    fields = {"sampling": Sampling(temperature=0.9, top_p=0.9, seed=3, presence_penalty=0.5)}
+    tokens = [on_mesh("llama", mesh).run(**fields)[0] for mesh in ({}, {"tensor": 2})]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_step_sums_twice_a_layer_and_once_for_the_embedding(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"tensor": 2})
+    engine = model.engines[0]
+    program = engine.programs.get(("decode", 2)).as_text()
+    assert program.count(" all-reduce(") == 2 * 2 + 1
+    assert program.count(" all-gather(") == 1
+
+
+def test_a_step_updates_the_pages_of_every_device_in_place(on_mesh: OnMesh) -> None:
+    engine = on_mesh("llama", {"tensor": 2}).engines[0]
+    held = sum(
+        shard.data.nbytes for c in engine._caches for part in c for shard in part.addressable_shards[:1]
+    )
+    assert engine.programs.get(("decode", 2)).memory_analysis().alias_size_in_bytes == held
+
+
+def test_guesses_are_verified_over_a_mesh(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"tensor": 2}, speculation="ngram", speculation_tokens=2)
+    model.engines[0].speculation.policy.always = True
+    model.check()
+    assert model.engines[0].speculation.steps.keys() >= {(2, 2)}
+
+
+def test_programs_are_rehearsed_over_a_mesh(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"tensor": 2})
+    engine = model.engines[0]
+    engine.unrehearsed = [("decode", 2), ("prefill", 1, 16, False), ("sample", "greedy", 2)]
+    while engine.rehearse():
+        pass
+    model.check()

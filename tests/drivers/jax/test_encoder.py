@@ -1,0 +1,162 @@
+"""An encoder as the driver serves it: loaded from its folder, batches of any kind, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from llmos.drivers.jax import platform
+from llmos.drivers.jax.driver import JaxDriver
+from llmos.drivers.jax.encoder_engine import EncoderSpec, length_buckets
+from llmos.drivers.sdk.messages import EncodeStep, LoadedModel, LoadRequest
+from llmos.ipc.errors import InvalidArgument, NotFound
+
+FAMILIES = Path(__file__).parents[2] / "data" / "families"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_programs(programs_folder: Path) -> None:
+    platform.keep_programs(str(programs_folder))
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    """One loaded encoder, with few programs."""
+    made = JaxDriver("cpu")
+    load(made, FAMILIES / "bert", max_context=32, chunk_tokens=64)
+    yield made
+    made.unload("e")
+
+
+@pytest.fixture
+def driver() -> Any:
+    made = JaxDriver("cpu")
+    yield made
+    for model in [*made._encoders, *made._engines]:
+        made.unload(model)
+
+
+def load(driver: JaxDriver, source: str | Path, **more: Any) -> LoadedModel:
+    sizes = {"max_context": 16, "chunk_tokens": 48, **more}
+    return driver.load(LoadRequest(model="e", source=str(source), **sizes), lambda _: None)
+
+
+def encode(driver: JaxDriver, texts: list[list[int]], types: list[list[int]] | None = None) -> np.ndarray:
+    result = driver.encode(EncodeStep(model="e", texts=texts, types=types or []))()
+    assert result.micros > 0
+    return np.frombuffer(result.rows, "<f4").reshape(len(texts), result.width)
+
+
+def inputs(folder: Path) -> tuple[dict[str, np.ndarray], list[list[int]], list[list[int]]]:
+    """What transformers made of a fixture, and the texts it was given, without their padding."""
+    expected = load_file(folder / "expected.tensors")
+    lengths = expected["lengths"].tolist()
+    rows = lambda name: [row[:n] for row, n in zip(expected[name].tolist(), lengths)]  # noqa: E731
+    return expected, rows("tokens"), rows("types")
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "tolerance"),
+    [("bert", "mean", 2e-6), ("roberta", "mean", 2e-6), ("bert_pairs", "logits", 2e-5),
+     ("roberta_labels", "logits", 2e-5)],
+)  # fmt: skip
+def test_each_kind_of_encoder_is_served_as_transformers_computes_it(
+    driver: JaxDriver, name: str, output: str, tolerance: float
+) -> None:
+    loaded = load(driver, FAMILIES / name)
+    expected, texts, types = inputs(FAMILIES / name)
+    assert (loaded.kind, loaded.family, loaded.width) == ("encoder", "bert", expected[output].shape[1])
+    assert (loaded.pages, loaded.slots) == (0, 0)
+    assert len(loaded.labels) == (0 if output == "mean" else loaded.width)
+    np.testing.assert_allclose(encode(driver, texts, types), expected[output], atol=tolerance)
+
+
+def test_a_text_is_encoded_alike_in_any_company(small: JaxDriver) -> None:
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(0, 64, size).tolist() for size in (1, 16, 3)]
+    together = encode(small, texts)
+    for row, text in enumerate(texts):
+        np.testing.assert_allclose(together[row : row + 1], encode(small, [text]), atol=1e-5)
+
+
+def test_random_weights_of_a_configuration_are_served(driver: JaxDriver) -> None:
+    loaded = load(driver, f"random:{FAMILIES / 'bert' / 'config.json'}", dtype="bfloat16")
+    made = encode(driver, [[1, 2, 3]])
+    assert made.shape == (1, loaded.width)
+    assert np.linalg.norm(made) == pytest.approx(1, abs=1e-2)
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[str], Path]:
+    return lambda name: Path(shutil.copytree(FAMILIES / name, tmp_path / name))
+
+
+def test_the_second_load_restores_what_the_first_kept(
+    driver: JaxDriver, tmp_path: Path, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("bert_pairs")
+    expected, texts, types = inputs(folder)
+    first = load(driver, folder, cache=str(tmp_path / "cache"))
+    driver.unload("e")
+    second = load(driver, folder, cache=str(tmp_path / "cache"))
+    assert ("convert" in first.phases, "restore" in second.phases) == (True, True)
+    np.testing.assert_allclose(encode(driver, texts, types), expected["logits"], atol=2e-5)
+    driver.unload("e")
+    (kept,) = (tmp_path / "cache" / "weights").iterdir()
+    assert load(driver, kept).labels == first.labels
+    np.testing.assert_allclose(encode(driver, texts, types), expected["logits"], atol=2e-5)
+
+
+def test_pooling_and_the_longest_text_are_the_folders(
+    driver: JaxDriver, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("bert")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (folder / "modules.json").write_text("[]")
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
+    assert load(driver, folder).max_context == 12
+    expected, texts, types = inputs(folder)
+    np.testing.assert_allclose(encode(driver, texts, types), expected["cls"], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "types", "message"),
+    [
+        ([], [], "0 texts"),
+        ([[]], [], "0 tokens"),
+        ([[1] * 33], [], "33 tokens, not 1 to 32"),
+        ([[10**6]], [], "not below"),
+        ([[-1]], [], "not below"),
+        ([[1, 2]], [[0]], "types"),
+        ([[1]], [[7]], "types"),
+        ([[1], [2]], [[0]], "rows of types"),
+        ([[1] * 32] * 9, [], "exceed 64"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused(
+    small: JaxDriver, texts: list[list[int]], types: list[list[int]], message: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        small.encode(EncodeStep(model="e", texts=texts, types=types))
+
+
+def test_what_is_no_encoder_or_not_loaded_is_said(driver: JaxDriver) -> None:
+    with pytest.raises(NotFound, match="encoder e is not loaded"):
+        driver.encode(EncodeStep(model="e", texts=[[1]]))
+    with pytest.raises(InvalidArgument, match="dtype"):
+        load(driver, FAMILIES / "bert", dtype="int8")
+
+
+def test_buckets_hold_every_text_in_no_more_than_a_step() -> None:
+    assert length_buckets(20) == [16, 20]
+    assert length_buckets(16) == [16]
+    spec = EncoderSpec(None, None, [], length_buckets(256), 256, 4, 2)
+    assert [spec.rows_for(length) for length in (16, 128, 256)] == [[1, 4, 16], [1, 2], [1]]
