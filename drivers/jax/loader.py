@@ -111,9 +111,8 @@ class Load:
         check_request(request)
         axes = mesh.parse(request.mesh)
         mesh.check_devices(axes, len(self.devices))
-        if (request.host_pages or request.disk_pages) and any(
-            size > 1 for axis, size in request.mesh.items() if axis != "data"
-        ):
+        wanted = max(request.host_pages, request.disk_pages, request.host_bytes, request.disk_bytes)
+        if wanted > 0 and any(size > 1 for axis, size in request.mesh.items() if axis != "data"):
             raise InvalidArgument(
                 "pages of a model that is cut over several devices cannot leave them: "
                 "leave host_pages and disk_pages 0, or use the data axis only"
@@ -122,9 +121,11 @@ class Load:
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
         plan = self._timed("read", lambda: find_weights(request))
-        on_cpu = self.devices[0].platform == "cpu"
-        page_bytes = page_size(plan.config, request)
-        self.request = request = with_tiers(request, page_bytes, device_is_ram=on_cpu)
+        # Pages that are cut over several devices stay there, also where the tiers' sizes are left to us.
+        cut = any(size > 1 for axis, size in request.mesh.items() if axis != "data")
+        no_tiers = cut or self.devices[0].platform == "cpu"
+        page_bytes = page_size(plan.config, request) * request.mesh.get("data", 1)
+        self.request = request = with_tiers(request, page_bytes, no_host=no_tiers)
         mesh.check_model(axes, plan.config)
         first, *others = places(self.devices, axes)
         parts = self._parts(plan, first)

@@ -123,7 +123,7 @@ class NullDriver(Driver):
 
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         progress(LoadProgress("read", 1, 1))
-        request = with_tiers(request, page_size(request.page_tokens), device_is_ram=True)
+        request = with_tiers(request, page_size(request.page_tokens), no_host=True)
         encodes = request.model == self._encoder
         loaded = LoadedModel(
             model=request.model,

@@ -13,15 +13,15 @@ HOST_SHARE = 0.5  # of the RAM that is free, where the driver may choose
 MEMINFO = Path("/proc/meminfo")
 
 
-def with_tiers(request: LoadRequest, page_bytes: int, *, device_is_ram: bool) -> LoadRequest:
+def with_tiers(request: LoadRequest, page_bytes: int, *, no_host: bool) -> LoadRequest:
     """The request with its ``host_bytes`` and ``disk_bytes`` as pages.
 
-    Left to the driver, host memory takes half of what is free, and nothing where the device's own memory is
-    RAM: pages would be moved from RAM to RAM.
+    ``page_bytes`` are those of a page of every replica. Left to the driver, host memory takes half of what is
+    free, and nothing with ``no_host``: where the device's own memory is RAM, or pages cannot be moved.
     """
     host = request.host_bytes
     if host == AUTO:
-        host = 0 if device_is_ram else int(HOST_SHARE * free_ram())
+        host = 0 if no_host else int(HOST_SHARE * free_ram())
     return msgspec.structs.replace(
         request,
         host_pages=request.host_pages or host // page_bytes,
