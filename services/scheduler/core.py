@@ -508,13 +508,13 @@ class Core:
         self.give_up(host, task)
         host.keepers.pop(task.id, None)
         host.short_of_pages = False
-        self._capped.discard(task.tenant)
 
     def give_up(self, host: Host, task: Task) -> None:
         """Memory takes back what a task has in any tier."""
         self._effects.free(host, [task])
         self.swapping.forget(host, task)
         self.strip(task)
+        self._capped.discard(task.tenant)
 
     def strip(self, task: Task) -> None:
         """A task has nothing any more; what it is still given on an older request is not for it."""
@@ -527,6 +527,7 @@ class Core:
 
     def pump(self, model: str, now: float) -> None:
         """Something has become free: see who can have it."""
+        self._capped.clear()
         self._pump(model, now)
 
     def _eligible(self, task: Task) -> bool:
