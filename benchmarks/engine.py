@@ -1,6 +1,7 @@
 """Speed of the JAX driver's engine alone: decode at several batch sizes, and prefill; no other process.
 
-    python -m benchmarks.engine --model MODEL.gguf [--dtype float32] [--json FILE]
+    python -m benchmarks.engine --model MODEL.gguf [--dtype float32] [--weights int8] [--kv-dtype int8] \
+        [--json FILE]
 
 Decode is measured in quanta with two steps pending, as the SDK runs them, after a prompt of ``--context``
 tokens; prefill is the time of one prompt of ``--prompt`` tokens to its first token.
@@ -20,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.sdk.messages import Chunk, LoadedModel, LoadRequest, Quantum, Start, Step
+from llmos.drivers.sdk.messages import (
+    DTYPES,
+    PRECISIONS,
+    Chunk,
+    LoadedModel,
+    LoadRequest,
+    Quantum,
+    Start,
+    Step,
+)
 
 DECODE_STEPS = 48
 WARM_STEPS = 8
@@ -87,6 +97,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="GGUF file, safetensors folder, or random:CONFIG_JSON")
     parser.add_argument("--cache", default="", help="folder for converted weights and compiled programs")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--weights", default="same", choices=PRECISIONS)
+    parser.add_argument("--kv-dtype", choices=DTYPES, help="as --dtype, if left out")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512)
@@ -104,7 +116,8 @@ def main() -> None:
         source=options.model,
         cache=options.cache,
         dtype=options.dtype,
-        kv_dtype=options.dtype,
+        weights=options.weights,
+        kv_dtype=options.kv_dtype or options.dtype,
         pages=slots * -(-total // options.page_tokens),
         page_tokens=options.page_tokens,
         chunk_tokens=options.chunk_tokens,
@@ -130,6 +143,10 @@ def main() -> None:
             "cores": len(os.sched_getaffinity(0)),
             "jax": metadata.version("jax"),
             "dtype": options.dtype,
+            "weights": options.weights,
+            "kv_dtype": options.kv_dtype or options.dtype,
+            "weight_bytes": loaded.weight_bytes,
+            "page_bytes": loaded.page_bytes,
             "attention": loaded.attention,
             "load_phases": loaded.phases,
         },

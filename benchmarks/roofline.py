@@ -1,24 +1,33 @@
 """What bounds the serving figures: the matrix products of a model alone, as fast as the device sustains them.
 
-    python -m benchmarks.roofline --model benchmarks/shapes/llama-3.1-8b.json [--rows 8192 256] [--json FILE]
+    python -m benchmarks.roofline --model benchmarks/shapes/llama-3.1-8b.json [--rows 8192 256 1] \
+        [--weights float8 [--way native]] [--json FILE]
 
-The products of all layers run one after another on random bfloat16 numbers, with nothing between them, for
+The products of all layers run one after another on random bfloat16 numbers, with nothing between them but,
+where ``--weights`` are of 8 bits and are multiplied so, the quantisation of what they are fed with, for
 ``--seconds``. The first and the last rate differ where the device lowers its clock to keep within its power:
 what a queue of requests meets is the last. ``bound`` is what that rate would allow without attention, norms,
-sampling and everything else a step needs.
+sampling and everything else a step needs. ``--way`` replaces the one that ``quant.choose`` picks.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import msgspec
 
 from benchmarks.report import Report, arguments
+from llmos.drivers.jax import quant
+from llmos.drivers.jax.layers import product
+from llmos.drivers.sdk.messages import PRECISIONS, Precision
+
+Weight = tuple[jax.Array, jax.Array | None]
+"""Values [out, in], and the scale [out] of quantised ones."""
 
 
 def shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
@@ -30,30 +39,33 @@ def shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
     return [(fused, hidden), (hidden, heads * head), (2 * inner, hidden), (hidden, inner)]
 
 
-def layer(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+def layer(weights: list[Weight], x: jax.Array) -> jax.Array:
     """The products of a layer, each fed with what the one before made."""
-    for weight in weights:
-        x = jax.lax.dot_general(x[:, : weight.shape[1]], weight, (((1,), (1,)), ((), ())))
+    for weight, scale in weights:
+        x = product(x[:, : weight.shape[1]], weight, scale=scale)
     return x
 
 
-def sustain(config: dict[str, Any], rows: int, seconds: float) -> dict[str, float]:
+def make(key: jax.Array, shape: tuple[int, int], precision: Precision) -> Weight:
+    """A random weight."""
+    drawn = jax.random.normal(key, shape, jnp.bfloat16) * shape[1] ** -0.5
+    return (drawn, None) if precision == "same" else quant.quantise(drawn, quant.DTYPES[precision])
+
+
+def sustain(config: dict[str, Any], rows: int, seconds: float, precision: Precision) -> dict[str, float]:
     """Rates of the products for ``rows`` tokens at a time, in TFLOP/s, at the start and at the end."""
     keys = jax.random.split(jax.random.key(0), 5)
-    weights = [
-        jax.random.normal(key, shape, jnp.bfloat16) * shape[1] ** -0.5
-        for key, shape in zip(keys, shapes(config))
-    ]
+    weights = [make(key, shape, precision) for key, shape in zip(keys, shapes(config))]
 
     @jax.jit
-    def run(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+    def run(weights: list[Weight], x: jax.Array) -> jax.Array:
         for _ in range(config["num_hidden_layers"]):
             x = layer(weights, x)
         return x
 
     x = jax.random.normal(keys[4], (rows, config["hidden_size"]), jnp.bfloat16)
     run(weights, x).block_until_ready()
-    work = 2e-12 * rows * config["num_hidden_layers"] * sum(weight.size for weight in weights)
+    work = 2e-12 * rows * config["num_hidden_layers"] * sum(weight.size for weight, _ in weights)
     rates: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -74,12 +86,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="config.json of the model")
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 256], help="tokens at a time")
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--weights", default="same", choices=PRECISIONS)
+    parser.add_argument("--way", choices=get_args(quant.Way))
     options = parser.parse_args()
     config = msgspec.json.decode(options.model.read_bytes())
     report = Report("roofline")
-    for rows in options.rows:
-        report.figures[str(rows)] = sustain(config, rows, options.seconds)
-    report.environment = {"device": jax.devices()[0].device_kind, "model": str(options.model)}
+    with mock.patch.object(quant, "choose", (lambda *_: options.way) if options.way else quant.choose):
+        for rows in options.rows:
+            report.figures[str(rows)] = sustain(config, rows, options.seconds, options.weights)
+    made = {"weights": options.weights, "way": options.way or "own"}
+    report.environment = {"device": jax.devices()[0].device_kind, "model": str(options.model), **made}
     report.write(options.json)
 
 

@@ -2,13 +2,13 @@
 
     python -m benchmarks.serving --model random:benchmarks/shapes/llama-3.1-8b.json --dtype bfloat16 \
         --page-tokens 64 --slots 256 --chunk-tokens 2048 [--only batch one ttft classify] [--json FILE] \
-        [--mesh tensor=2] [--compare FILE]
+        [--mesh tensor=2] [--weights float8] [--kv-dtype float8] [--compare FILE]
 
 ``batch``: 256 requests of 512 tokens, 256 new ones each. ``queue``: 1,024 of them. ``one``: a single
 stream of 512. ``ttft``: first token of 2,048. ``classify``: 512 requests of 512 tokens, one new one each.
 No prompt shares a page with another, and every request produces all its tokens. With ``--mesh data=N``
-there are N times as many requests. ``--compare`` takes the report of a run on one device: the ratios are
-this run's rates over those, and its first token's time over this one's.
+there are N times as many requests. ``--compare`` takes the report of another run, on one device or in
+bfloat16: the ratios are this run's rates over those, and its first token's time over this one's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.cluster import DRIVER, Cluster
 from benchmarks.report import Report, arguments
-from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
+from llmos.drivers.sdk.messages import DTYPES, PRECISIONS, LoadedModel, LoadRequest
 from llmos.ipc import codec, header
 from llmos.ipc.calls import Answer
 from llmos.ipc.client import Client
@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="GGUF file, safetensors folder, or random:CONFIG_JSON")
     parser.add_argument("--cache", type=Path, help="folder for converted weights and compiled programs")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--weights", default="same", choices=PRECISIONS)
+    parser.add_argument("--kv-dtype", choices=DTYPES, help="as --dtype, if left out")
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--page-tokens", type=int, default=64)
     parser.add_argument("--chunk-tokens", type=int, default=2048)
@@ -197,7 +199,8 @@ def main() -> None:
         source=options.model,
         cache=str(options.cache or ""),
         dtype=options.dtype,
-        kv_dtype=options.dtype,
+        weights=options.weights,
+        kv_dtype=options.kv_dtype or options.dtype,
         slots=options.slots,
         page_tokens=options.page_tokens,
         chunk_tokens=options.chunk_tokens,
@@ -215,6 +218,7 @@ def main() -> None:
         line = cluster.client.call("scheduler.stats", None, SchedulerStats).hosts[0]
         report.figures["last_step_ms"] = round(line.step_micros / 1e3, 2)
         report.environment = {"model": options.model, "dtype": options.dtype, "attention": loaded.attention}
+        report.environment |= {"weights": options.weights, "kv_dtype": options.kv_dtype or options.dtype}
         report.environment["mesh"] = dict(options.mesh)
     if options.compare:
         report.ratios = compare(report.figures, options.compare)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from llmos.drivers.sdk.messages import DType, Speculation
+from llmos.drivers.sdk.messages import DType, Precision, Speculation
 from llmos.ipc import codec, paths
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -30,7 +30,8 @@ class DriverSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model to serve. ``source`` is a path, or empty for a model that was pulled under this name.
 
-    ``slots`` sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits), and
+    ``dtype`` is what is computed in; ``weights`` "int8" or "float8" holds the weights in 8 bits. ``slots``
+    sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits), and
     ``host_pages`` in RAM and ``disk_pages`` on disk that of sequences that had to leave the device.
     ``host_cache`` and ``disk_cache`` say the latter in bytes or with a unit ("8GiB"); "auto" is half of the
     RAM that is free, and none where the device is a CPU.
@@ -43,6 +44,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     driver: str = "jax0"
     source: str = ""
     dtype: DType = "float32"
+    weights: Precision = "same"
     kv_dtype: DType = "float32"
     slots: int = 16
     pages: int = 512

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llmos.drivers.sdk.messages import DriverInfo
 from llmos.ipc import paths
-from llmos.ipc.errors import InvalidArgument, LLMOSError
+from llmos.ipc.errors import InvalidArgument, LLMOSError, NotSupported
 from llmos.shell.output import mesh_words
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def doctor(options: argparse.Namespace) -> int:
     from llmos.services.supervisor import lock
 
     running = lock.holder(paths.run_dir()) is not None
-    checks: list[Check] = [python, packages, folders, socket_paths, model_files]
+    checks: list[Check] = [python, packages, folders, socket_paths, native_kernels, model_files]
     checks += [system] if running else [nothing_up, devices]
     broken = 0
     for check in checks:
@@ -131,6 +131,21 @@ def socket_paths() -> Iterator[Finding]:
         yield Finding("broken", error.message, "set LLMOS_RUN to a shorter path")
     else:
         yield Finding("ok", "socket paths are short enough")
+
+
+def native_kernels() -> Iterator[Finding]:
+    """Whether models on a CPU run on kernels made for it."""
+    from llmos.drivers.jax.native import build
+
+    try:
+        compiler = build.find_compiler()
+    except NotSupported as missing:
+        yield Finding("note", f"models on a CPU run on XLA's own kernels: {missing.message}")
+        return
+    if any((paths.cache_dir() / "native").glob("kernels-*.so")):
+        yield Finding("ok", f"native CPU kernels, compiled by {compiler}")
+    else:
+        yield Finding("ok", f"native CPU kernels are compiled by {compiler} when a model is first loaded")
 
 
 def model_files() -> Iterator[Finding]:
@@ -218,9 +233,9 @@ def _model(line: ModelLine) -> Finding:
 
 
 def _driver(client: Client, name: str) -> Iterator[Finding]:
-    """The devices that a running driver has."""
+    """The devices that a running driver has, and what it can hold."""
     info = client.call(f"driver.{name}.describe", None, DriverInfo, timeout=ANSWER_SECONDS)
-    yield Finding("ok", f"driver {name}: {info.driver} {info.version}")
+    yield Finding("ok", f"driver {name}: {info.driver} {info.version}, {', '.join(info.dtypes)}")
     for device in info.devices:
         memory = f", {device.memory / 2**30:.0f} GiB" if device.memory else ""
         yield Finding("ok", f"device {device.id}: {device.kind} {device.name}{memory}")

@@ -54,7 +54,7 @@ class JaxDriver(Driver):
             driver="jax",
             version=VERSION,
             devices=[platform.describe_device(device) for device in self._devices()],
-            dtypes=["float32", "bfloat16"],
+            dtypes=["float32", "bfloat16", "int8", "float8"],
             features=FEATURES,
         )
 

@@ -53,6 +53,8 @@ class EncoderLoad(Load):
         check_request(request)
         if request.dtype not in DTYPES:
             raise InvalidArgument(f"an encoder's dtype is one of {', '.join(DTYPES)}, not {request.dtype}")
+        if request.weights != "same":
+            raise InvalidArgument(f'an encoder has no {request.weights} weights: leave weights "same"')
         if prod(request.mesh.values()) != 1:
             raise InvalidArgument("an encoder runs on one device: leave mesh empty")
         self.report(self._latest)

@@ -4,25 +4,34 @@ The products are grouped by device and by how many tokens there are. On accelera
 weights of their own experts, and many are sorted by expert for a ragged product. XLA:CPU copies gathered
 weights slowly and multiplies a ragged product out in full; there a loop over the assignments of few tokens,
 or over all experts with all tokens, was several times faster.
+
+Quantised experts keep float activations: their weights are converted as they are read, except in the ragged
+product, for which all are converted first.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmos.drivers.jax import quant
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, precision, product
 from llmos.drivers.jax.sharding.collectives import WHOLE, total
 
 Grouping = Literal["gather", "ragged", "singly", "turns"]
+Weight = tuple[jax.Array, jax.Array | None]
+"""Values [experts, out, in] and, if they are quantised, their scales [experts, out]."""
+_NAMES = ("gate", "up", "down")
 
 
 class Experts(nnx.Module):  # type: ignore[misc]
     """Router and experts of one layer: ``gate`` and ``up`` are [experts, inner, hidden], ``down`` turned.
+
+    If they are quantised, each has its scale [experts, out]: ``gate_scale`` and so on.
 
     Over a mesh every device has all tokens and some of the experts, or a slice of each: it computes what
     its own give to each token, and the sum is taken once, as in a dense layer cut the same way.
@@ -36,6 +45,21 @@ class Experts(nnx.Module):  # type: ignore[misc]
         self.gate = nnx.Param(init((count, inner, hidden)))
         self.up = nnx.Param(init((count, inner, hidden)))
         self.down = nnx.Param(init((count, hidden, inner)))
+        self.quantised = False
+
+    def quantise(self, dtype: Any) -> None:
+        """Replace the experts' weights, not the router's, by 8-bit values and their scales."""
+        for name in _NAMES:
+            weight, scale = quant.quantised(getattr(self, name).get_value(), dtype)
+            setattr(self, name, nnx.Param(weight))
+            setattr(self, f"{name}_scale", nnx.Param(scale))
+        self.quantised = True
+
+    def weights(self) -> list[Weight]:
+        """Gate, up and down."""
+        values = [getattr(self, name)[...] for name in _NAMES]
+        scales = [getattr(self, f"{name}_scale")[...] if self.quantised else None for name in _NAMES]
+        return list(zip(values, scales))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
@@ -58,11 +82,11 @@ class Experts(nnx.Module):  # type: ignore[misc]
 
     def gathered(self, rows: jax.Array, shares: jax.Array, chosen: jax.Array) -> jax.Array:
         """Each assignment multiplies with its own copy of its expert's weights."""
-        gate, up, down = (part[...][chosen] for part in (self.gate, self.up, self.down))
+        gate, up, down = (_pick(part, chosen) for part in self.weights())
         inner = ACTIVATIONS[self.activation](_each("th,tafh->taf", rows, gate)) * _each(
             "th,tafh->taf", rows, up
         )
-        return _each("taf,tahf->th", inner * shares[..., None], down)
+        return _each("taf,tahf->tah", inner * shares[..., None], down).sum(axis=1)
 
     def ragged(self, rows: jax.Array, shares: jax.Array, chosen: jax.Array) -> jax.Array:
         """Assignments sorted by expert; each expert multiplies with its own run of rows."""
@@ -70,19 +94,21 @@ class Experts(nnx.Module):  # type: ignore[misc]
         source = order // self.active
         sizes = jnp.bincount(chosen.reshape(-1), length=self.gate.shape[0]).astype(jnp.int32)
         sorted_rows = rows[source]
-        gate, up = (_ragged(sorted_rows, part[...], sizes) for part in (self.gate, self.up))
-        out = _ragged(ACTIVATIONS[self.activation](gate) * up, self.down[...], sizes)
+        experts = chosen.reshape(-1)[order]
+        parts = self.weights()
+        gate, up = (_ragged(sorted_rows, part, sizes, experts) for part in parts[:2])
+        out = _ragged(ACTIVATIONS[self.activation](gate) * up, parts[2], sizes, experts)
         return jnp.zeros_like(rows).at[source].add(out * shares.reshape(-1)[order][:, None])
 
     def singly(self, rows: jax.Array, shares: jax.Array, chosen: jax.Array) -> jax.Array:
         """One assignment after another, each with its expert alone."""
-        flat, parts = chosen.reshape(-1), tuple(part[...] for part in (self.gate, self.up, self.down))
+        flat, parts = chosen.reshape(-1), self.weights()
 
         def one(index: jax.Array, total: jax.Array) -> jax.Array:
-            gate, up, down = (part[flat[index]] for part in parts)
+            gate, up, down = (_pick(part, flat[index]) for part in parts)
             row = rows[index // self.active][None]
-            inner = ACTIVATIONS[self.activation](product(row, gate)) * product(row, up)
-            moved = product(inner * shares.reshape(-1)[index], down)
+            inner = ACTIVATIONS[self.activation](_product(row, gate)) * _product(row, up)
+            moved = _product(inner * shares.reshape(-1)[index], down)
             return total.at[index // self.active].add(moved[0])
 
         result: jax.Array = jax.lax.fori_loop(0, flat.shape[0], one, jnp.zeros_like(rows))
@@ -93,12 +119,12 @@ class Experts(nnx.Module):  # type: ignore[misc]
         count = self.gate.shape[0]
         weight = jnp.zeros((rows.shape[0], count), rows.dtype)
         weight = weight.at[jnp.arange(rows.shape[0])[:, None], chosen].add(shares)
-        parts = tuple(part[...] for part in (self.gate, self.up, self.down))
+        parts = self.weights()
 
         def turn(index: jax.Array, total: jax.Array) -> jax.Array:
-            gate, up, down = (part[index] for part in parts)
-            inner = ACTIVATIONS[self.activation](product(rows, gate)) * product(rows, up)
-            return total + product(inner * weight[:, index, None], down)
+            gate, up, down = (_pick(part, index) for part in parts)
+            inner = ACTIVATIONS[self.activation](_product(rows, gate)) * _product(rows, up)
+            return total + _product(inner * weight[:, index, None], down)
 
         result: jax.Array = jax.lax.fori_loop(0, count, turn, jnp.zeros_like(rows))
         return result
@@ -118,12 +144,33 @@ def choose(assignments: int, experts: int, platform: str) -> Grouping:
     return "gather" if few else "ragged"
 
 
-def _each(form: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum(form, x, weight, precision=precision(x), preferred_element_type=x.dtype)
+def _pick(weight: Weight, index: jax.Array) -> Weight:
+    """The weights of the experts ``index``, with its axes before theirs."""
+    values, scale = weight
+    return values[index], None if scale is None else scale[index]
 
 
-def _ragged(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows [n, in] times weight [groups, out, in], group by group -> [n, out]."""
-    return jax.lax.ragged_dot(
-        rows, weight.swapaxes(1, 2), sizes, precision=precision(rows), preferred_element_type=rows.dtype
+def _product(rows: jax.Array, weight: Weight) -> jax.Array:
+    """Rows [n, in] times the weight of one expert."""
+    return product(rows, weight[0], scale=weight[1])
+
+
+def _scaled(result: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return result if scale is None else (result.astype(jnp.float32) * scale).astype(result.dtype)
+
+
+def _each(form: str, x: jax.Array, weight: Weight) -> jax.Array:
+    """The products of an einsum over the assignments [tokens, active], whose experts ``weight`` has."""
+    values, scale = weight
+    exact, wide = precision(x), values.astype(x.dtype)
+    return _scaled(jnp.einsum(form, x, wide, precision=exact, preferred_element_type=x.dtype), scale)
+
+
+def _ragged(rows: jax.Array, weight: Weight, sizes: jax.Array, experts: jax.Array) -> jax.Array:
+    """Rows [n, in], sorted by their ``experts`` [n], times the weight of each -> [n, out]."""
+    values, scale = weight
+    turned = values.swapaxes(1, 2).astype(rows.dtype)
+    result = jax.lax.ragged_dot(
+        rows, turned, sizes, precision=precision(rows), preferred_element_type=rows.dtype
     )
+    return _scaled(result, None if scale is None else scale[experts])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.state import BatchState
 
 
@@ -24,7 +25,8 @@ class Shape:
     """What a forward program is specialised on besides its bucket.
 
     Weights are passed as a flat list: ``graph`` and ``tree`` make the decoder of it while tracing, since
-    flattening nnx variables in Python at every call would cost a millisecond.
+    flattening nnx variables in Python at every call would cost a millisecond. ``native`` lets products
+    use the CPU's own kernels.
     """
 
     graph: Any
@@ -32,6 +34,7 @@ class Shape:
     backend: AttentionBackend
     page_tokens: int
     pages: int
+    native: bool = False
 
 
 def decode(
@@ -130,18 +133,20 @@ def _run(
     updated = []
     for layer, cache in zip(model.layers, caches, strict=True):
         graph, own = nnx.split(layer)
-        x, cache = _layer(graph, shape.backend, fresh, own, cache, x, *turns[layer.rope], plan)
+        x, cache = _layer(graph, shape.backend, fresh, shape.native, own, cache, x, *turns[layer.rope], plan)
         updated.append(cache)
     if last is not None:
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    return updated, model.logits(x)
+    with kernels.use(shape.native):
+        return updated, model.logits(x)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _layer(
     graph: Any,
     backend: AttentionBackend,
     fresh: bool,
+    native: bool,
     weights: Any,
     cache: Any,
     x: jax.Array,
@@ -156,5 +161,6 @@ def _layer(
             return backend.verify(plan, cache, q, k, v, scoring)
         return backend.prefill(plan, cache, q, k, v, fresh, scoring)
 
-    x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
+    with kernels.use(native):
+        x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
     return x, cache

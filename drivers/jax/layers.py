@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmos.drivers.jax import quant
 from llmos.drivers.jax.config import Activation, DecoderConfig
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.sharding.collectives import total
 
 Init = Callable[[tuple[int, ...]], Any]
@@ -27,12 +29,17 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def product(x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
+def product(x: jax.Array, weight: jax.Array, out: Any = None, scale: jax.Array | None = None) -> jax.Array:
     """``x`` [..., in] times ``weight`` [out, in] -> [..., out], accumulated in float32.
 
-    A single bfloat16 row is doubled on the CPU: XLA:CPU converts the whole matrix for one row.
+    A quantised weight has a ``scale`` [out]. A single bfloat16 row is doubled on the CPU: XLA:CPU converts
+    the whole matrix for one row. Few rows go to a native kernel where there is one.
     """
+    if scale is not None:
+        return quant.product(x, weight, scale, out or x.dtype, product)
     rows = x.reshape(-1, x.shape[-1])
+    if kernels.suits(rows, weight):
+        return kernels.product(rows, weight, out).reshape(*x.shape[:-1], weight.shape[0])
     lonely = rows.shape[0] == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
     if lonely:
         rows = jnp.concatenate([rows, rows])
@@ -93,7 +100,7 @@ def make_norm(config: DecoderConfig, size: int, init: Init) -> RMSNorm | LayerNo
 
 
 class Linear(nnx.Module):  # type: ignore[misc]
-    """A product, and a bias if there is one; ``weight`` is [out, in].
+    """A product, and a bias if there is one; ``weight`` is [out, in], its ``scale`` [out] if quantised.
 
     Where its inputs are cut over axes of a mesh, ``join`` names them: the products are parts of a sum.
     """
@@ -101,10 +108,16 @@ class Linear(nnx.Module):  # type: ignore[misc]
     def __init__(self, out: int, inner: int, init: Init, bias: bool = False) -> None:
         self.weight = nnx.Param(init((out, inner)))
         self.join: tuple[str, ...] = ()
-        self.biased = bias
+        self.biased, self.quantised = bias, False
         if bias:
             self.bias = nnx.Param(init((out,)))
 
+    def quantise(self, dtype: Any) -> None:
+        """Replace the weight by 8-bit values and their scale; of a weight without values, the shapes."""
+        weight, scale = quant.quantised(self.weight.get_value(), dtype)
+        self.weight, self.scale, self.quantised = nnx.Param(weight), nnx.Param(scale), True
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        result = total(product(x, self.weight[...]), self.join)
+        scale = self.scale[...] if self.quantised else None
+        result = total(product(x, self.weight[...], scale=scale), self.join)
         return result + self.bias[...] if self.biased else result

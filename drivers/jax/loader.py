@@ -18,16 +18,27 @@ import jax.numpy as jnp
 import msgspec
 from flax import nnx
 
-from llmos.drivers.jax import attention, buckets, families, pages, platform, rope, state, verification
+from llmos.drivers.jax import (
+    attention,
+    buckets,
+    families,
+    pages,
+    platform,
+    quant,
+    rope,
+    state,
+    verification,
+)
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.drafts import Draft, check_draft
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.modules import Decoder, abstract, struct
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec, Speculating
 from llmos.drivers.jax.sharding import mesh
-from llmos.drivers.jax.sharding.placement import Placement, places
+from llmos.drivers.jax.sharding.placement import OneDevice, Placement, places
 from llmos.drivers.jax.speculating import Speculation
 from llmos.drivers.jax.speculation import Policy
 from llmos.drivers.jax.weights import checkpoint
@@ -35,11 +46,14 @@ from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.random import PREFIX, RandomSource, fill
 from llmos.drivers.jax.weights.source import Source, open_source
 from llmos.drivers.sdk.driver import Progress
-from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
+from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest, Precision
 from llmos.drivers.sdk.sizes import with_tiers
+from llmos.ipc import paths
 from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+KV_DTYPES = {**DTYPES, **quant.DTYPES}
+FLOAT8_CAPABILITY = (8, 9)
 _TABLE_MULTIPLE = 16
 _FIRST_ON_CPU = 7
 # Guesses of a step, and tokens verified in a step over all its rows: elsewhere, and on a CPU, where a few
@@ -102,6 +116,7 @@ class Load:
     report: Progress
     attention: str = "auto"
     phases: dict[str, float] = field(default_factory=dict)
+    _native: bool = False
     _latest: LoadProgress = field(default_factory=lambda: LoadProgress("read", 0, 0))
 
     def run(self) -> tuple[list[Engine], LoadedModel]:
@@ -117,6 +132,7 @@ class Load:
                 "pages of a model that is cut over several devices cannot leave them: "
                 "leave host_pages and disk_pages 0, or use the data axis only"
             )
+        check_device(request, self.devices[0])
         self.report(self._latest)
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
@@ -146,20 +162,23 @@ class Load:
         """One replica's sizes and programs; nothing is on its devices yet."""
         request = self.request
         config = rope.for_context(plan.config, request.max_context)
-        graph, tree, kept = parameters(config, DTYPES[request.dtype], place)
+        graph, tree, kept = parameters(config, DTYPES[request.dtype], place, request.weights)
         shapes = place.arranged(config, kept)
         draft = self._draft(plan.config, place)
         limits, width = self._limits(plan.config, place, shapes, draft)
         local = place.local(plan.config)
-        backend = place.attention(attention.select(self.attention, place.device.platform, local, request))
+        self._native = self._timed("kernels", lambda: self._kernels(place))
+        chosen = attention.select(self.attention, place.device.platform, local, request, self._native)
+        backend = place.attention(chosen)
         shape = Shape(
             graph=graph,
             tree=tree,
             backend=backend,
             page_tokens=limits.page_tokens,
             pages=limits.pages + 1,
+            native=self._native,
         )
-        kv = DTYPES[request.kv_dtype]
+        kv = KV_DTYPES[request.kv_dtype]
         allocate = lambda config: backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
         batch = lambda: state.empty_state(limits.slots, width, limits.pages)  # noqa: E731
         cache_shapes, caches = place.caches(allocate, plan.config)
@@ -192,6 +211,13 @@ class Load:
         parts.programs.compile_ahead(self._compiling(None))
         own = {path: jax.device_put(weights[path], x.sharding) for path, x in parts.shapes.items()}
         return parts.engine(_placed(own), *_placed(parts.make()))
+
+    def _kernels(self, place: Placement) -> bool:
+        """Whether this model runs on the CPU's own kernels, which know one device only."""
+        if place.device.platform != "cpu" or not isinstance(place, OneDevice) or self.attention == "xla":
+            return False
+        cache = Path(self.request.cache) if self.request.cache else paths.cache_dir()
+        return kernels.enable(cache / "native")
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()
@@ -318,10 +344,13 @@ class Load:
     def _decode_sizes(self, slots: int, on_cpu: bool) -> list[int]:
         """Batch sizes to compile: few on a CPU, where compiling is slow and padding rows are cheap.
 
-        XLA:CPU converts a whole bfloat16 matrix for a product with one row, and not for two.
+        They are cheap up to four rows in the native kernel; XLA:CPU converts a whole bfloat16 matrix for a
+        product with one row, and not for two.
         """
         if not on_cpu:
             return buckets.decode_buckets(slots, factor=2)
+        if self._native:
+            return [size for size in buckets.decode_buckets(slots, factor=2) if size != 2 or slots == 2]
         return buckets.decode_buckets(slots, smallest=2 if self.request.dtype == "bfloat16" else 1)
 
     def _loaded(self, plan: Plan, parts: Parts, replicas: int) -> LoadedModel:
@@ -329,7 +358,9 @@ class Load:
         return LoadedModel(
             model=self.request.model,
             family=plan.family.name,
-            parameters=sum(prod(x.shape) for x in parts.kept.values()),
+            parameters=sum(
+                prod(parts.kept[x].shape) for x in parts.kept.keys() - quant.scale_paths(parts.kept)
+            ),
             weight_bytes=sum(prod(x.shape) * x.dtype.itemsize for x in parts.kept.values()),
             pages=limits.pages,
             page_tokens=limits.page_tokens,
@@ -349,9 +380,11 @@ class Load:
 
 def check_request(request: LoadRequest) -> None:
     """Refuse what this driver cannot do, before anything is read."""
-    for name in ("dtype", "kv_dtype"):
-        if getattr(request, name) not in DTYPES:
-            raise InvalidArgument(f"{name} {getattr(request, name)} is not one of {', '.join(DTYPES)}")
+    if request.dtype not in DTYPES:
+        raise InvalidArgument(
+            f"dtype {request.dtype} is not one of {', '.join(DTYPES)}: it is what is computed in; "
+            f'ask for 8-bit weights by weights = "{request.dtype}"'
+        )
     ranges = {"page_tokens": (1, 1024), "slots": (1, 4096), "chunk_tokens": (1, 65536), "pages": (0, 1 << 24)}
     ranges |= {"host_pages": (0, 1 << 28), "disk_pages": (0, 1 << 28)}
     ranges |= {"host_bytes": (-1, 1 << 50), "disk_bytes": (0, 1 << 50)}
@@ -366,10 +399,22 @@ def check_request(request: LoadRequest) -> None:
         raise InvalidArgument(f"memory_fraction is {request.memory_fraction}, not in 0..1")
 
 
+def check_device(request: LoadRequest, device: Any) -> None:
+    """Refuse float8 on NVIDIA GPUs that have none."""
+    capability = getattr(device, "compute_capability", None) if device.platform in ("gpu", "cuda") else None
+    if "float8" not in (request.weights, request.kv_dtype) or not isinstance(capability, str):
+        return
+    if tuple(int(part) for part in capability.split(".")) < FLOAT8_CAPABILITY:
+        raise InvalidArgument(
+            f"float8 needs a GPU of compute capability 8.9 (Ada, Hopper or later), and {device.device_kind} "
+            f"has {capability}: use int8"
+        )
+
+
 def find_weights(request: LoadRequest) -> Plan:
     """A kept checkpoint of the source where there is one, else the source itself."""
     if checkpoint.is_checkpoint(request.source):
-        return _kept(Path(request.source), request.dtype)
+        return _kept(Path(request.source), request)
     folder = None
     if request.source.startswith(PREFIX):
         made = open_source(request.source)
@@ -378,10 +423,10 @@ def find_weights(request: LoadRequest) -> Plan:
     if not Path(request.source).exists():
         raise NotFound(f"no model at {request.source}")
     if request.cache:
-        folder = Path(request.cache) / "weights" / checkpoint.key_of(request.source, request.dtype)
+        folder = Path(request.cache) / "weights" / checkpoint.key_of(request.source, precision_of(request))
         try:
             if checkpoint.is_checkpoint(str(folder)):
-                return _kept(folder, request.dtype)
+                return _kept(folder, request)
         except InvalidArgument as damage:
             checkpoint.discard(folder, damage.message)
     source = open_source(request.source)
@@ -389,10 +434,16 @@ def find_weights(request: LoadRequest) -> Plan:
     return Plan(family, family.configure[source.format](source), folder, False, source)
 
 
-def _kept(folder: Path, dtype: str) -> Plan:
+def precision_of(request: LoadRequest) -> str:
+    """The precision of the parameters in one word, such as bfloat16 or bfloat16-int8."""
+    return request.dtype if request.weights == "same" else f"{request.dtype}-{request.weights}"
+
+
+def _kept(folder: Path, request: LoadRequest) -> Plan:
     name, config, shapes = checkpoint.read_manifest(folder)
-    if any(x.dtype != DTYPES[dtype] for x in shapes.values()):
-        raise InvalidArgument(f"the checkpoint {folder} is not in {dtype}")
+    expected = parameters(config, DTYPES[request.dtype], OneDevice(jax.devices()[0]), request.weights)[2]
+    if {path: x.dtype for path, x in shapes.items()} != {path: x.dtype for path, x in expected.items()}:
+        raise InvalidArgument(f"the checkpoint {folder} is not in {precision_of(request)}")
     return Plan(families.by_name(name), config, folder, True, None)
 
 
@@ -402,8 +453,7 @@ def _placed(tree: Any) -> Any:
 
 def page_size(config: DecoderConfig, request: LoadRequest) -> int:
     """Bytes of one page over all layers, keys and values."""
-    token: int = 2 * config.layers * config.kv_size * jnp.dtype(DTYPES[request.kv_dtype]).itemsize
-    return request.page_tokens * token
+    return config.layers * attention.page_bytes(config, request.page_tokens, KV_DTYPES[request.kv_dtype])
 
 
 def _bytes_on_one(x: Any) -> int:
@@ -411,12 +461,17 @@ def _bytes_on_one(x: Any) -> int:
     return int(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize)
 
 
-def parameters(config: DecoderConfig, dtype: Any, place: Placement) -> tuple[Any, Any, dict[str, Any]]:
+def parameters(
+    config: DecoderConfig, dtype: Any, place: Placement, weights: Precision = "same"
+) -> tuple[Any, Any, dict[str, Any]]:
     """The graph of what one device computes, its state's tree, and the model's parameters as they are loaded
     by dotted path, in that order."""
-    decoder = Decoder(place.local(config), abstract(dtype))
+    decoder, whole = (Decoder(made, abstract(dtype)) for made in (place.local(config), config))
+    if weights != "same":
+        decoder.quantise(quant.DTYPES[weights])
+        whole.quantise(quant.DTYPES[weights])
     place.cut(decoder)
     graph, tree = nnx.split(decoder)
-    whole = nnx.to_flat_state(nnx.state(Decoder(config, abstract(dtype))))
-    shapes = {".".join(map(str, path)): struct(leaf.shape, leaf.dtype) for path, leaf in whole}
+    leaves = nnx.to_flat_state(nnx.state(whole))
+    shapes = {".".join(map(str, path)): struct(leaf.shape, leaf.dtype) for path, leaf in leaves}
     return graph, jax.tree.structure(tree), place.kept(shapes)

@@ -84,6 +84,10 @@ class MLP(nnx.Module):  # type: ignore[misc]
             self.up = Linear(config.intermediate, config.hidden, init, config.mlp_bias)
         self.down = Linear(config.hidden, config.intermediate, init, config.mlp_bias)
 
+    def products(self) -> tuple[Linear, Linear]:
+        """Both products, in order."""
+        return (self.gate_up if self.gated else self.up), self.down
+
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
         if not self.gated:
@@ -128,6 +132,17 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             self.head = Linear(config.vocab_size, config.hidden, init)
         self.tied, self.scale, self.cap = config.tied, config.embedding_scale, config.logit_cap
         self.tables, self.turn_scale = tables(config), config.rope_scale
+
+    def quantise(self, dtype: Any) -> None:
+        """Quantise the weights of all layers; embedding, head, norms and routers stay as they are.
+
+        The head makes the logits: on SmolLM2 an int8 head beside int8 layers doubled the tokens that changed.
+        """
+        for layer in self.layers:
+            products = (layer.attention.qkv, layer.attention.out)
+            inner = (layer.mlp,) if isinstance(layer.mlp, Experts) else layer.mlp.products()
+            for part in (*products, *inner):
+                part.quantise(dtype)
 
     def embed(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
         """Token ids and their positions [...] -> activations [..., hidden]."""

@@ -10,11 +10,14 @@ An *encoder* has no slots and keeps nothing: it is sent texts, a step's worth at
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 DType = Literal["float32", "bfloat16", "int8", "float8"]
+Precision = Literal["same", "int8", "float8"]
+DTYPES: tuple[DType, ...] = get_args(DType)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FinishReason = Literal["stop", "length", "error"]
 Tier = Literal["device", "host", "disk"]
 Kind = Literal["decoder", "encoder"]
@@ -31,7 +34,11 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class DriverInfo(msgspec.Struct, frozen=True):
-    """What a driver is and what it can do, told before any model is loaded."""
+    """What a driver is and what it can do, told before any model is loaded.
+
+    ``dtypes`` are what it can hold: "float32" and "bfloat16" also compute, "int8" and "float8" are for
+    weights and KV pages.
+    """
 
     driver: str
     version: str
@@ -45,6 +52,9 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``source`` is a GGUF file, a folder of safetensors with ``config.json``, or an Orbax checkpoint folder.
     ``cache`` is a folder the driver may keep converted weights and compiled programs in.
+    ``dtype`` is what activations are computed in, and what weights are held in if ``weights`` is "same"; with
+    "int8" or "float8" the products of the layers hold 8-bit weights with a scale for each output channel.
+    ``kv_dtype`` is what pages are held in; 8-bit ones have a scale for each token and head.
     ``pages`` 0 lets the driver take ``memory_fraction`` of what is free on the device after the weights.
     ``mesh`` maps axis names (data, tensor, pipeline, expert, sequence) to sizes; empty means one device.
     ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to; where they are 0,
@@ -59,6 +69,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     cache: str = ""
     dtype: DType = "float32"
+    weights: Precision = "same"
     kv_dtype: DType = "float32"
     page_tokens: int = 16
     pages: int = 0

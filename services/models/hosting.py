@@ -123,6 +123,7 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         source=str(model.source),
         cache=str(cache / "converted"),
         dtype=spec.dtype,
+        weights=spec.weights,
         kv_dtype=spec.kv_dtype,
         page_tokens=spec.page_tokens,
         pages=spec.pages,

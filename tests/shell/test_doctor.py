@@ -53,3 +53,19 @@ def test_a_missing_model_is_said_and_is_no_fault() -> None:
     finding = next(doctor.model_files())
     assert finding.level == "note"
     assert "llmos pull" in finding.advice
+
+
+def test_native_kernels_are_announced_found_or_excused(
+    private: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMOS_NATIVE", "off")
+    off = next(doctor.native_kernels())
+    assert (off.level, "LLMOS_NATIVE" in off.what) == ("note", True)
+    (private / "c++").touch(mode=0o700)
+    monkeypatch.setenv("PATH", str(private))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("LLMOS_NATIVE")
+    assert "when a model is first loaded" in next(doctor.native_kernels()).what
+    (private / "cache" / "native").mkdir(parents=True)
+    (private / "cache" / "native" / "kernels-0.so").touch()
+    assert next(doctor.native_kernels()) == ("ok", f"native CPU kernels, compiled by {private}/c++", "")

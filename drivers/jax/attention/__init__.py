@@ -69,6 +69,7 @@ class Scoring:
 
 
 PLAIN = Scoring()
+_NATIVE_KV = ("float32", "bfloat16")
 
 
 class AttentionBackend(Protocol):
@@ -124,16 +125,39 @@ class AttentionBackend(Protocol):
         ...
 
 
-def select(name: str, platform: str, config: DecoderConfig, request: LoadRequest) -> AttentionBackend:
-    """The backend called ``name``, or with "auto" the fastest that this device and these shapes allow."""
+def page_bytes(config: DecoderConfig, page_tokens: int, dtype: Any) -> int:
+    """Bytes of one page of one layer, scales included; all backends lay pages out alike."""
+    from llmos.drivers.jax.attention.xla import XlaAttention
+
+    layer, *_ = jax.eval_shape(lambda: XlaAttention().allocate(config, 1, page_tokens, dtype))
+    return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(layer))
+
+
+def select(
+    name: str, platform: str, config: DecoderConfig, request: LoadRequest, kernels: bool = False
+) -> AttentionBackend:
+    """The backend called ``name``, or with "auto" the fastest that this device and these shapes allow.
+
+    ``kernels``: the CPU's native kernels are there.
+    """
     from llmos.drivers.jax.attention.xla import XlaAttention
 
     tileable = all(size & (size - 1) == 0 and size >= 16 for size in (config.head_dim, request.page_tokens))
     suits = platform in ("gpu", "cuda") and request.dtype == "bfloat16" and tileable
+    if name in ("auto", "native") and platform == "cpu" and kernels and request.kv_dtype in _NATIVE_KV:
+        from llmos.drivers.jax.attention.native import HEAD_MULTIPLE, NativeAttention
+
+        if config.head_dim % HEAD_MULTIPLE == 0:
+            return NativeAttention(tokens_in_flight=2048)
+    if name == "native":
+        raise InvalidArgument(
+            "attention backend native needs a CPU, a compiler, pages in float32 or bfloat16, and head_dim a "
+            "multiple of 16"
+        )
     if name == "xla" or (name == "auto" and not suits):
         return XlaAttention(tokens_in_flight=2048 if platform == "cpu" else 8192)
     if name not in ("auto", "pallas"):
-        raise InvalidArgument(f"no attention backend {name!r}; there is: auto, pallas, xla")
+        raise InvalidArgument(f"no attention backend {name!r}; there is: auto, native, pallas, xla")
     if not suits:
         raise InvalidArgument(
             "attention backend pallas needs a GPU, bfloat16, and head_dim and page_tokens that are powers of "

@@ -2,7 +2,8 @@
 
 Decode is flash decoding (Dao et al., 2023) over pages: one program for each (row, KV head, split) reads the
 pages that its row really has, each key and value byte once, for all query heads of the group; a row's
-splits are joined by their log-sum-exp. Splits keep all multiprocessors busy when rows are few.
+splits are joined by their log-sum-exp. Splits keep all multiprocessors busy when rows are few. 8-bit pages
+are converted in registers; the scales of keys multiply scores, those of values the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, write
+from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, packed, write
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.modules import struct
 
@@ -90,6 +91,8 @@ class PallasAttention:
             tables,
             lengths,
             visible,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
             splits=split_count(q.shape[0], cache.k.shape[1], tables.shape[1]),
             warps=self.warps,
             stages=self.stages,
@@ -118,19 +121,22 @@ def write_pages(cache: PagedCache, plan: PrefillPlan, k: jax.Array, v: jax.Array
 
     Token by token this costs ten times as much. What pads a row's last page is overwritten as it grows.
     """
-    rows, chunk, kv_heads, head_dim = k.shape
+    rows, chunk, kv_heads = k.shape[:3]
     page_tokens, pages = cache.k.shape[2], -(-chunk // cache.k.shape[2])
-    padding = ((0, 0), (0, pages * page_tokens - chunk), (0, 0), (0, 0))
+    padding = ((0, 0), (0, pages * page_tokens - chunk), (0, 0))
     width = min(pages, plan.tables.shape[1])
     used = jnp.arange(width) * page_tokens < plan.lengths[:, None]
     ids = jnp.where(used, plan.tables[:, :width], cache.k.shape[0]).reshape(-1)
 
     def put(part: jax.Array, new: jax.Array) -> jax.Array:
-        blocks = jnp.pad(new, padding).reshape(rows, pages, page_tokens, kv_heads, head_dim)[:, :width]
-        blocks = blocks.swapaxes(2, 3).reshape(-1, kv_heads, page_tokens, head_dim)
-        return part.at[ids].set(blocks.astype(part.dtype), mode="drop", unique_indices=True)
+        rest = new.shape[3:]
+        padded = jnp.pad(new, padding + ((0, 0),) * len(rest))
+        blocks = padded.reshape(rows, pages, page_tokens, kv_heads, *rest)[:, :width]
+        blocks = blocks.swapaxes(2, 3).reshape(-1, kv_heads, page_tokens, *rest)
+        return part.at[ids].set(blocks, mode="drop", unique_indices=True)
 
-    return PagedCache(put(cache.k, k), put(cache.v, v))
+    stored: PagedCache = jax.tree.map(put, cache, packed(cache, k, v))
+    return stored
 
 
 def split_count(rows: int, kv_heads: int, pages: int) -> int:
@@ -147,6 +153,8 @@ def paged_decode(
     lengths: jax.Array,
     visible: jax.Array | None = None,
     *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     splits: int,
     warps: int = 4,
     stages: int = 3,
@@ -156,7 +164,8 @@ def paged_decode(
 
     q [B, C, heads, head_dim]; k_pages and v_pages [pages, kv_heads, page_tokens, head_dim]; tables [B, width]
     of page ids; lengths [B], 0 for a row that is not live, whose output is zero. The first query of a row
-    sees ``visible`` [B] tokens (None: all), each further one a token more. Returns an array like q.
+    sees ``visible`` [B] tokens (None: all), each further one a token more. 8-bit pages have ``k_scale`` and
+    ``v_scale`` [pages, kv_heads, page_tokens]. Returns an array like q.
     Raises ValueError where the shapes do not fit together.
     """
     rows, queries, heads, head_dim = q.shape
@@ -175,6 +184,8 @@ def paged_decode(
     grouped = grouped.reshape(rows, kv_heads, used, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - used), (0, 0)))
     whole = pl.BlockSpec(k_pages.shape, lambda b, h, s: (0, 0, 0, 0))
+    scales = [] if k_scale is None else [k_scale, v_scale]
+    all_scales = pl.BlockSpec(k_pages.shape[:3], lambda b, h, s: (0, 0, 0))
     partial_spec = pl.BlockSpec((None, None, None, padded), lambda b, h, s: (s, b, h, 0))
     acc, top, total = pl.pallas_call(
         partial(_decode_kernel, splits=splits, group=group if queries > 1 else 0, scale=head_dim**-0.5),
@@ -186,6 +197,7 @@ def paged_decode(
             pl.BlockSpec((None, None, padded, head_dim), lambda b, h, s: (b, h, 0, 0)),
             whole,
             whole,
+            *([all_scales] * len(scales)),
         ],
         out_specs=[
             pl.BlockSpec((None, None, None, padded, head_dim), lambda b, h, s: (s, b, h, 0, 0)),
@@ -200,7 +212,7 @@ def paged_decode(
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name="paged_decode",
-    )(tables, lengths, visible, grouped, k_pages, v_pages)
+    )(tables, lengths, visible, grouped, k_pages, v_pages, *scales)
     out = _join(acc, top, total)[:, :, :used].reshape(rows, kv_heads, queries, group, head_dim)
     return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
 
@@ -212,14 +224,12 @@ def _decode_kernel(
     q_ref: Any,  # [padded, head_dim]
     k_pages: Any,  # [pages, kv_heads, page_tokens, head_dim]
     v_pages: Any,
-    acc_ref: Any,  # [padded, head_dim]
-    top_ref: Any,  # [padded]
-    total_ref: Any,  # [padded]
-    *,
+    *rest: Any,  # of 8-bit pages k_scale and v_scale [pages, kv_heads, page_tokens]; then the results
     splits: int,
     group: int,  # query heads of a token, 0 if there is one token only
     scale: float,
 ) -> None:
+    *scales, acc_ref, top_ref, total_ref = rest  # [padded, head_dim], [padded], [padded]
     head, split = pl.program_id(1), pl.program_id(2)
     page_tokens = k_pages.shape[2]
     length = lengths[0]
@@ -236,8 +246,10 @@ def _decode_kernel(
     def body(index: Any, carry: Any) -> Any:
         top, total, acc = carry
         page = tables[index]
-        k = k_pages[page, head]
-        scores = plgpu.dot(q, k.T.astype(q.dtype)) * (scale * _LOG2E)
+        k = k_pages[page, head].astype(q.dtype)
+        scores = plgpu.dot(q, k.T) * (scale * _LOG2E)
+        if scales:
+            scores = scores * scales[0][page, head][None, :]
         place = index * page_tokens + jnp.arange(page_tokens)
         seen = (place < length)[None, :]
         if group:
@@ -246,9 +258,12 @@ def _decode_kernel(
         peak = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.exp2(scores - peak[:, None])
         decay = jnp.exp2(top - peak)
-        v = v_pages[page, head]
-        acc = acc * decay[:, None] + plgpu.dot(weights.astype(q.dtype), v.astype(q.dtype))
-        return peak, total * decay + weights.sum(axis=-1), acc
+        total = total * decay + weights.sum(axis=-1)
+        if scales:
+            weights = weights * scales[1][page, head][None, :]
+        v = v_pages[page, head].astype(q.dtype)
+        acc = acc * decay[:, None] + plgpu.dot(weights.astype(q.dtype), v)
+        return peak, total, acc
 
     start = (
         jnp.full((padded,), _MASKED, jnp.float32),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmos.drivers.jax import quant
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.config import DecoderConfig
 
@@ -21,10 +22,15 @@ _MASKED = -1e30
 
 
 class PagedCache(NamedTuple):
-    """Keys and values of one layer, each [pages, kv_heads, page_tokens, head_dim]."""
+    """Keys and values of one layer, each [pages, kv_heads, page_tokens, head_dim].
+
+    8-bit ones have float32 scales [pages, kv_heads, page_tokens]. Every array has the page as its first axis.
+    """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,18 @@ class XlaAttention:
 
     def allocate(self, config: DecoderConfig, pages: int, page_tokens: int, dtype: Any) -> list[PagedCache]:
         shape = (pages, config.kv_heads, page_tokens, config.head_dim)
-        return [PagedCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+        parts = [(shape, dtype)] * 2 + [(shape[:-1], jnp.float32)] * (2 if quant.is_quantised(dtype) else 0)
+        return [PagedCache(*(jnp.zeros(*part) for part in parts)) for _ in range(config.layers)]
 
     def scrub(self, cache: PagedCache, pages: jax.Array) -> PagedCache:
-        sound = (jnp.nan_to_num(part[pages], nan=0, posinf=0, neginf=0) for part in cache)
-        return PagedCache(*(part.at[pages].set(new, mode="drop") for part, new in zip(cache, sound)))
+        def clear(part: jax.Array) -> jax.Array:
+            found = part[pages]
+            return part.at[pages].set(
+                jnp.where(jnp.isfinite(found), found, jnp.zeros_like(found)), mode="drop"
+            )
+
+        cleared: PagedCache = jax.tree.map(clear, cache)
+        return cleared
 
     def decode(
         self,
@@ -126,6 +139,8 @@ class XlaAttention:
             top, total, acc = carry
             ids = jax.lax.dynamic_slice_in_dim(tables, index * block, block, axis=1)
             scores = _scores(grouped, _gather(cache.k, ids)) * (scoring.scale or head_dim**-0.5)
+            if cache.k_scale is not None:
+                scores = scores * _gather(cache.k_scale, ids)[:, :, None]
             if scoring.cap:
                 scores = jnp.tanh(scores / scoring.cap) * scoring.cap
             place = index * tokens + jnp.arange(tokens)
@@ -140,8 +155,10 @@ class XlaAttention:
             peak = jnp.maximum(top, scores.max(axis=-1))
             weights = jnp.exp(scores - peak[..., None])
             decay = jnp.exp(top - peak)
-            mixed = _mix(weights, _gather(cache.v, ids))
-            return peak, total * decay + weights.sum(axis=-1), acc * decay[..., None] + mixed
+            sums, v = weights.sum(axis=-1), _gather(cache.v, ids)
+            if cache.v_scale is not None:
+                weights, v = weights * _gather(cache.v_scale, ids)[:, :, None], v.astype(q.dtype)
+            return peak, total * decay + sums, acc * decay[..., None] + _mix(weights, v)
 
         shape = grouped.shape[:-1]
         start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape, jnp.float32))
@@ -172,18 +189,28 @@ def finish(total: jax.Array, acc: jax.Array, q: jax.Array) -> jax.Array:
 def write(cache: PagedCache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> PagedCache:
     """Put k and v [n, kv_heads, head_dim] at (page, offset) [n]; pages out of range are dropped."""
     where = (pages[:, None], jnp.arange(k.shape[1])[None], offsets[:, None])
-    new = (k, v)
-    return PagedCache(
-        *(c.at[where].set(x.astype(c.dtype), mode="drop", unique_indices=True) for c, x in zip(cache, new))
-    )
+
+    def put(part: jax.Array, new: jax.Array) -> jax.Array:
+        return part.at[where].set(new, mode="drop", unique_indices=True)
+
+    stored: PagedCache = jax.tree.map(put, cache, packed(cache, k, v))
+    return stored
+
+
+def packed(cache: PagedCache, k: jax.Array, v: jax.Array) -> PagedCache:
+    """k and v [..., head_dim] as ``cache`` holds them, with scales [...] if it has any."""
+    if cache.k_scale is None:
+        return PagedCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+    (keys, k_scale), (values, v_scale) = (quant.quantise(x, cache.k.dtype) for x in (k, v))
+    return PagedCache(keys, values, k_scale, v_scale)
 
 
 def _gather(part: jax.Array, ids: jax.Array) -> jax.Array:
-    """Pages ``ids`` [B, n] of a cache part -> [B, kv_heads, n * page_tokens, head_dim]."""
-    pages, kv_heads, page_tokens, head_dim = part.shape
+    """Pages ``ids`` [B, n] of a cache part [pages, ...] -> [B, kv_heads, n * page_tokens, ...]."""
+    pages, kv_heads, *rest = part.shape
     flat = ids[:, None, :] * kv_heads + jnp.arange(kv_heads)[None, :, None]
-    blocks = part.reshape(pages * kv_heads, page_tokens, head_dim)[flat]
-    return blocks.reshape(ids.shape[0], kv_heads, -1, head_dim)
+    blocks = part.reshape(pages * kv_heads, *rest)[flat]
+    return blocks.reshape(ids.shape[0], kv_heads, -1, *rest[1:])
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision | None:

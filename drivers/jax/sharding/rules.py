@@ -25,7 +25,7 @@ from llmos.drivers.jax.sharding.mesh import Axes
 Arrange = Callable[[jax.Array], jax.Array]
 _COLUMNS = re.compile(r"embedding|head\.\w+|.*\.attention\.qkv\.\w+|.*\.mlp\.(gate_up|up)\.\w+")
 _ROWS = re.compile(r".*\.(attention\.out|mlp\.down)\.\w+")
-_EXPERTS = re.compile(r".*\.mlp\.(gate|up|down)")
+_EXPERTS = re.compile(r".*\.mlp\.((?:gate|up|down)(?:_scale)?)")
 
 
 def local_config(config: DecoderConfig, axes: Axes) -> DecoderConfig:
@@ -66,7 +66,8 @@ def spec_of(path: str, rank: int, axes: Axes) -> PartitionSpec:
         return spec(None, over) if rank > 1 else spec()
     if match := _EXPERTS.fullmatch(path):
         expert, inner = axes.named("expert"), axes.named("sequence", "tensor")
-        return spec(expert, None, inner) if match[1] == "down" else spec(expert, inner)
+        cuts = {"down": spec(expert, None, inner), "down_scale": spec(expert)}
+        return cuts.get(match[1], spec(expert, inner))
     return spec()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llmos.drivers.jax import quant
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.families import Family, Part, Rules
 from llmos.drivers.jax.weights.source import Source
@@ -27,6 +28,8 @@ def convert(
 ) -> dict[str, jax.Array]:
     """Parameters by path, as ``shapes`` (``jax.ShapeDtypeStruct`` by path) wants them, one at a time.
 
+    Where it wants 8-bit values, they and their scale are computed on the device, from the file's values.
+
     Raises InvalidArgument naming the tensor that is missing, cut off, mis-shaped or not finite.
     """
     return apply(source, family.rules(config, source), shapes, place, progress)
@@ -40,16 +43,21 @@ def apply(
     progress: Callable[[int, int], None],
 ) -> dict[str, jax.Array]:
     """As ``convert``, by the rules of any model."""
-    for path in shapes:
+    scales = quant.scale_paths(shapes)
+    wanted = {path: shape for path, shape in shapes.items() if path not in scales}
+    for path in wanted:
         for part in rules[path]:
             _check_shape(source, part, shapes[path].shape)
-    placed = {}
-    for done, (path, wanted) in enumerate(shapes.items()):
-        progress(done, len(shapes))
+    placed: dict[str, jax.Array] = {}
+    for done, (path, shape) in enumerate(wanted.items()):
+        progress(done, len(wanted))
         parts = [_read(source, part) for part in rules[path]]
         value = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        placed[path] = place(path, value.astype(wanted.dtype, copy=False))
-    progress(len(shapes), len(shapes))
+        if quant.is_quantised(shape.dtype):
+            placed |= quant.placed(place(path, value), path, shapes)
+        else:
+            placed[path] = place(path, value.astype(shape.dtype, copy=False))
+    progress(len(wanted), len(wanted))
     return placed
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmos.drivers.jax import quant
 from llmos.drivers.jax.weights.source import Format
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -41,18 +44,28 @@ class RandomSource:
 
 
 def fill(shapes: dict[str, Any], seed: int = 0) -> dict[str, jax.Array]:
-    """Parameters by path: ones for vectors, else normal values that keep activations near one."""
-    made = {}
+    """Parameters by path: ones for vectors, else normal values that keep activations near one.
+
+    What is to be quantised is drawn in bfloat16, one tensor at a time, so that little more is held at once.
+    """
+    made: dict[str, jax.Array] = {}
+    scales = quant.scale_paths(shapes)
     for index, (path, wanted) in enumerate(shapes.items()):
+        if path in scales:
+            continue
         if len(wanted.shape) == 1:
             made[path] = jax.device_put(jnp.ones(wanted.shape, wanted.dtype), wanted.sharding)
             continue
         key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), index)
-        draw = jax.jit(
-            lambda key, shape=wanted.shape, dtype=wanted.dtype: (
-                jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
-            ).astype(dtype),
-            out_shardings=wanted.sharding,
-        )
-        made[path] = draw(key)
+        eight = quant.is_quantised(wanted.dtype)
+        drawn = _drawer(wanted.shape, jnp.bfloat16 if eight else wanted.dtype, wanted.sharding)(key)
+        made |= quant.placed(drawn, path, shapes) if eight else {path: drawn}
     return made
+
+
+@cache
+def _drawer(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[[jax.Array], jax.Array]:
+    def draw(key: jax.Array) -> jax.Array:
+        return jnp.asarray(jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5, dtype)
+
+    return jax.jit(draw, out_shardings=sharding)

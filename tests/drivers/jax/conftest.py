@@ -16,7 +16,9 @@ from safetensors.numpy import save_file
 
 from llmos.drivers.jax import platform
 from llmos.drivers.jax.driver import JaxDriver
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.sdk.messages import Chunk, LoadedModel, LoadRequest, Quantum, Sampling, Start, Step
+from llmos.ipc import paths
 
 platform.set_option("jax_num_cpu_devices", 8)  # models run on the first, unless a mesh takes more
 
@@ -271,6 +273,12 @@ def tiny_tensors() -> Tensors:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tensors: Tensors) -> Path:
     return write_folder(tmp_path_factory.mktemp("tiny"), TINY, tiny_tensors)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_kernels() -> bool:
+    """Native kernels in the user's own cache, lest every folder of a test have them compiled again."""
+    return kernels.enable(paths.cache_dir() / "native")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def test_describe_names_the_devices() -> None:
     assert info.driver == "jax"
     assert info.devices[0].kind == "cpu"
     assert info.devices[0].memory > 1 << 20
-    assert info.dtypes == ["float32", "bfloat16"]
+    assert info.dtypes == ["float32", "bfloat16", "int8", "float8"]
 
 
 def test_the_second_load_restores_instead_of_converting(
@@ -102,7 +102,7 @@ def test_progress_is_told_at_least_once_a_second(helpers: Any, fresh_cache: Path
     ("fields", "error"),
     [
         ({"dtype": "int8"}, InvalidArgument),
-        ({"kv_dtype": "float8"}, InvalidArgument),
+        ({"dtype": "float8", "weights": "float8"}, InvalidArgument),
         ({"mesh": {"tensor": 1024}}, InvalidArgument),
         ({"slots": 0}, InvalidArgument),
         ({"page_tokens": 0}, InvalidArgument),

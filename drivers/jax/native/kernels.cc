@@ -1,0 +1,479 @@
+// Kernels for the CPU behind XLA's foreign function interface: a matrix times few rows, and paged attention
+// for one new token per row. Compiled by build.py on first use for the machine it runs on.
+//
+// Weights are read once and as they lie, [out, in], in float32, bfloat16 or int8; sums are float32. Work is cut
+// into blocks that threads of XLA's own pool take from a counter, so that no second pool competes with it.
+// XLA's C interface is used as it is: its C++ one takes seconds to compile.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/c_api.h"
+
+namespace {
+
+// Lanes and registers of the widest vectors; a tile is kWeights rows of weights by up to kRows rows of input.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kWeights = 4, kRows = 5;
+#else
+constexpr int kLanes = 8, kWeights = 3, kRows = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
+inline float widen(bfloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+inline void narrow(float x, float* out) { *out = x; }
+inline void narrow(float x, bfloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  out->bits = nan ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline Floats load(const float* x) { return *reinterpret_cast<const Floats*>(x); }
+inline Floats load(const bfloat16* x) {
+#if defined(__AVX512F__)
+  __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(__AVX2__)
+  __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+  return Floats(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Ints) << 16);
+#endif
+}
+inline Floats load(const int8_t* x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(x), Floats);
+#endif
+}
+
+inline float total(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
+// exp for x <= 88, as in Cephes: 2^n times a polynomial of the rest. Not a number stays so.
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  Floats shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
+  Floats n = shifted - 12582912.0f;
+  Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * Floats((Ints(shifted) - 0x4b400000 + 127) << 23);
+}
+
+// --- threads -------------------------------------------------------------------------------------------------
+
+// The threads of the pool that runs the call.
+struct Pool {
+  const XLA_FFI_Api* api;
+  XLA_FFI_ExecutionContext* context;
+
+  int64_t size() const {
+    int64_t threads = 1;
+    XLA_FFI_ThreadPool_NumThreads_Args args{XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, context, &threads};
+    return forget(api->XLA_FFI_ThreadPool_NumThreads(&args)) ? threads : 1;
+  }
+
+  template <typename Task>
+  void run(const Task& task) const {
+    auto call = [](void* data) {
+      std::unique_ptr<Task> mine(static_cast<Task*>(data));
+      (*mine)();
+    };
+    auto* copy = new Task(task);
+    XLA_FFI_ThreadPool_Schedule_Args args{XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, context, call, copy};
+    if (!forget(api->XLA_FFI_ThreadPool_Schedule(&args))) delete copy;
+  }
+
+  bool forget(XLA_FFI_Error* error) const {
+    if (!error) return true;
+    XLA_FFI_Error_Destroy_Args args{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
+    api->XLA_FFI_Error_Destroy(&args);
+    return false;
+  }
+};
+
+struct Job {
+  std::atomic<int64_t> next{0}, done{0};
+};
+
+// Runs work(0) .. work(count - 1) on the pool and on this thread. A helper that comes late finds nothing left
+// to take, and then no longer touches ``work``.
+template <typename Work>
+void spread(const Pool& pool, int64_t count, bool small, const Work& work) {
+  int64_t helpers = small ? 0 : std::min<int64_t>(pool.size(), count) - 1;
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  auto job = std::make_shared<Job>();
+  auto take = [job, count, &work] {
+    for (int64_t i; (i = job->next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      work(i);
+      job->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t i = 0; i < helpers; ++i) pool.run(take);
+  take();
+  for (int spins = 0; job->done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins > 4096) std::this_thread::yield();
+  }
+}
+
+// --- products ------------------------------------------------------------------------------------------------
+
+struct Output {
+  void* data;
+  bool wide;
+
+  void put(int64_t at, float x) const {
+    if (wide) {
+      static_cast<float*>(data)[at] = x;
+    } else {
+      narrow(x, static_cast<bfloat16*>(data) + at);
+    }
+  }
+};
+
+// y[at + r * outer + o] = sum over k of x[r, k] * w[o, k], for O rows of w and R rows of x.
+template <int O, int R, typename W>
+inline void tile(const float* x, const W* w, Output y, int64_t at, int64_t inner, int64_t outer) {
+  Floats sums[O][R] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= inner; k += kLanes) {
+    Floats weights[O];
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) weights[o] = load(w + o * inner + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Floats row = load(x + r * inner + k);
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) sums[o][r] += weights[o] * row;
+    }
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float sum = total(sums[o][r]);
+      for (int64_t rest = k; rest < inner; ++rest) sum += x[r * inner + rest] * widen(w[o * inner + rest]);
+      y.put(at + r * outer + o, sum);
+    }
+  }
+}
+
+// A product whose ``count`` rows x [count, inner] meet rows of weights; y is [count, outer].
+struct Product {
+  const float* x;
+  Output y;
+  int64_t count, inner, outer;
+
+  // Outputs at .. at + O * tiles - 1, all rows. Some rows of x meet all the tiles, so that both stay in cache.
+  template <int O, typename W>
+  void panel(const W* w, int64_t at, int64_t tiles) const {
+    int64_t r = 0;
+    for (; r + kRows <= count; r += kRows) strip<O, kRows>(w, r, at, tiles);
+    switch (count - r) {
+      case 1: return strip<O, 1>(w, r, at, tiles);
+      case 2: return strip<O, 2>(w, r, at, tiles);
+      case 3: return strip<O, 3>(w, r, at, tiles);
+      case 4: return strip<O, 4>(w, r, at, tiles);
+    }
+  }
+
+  template <int O, int R, typename W>
+  void strip(const W* w, int64_t r, int64_t at, int64_t tiles) const {
+    for (int64_t o = at; o < at + O * tiles; o += O) {
+      tile<O, R>(x + r * inner, w + o * inner, y, o + r * outer, inner, outer);
+    }
+  }
+
+  // Outputs first .. last - 1.
+  template <typename W>
+  void block(const W* w, int64_t first, int64_t last) const {
+    constexpr int64_t kAlone = 8;  // one row of input leaves registers for more rows of weights
+    constexpr int64_t kPanelBytes = 1 << 14;
+    int64_t o = first;
+    if (count == 1) {
+      for (; o + kAlone <= last; o += kAlone) tile<kAlone, 1>(x, w + o * inner, y, o, inner, outer);
+    }
+    int64_t tiles = std::max<int64_t>(1, kPanelBytes / (inner * int64_t(sizeof(W)) * kWeights));
+    while (o + kWeights <= last) {
+      int64_t many = std::min(tiles, (last - o) / kWeights);
+      panel<kWeights>(w, o, many);
+      o += many * kWeights;
+    }
+    for (; o < last; ++o) {
+      for (int64_t r = 0; r < count; ++r) strip<1, 1>(w, r, o, 1);
+    }
+  }
+
+  template <typename W>
+  void spread_over(const Pool& pool, const void* weights) const {
+    constexpr int64_t kBlockBytes = 1 << 16, kSmallWork = 1 << 16;
+    const W* w = static_cast<const W*>(weights);
+    int64_t step = std::max<int64_t>(1, kBlockBytes / (inner * int64_t(sizeof(W)) * 24)) * 24;
+    spread(pool, (outer + step - 1) / step, outer * inner * count < kSmallWork, [=, this_ = *this](int64_t i) {
+      this_.block(w, i * step, std::min(outer, (i + 1) * step));
+    });
+  }
+};
+
+// --- paged attention -----------------------------------------------------------------------------------------
+
+struct Paged {
+  int64_t pages, kv_heads, page_tokens, head_dim, group, width;
+  float scale, cap;
+  int64_t window;
+};
+
+// Scores [group, stride] to weights that sum to one over the first ``count`` tokens.
+void softmax(float* scores, int64_t count, int64_t stride, const Paged& at) {
+  for (int64_t g = 0; g < at.group; ++g) {
+    float* row = scores + g * stride;
+    if (at.cap != 0) {
+      for (int64_t t = 0; t < count; ++t) row[t] = std::tanh(row[t] / at.cap) * at.cap;
+    }
+    float top = *std::max_element(row, row + count);
+    std::fill(row + count, row + stride, -std::numeric_limits<float>::infinity());
+    Floats sums = {};
+    for (int64_t t = 0; t < stride; t += kLanes) {
+      Floats weights = exponential(load(row + t) - top);
+      for (int i = 0; t + kLanes > count && i < kLanes; ++i) weights[i] = t + i < count ? weights[i] : 0;
+      std::memcpy(row + t, &weights, sizeof(weights));
+      sums += weights;
+    }
+    float scale = 1 / total(sums);
+    for (int64_t t = 0; t < count; ++t) row[t] *= scale;
+  }
+}
+
+// out[g, d] += sum over t of weights[g, t] * v[t, d], for G heads and D vectors of components.
+template <int G, int D, typename T>
+inline void mix(const float* weights, int64_t stride, const T* v, int64_t count, int64_t head_dim, float* out) {
+  Floats sums[G][D];
+  for (int g = 0; g < G; ++g) {
+    for (int d = 0; d < D; ++d) sums[g][d] = load(out + g * head_dim + d * kLanes);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    for (int d = 0; d < D; ++d) {
+      Floats value = load(v + t * head_dim + d * kLanes);
+      for (int g = 0; g < G; ++g) sums[g][d] += weights[g * stride + t] * value;
+    }
+  }
+  for (int g = 0; g < G; ++g) std::memcpy(out + g * head_dim, sums[g], sizeof(sums[g]));
+}
+
+template <int D, typename T>
+inline void mix_heads(const float* weights, int64_t stride, const T* v, int64_t count, const Paged& at, float* out) {
+  int64_t g = 0;
+  for (; g + 3 <= at.group; g += 3) {
+    mix<3, D>(weights + g * stride, stride, v, count, at.head_dim, out + g * at.head_dim);
+  }
+  for (; g < at.group; ++g) mix<1, D>(weights + g * stride, stride, v, count, at.head_dim, out + g * at.head_dim);
+}
+
+// One row's query heads of one key head: q [group, head_dim] over tokens first .. length - 1 -> out like q.
+template <typename T>
+void attend(const float* q, const T* keys, const T* values, const int32_t* table, int64_t head, int64_t length,
+            const Paged& at, std::vector<float>& scores, float* out) {
+  int64_t first = at.window && length > at.window ? length - at.window : 0;
+  int64_t count = length - first, stride = (count + kLanes - 1) / kLanes * kLanes;
+  scores.resize(at.group * stride);
+  std::fill(out, out + at.group * at.head_dim, 0.0f);
+  auto pages = [&](auto&& visit) {
+    for (int64_t t = first; t < length;) {
+      int64_t place = t % at.page_tokens, many = std::min(at.page_tokens - place, length - t);
+      int64_t page = std::clamp<int64_t>(table[t / at.page_tokens], 0, at.pages - 1);
+      visit(((page * at.kv_heads + head) * at.page_tokens + place) * at.head_dim, many, t - first);
+      t += many;
+    }
+  };
+  pages([&](int64_t where, int64_t many, int64_t t) {
+    Product{q, {scores.data() + t, true}, at.group, at.head_dim, stride}.block(keys + where, 0, many);
+  });
+  softmax(scores.data(), count, stride, at);
+  pages([&](int64_t where, int64_t many, int64_t t) {
+    int64_t d = 0;
+    const float* weights = scores.data() + t;
+    for (; d + 4 * kLanes <= at.head_dim; d += 4 * kLanes) {
+      mix_heads<4>(weights, stride, values + where + d, many, at, out + d);
+    }
+    for (; d < at.head_dim; d += kLanes) mix_heads<1>(weights, stride, values + where + d, many, at, out + d);
+  });
+}
+
+template <typename X, typename T>
+void decode(const Pool& pool, int64_t rows, const X* q, const X* k, const X* v, T* keys, T* values,
+            const int32_t* tables, const int32_t* lengths, const int32_t* pages, const int32_t* offsets, X* out,
+            const Paged& at) {
+  int64_t size = at.group * at.head_dim;
+  spread(pool, rows * at.kv_heads, rows * at.kv_heads < 3, [=](int64_t i) {
+    int64_t row = i / at.kv_heads, head = i % at.kv_heads, length = lengths[row];
+    if (pages[row] >= 0 && pages[row] < at.pages) {
+      int64_t where = ((pages[row] * at.kv_heads + head) * at.page_tokens + offsets[row]) * at.head_dim;
+      for (int64_t d = 0; d < at.head_dim; ++d) {
+        narrow(widen(k[i * at.head_dim + d]), keys + where + d);
+        narrow(widen(v[i * at.head_dim + d]), values + where + d);
+      }
+    }
+    thread_local std::vector<float> scores, scaled, mixed;
+    scaled.resize(size);
+    mixed.assign(size, 0.0f);
+    for (int64_t d = 0; d < size; ++d) scaled[d] = widen(q[i * size + d]) * at.scale;
+    length = std::min(length, at.width * at.page_tokens);
+    if (length > 0) {
+      attend(scaled.data(), keys, values, tables + row * at.width, head, length, at, scores, mixed.data());
+    }
+    for (int64_t d = 0; d < size; ++d) narrow(mixed[d], out + i * size + d);
+  });
+}
+
+// --- calls ---------------------------------------------------------------------------------------------------
+
+constexpr auto kFloat32 = XLA_FFI_DataType_F32, kBfloat16 = XLA_FFI_DataType_BF16;
+
+// The arguments of a call, by place, and its attributes, by place in the order of their names.
+struct Call {
+  XLA_FFI_CallFrame* frame;
+
+  XLA_FFI_Buffer& arg(int i) const { return *static_cast<XLA_FFI_Buffer*>(frame->args.args[i]); }
+  XLA_FFI_Buffer& ret(int i) const { return *static_cast<XLA_FFI_Buffer*>(frame->rets.rets[i]); }
+  template <typename T>
+  T attr(int i) const {
+    return *static_cast<T*>(static_cast<XLA_FFI_Scalar*>(frame->attrs.attrs[i])->value);
+  }
+  template <typename T>
+  T* data(int i) const {
+    return static_cast<T*>(arg(i).data);
+  }
+  Pool pool() const { return {frame->api, frame->ctx}; }
+  bool has(int args, int rets, int attrs) const {
+    return frame->args.size == args && frame->rets.size == rets && frame->attrs.size == attrs;
+  }
+  XLA_FFI_Error* invalid(const char* message) const {
+    XLA_FFI_Error_Create_Args args{XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, message,
+                                   XLA_FFI_Error_Code_INVALID_ARGUMENT};
+    return frame->api->XLA_FFI_Error_Create(&args);
+  }
+};
+
+bool floating(const XLA_FFI_Buffer& x) { return x.dtype == kFloat32 || x.dtype == kBfloat16; }
+
+// x [rows, in] times w [out, in] -> y [rows, out].
+XLA_FFI_Error* product(const Call& call) {
+  if (!call.has(2, 1, 0)) return call.invalid("product takes x and w, and gives y");
+  XLA_FFI_Buffer &x = call.arg(0), &w = call.arg(1), &y = call.ret(0);
+  if (x.rank != 2 || w.rank != 2 || x.dims[1] != w.dims[1] || !floating(x) || !floating(y)) {
+    return call.invalid("product takes x [rows, in] and w [out, in], x and y float32 or bfloat16");
+  }
+  const float* wide = static_cast<const float*>(x.data);
+  std::vector<float> scratch;
+  if (x.dtype == kBfloat16) {
+    auto* given = static_cast<const bfloat16*>(x.data);
+    scratch.resize(x.dims[0] * x.dims[1]);
+    for (size_t i = 0; i < scratch.size(); ++i) scratch[i] = widen(given[i]);
+    wide = scratch.data();
+  }
+  Product job{wide, {y.data, y.dtype == kFloat32}, x.dims[0], w.dims[1], w.dims[0]};
+  switch (w.dtype) {
+    case kFloat32: job.spread_over<float>(call.pool(), w.data); break;
+    case kBfloat16: job.spread_over<bfloat16>(call.pool(), w.data); break;
+    case XLA_FFI_DataType_S8: job.spread_over<int8_t>(call.pool(), w.data); break;
+    default: return call.invalid("weights must be float32, bfloat16 or int8");
+  }
+  return nullptr;
+}
+
+template <typename X, typename T>
+void decode_call(const Call& call, const Paged& at) {
+  decode(call.pool(), call.arg(0).dims[0], call.data<X>(0), call.data<X>(1), call.data<X>(2), call.data<T>(3),
+         call.data<T>(4), call.data<int32_t>(5), call.data<int32_t>(6), call.data<int32_t>(7), call.data<int32_t>(8),
+         static_cast<X*>(call.ret(0).data), at);
+}
+
+// q [B, heads, head_dim], k and v [B, kv_heads, head_dim]; keys and values [pages, kv_heads, page_tokens,
+// head_dim] are written in place; tables [B, width], lengths, pages and offsets [B] -> out like q, the cache.
+XLA_FFI_Error* attention(const Call& call) {
+  if (!call.has(9, 3, 3)) return call.invalid("attention takes 9 arguments and 3 attributes");
+  XLA_FFI_Buffer &q = call.arg(0), &keys = call.arg(3);
+  if (q.rank != 3 || keys.rank != 4 || keys.dims[3] % kLanes || q.dims[2] != keys.dims[3]) {
+    return call.invalid("attention takes q [B, heads, head_dim] and keys of the same head_dim");
+  }
+  if (call.ret(1).data != keys.data || call.ret(2).data != call.arg(4).data) {
+    return call.invalid("the cache must be aliased to the result");
+  }
+  if (!floating(q) || !floating(keys)) return call.invalid("queries and cache must be float32 or bfloat16");
+  Paged at{keys.dims[0],         keys.dims[1],        keys.dims[2], keys.dims[3], q.dims[1] / keys.dims[1],
+           call.arg(5).dims[1],  call.attr<float>(1), call.attr<float>(0), call.attr<int32_t>(2)};
+  bool wide = q.dtype == kFloat32, wide_cache = keys.dtype == kFloat32;
+  if (wide && wide_cache) decode_call<float, float>(call, at);
+  if (wide && !wide_cache) decode_call<float, bfloat16>(call, at);
+  if (!wide && wide_cache) decode_call<bfloat16, float>(call, at);
+  if (!wide && !wide_cache) decode_call<bfloat16, bfloat16>(call, at);
+  return nullptr;
+}
+
+// Answers XLA's question for the version of its interface, or does the work.
+XLA_FFI_Error* answer(XLA_FFI_CallFrame* frame, XLA_FFI_Error* (*work)(const Call&)) {
+  auto* extension = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start);
+  if (extension && extension->extension_base.type == XLA_FFI_Extension_Metadata) {
+    XLA_FFI_Api_Version& version = extension->metadata->api_version;
+    version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+    extension->metadata->traits = 0;
+    extension->metadata->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
+    return nullptr;
+  }
+  return work({frame});
+}
+
+}  // namespace
+
+extern "C" XLA_FFI_Error* llmos_product(XLA_FFI_CallFrame* frame) { return answer(frame, product); }
+extern "C" XLA_FFI_Error* llmos_attention(XLA_FFI_CallFrame* frame) { return answer(frame, attention); }

@@ -1,0 +1,81 @@
+"""The native kernels as jax functions, and whether they are to be used.
+
+Tracing inside ``use(True)`` lets ``layers.product`` call the kernels. They know nothing of meshes, so a
+program that is sharded must be traced outside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmos.drivers.jax.native import build
+from llmos.ipc.errors import LLMOSError
+
+MAX_ROWS = {jnp.dtype(jnp.float32): 16, jnp.dtype(jnp.bfloat16): 64, jnp.dtype(jnp.int8): 64}
+"""Up to how many rows a product is for the kernel, by the weight's type; XLA:CPU is fast at many rows."""
+_TYPES = (jnp.float32, jnp.bfloat16)
+
+_wanted: ContextVar[bool] = ContextVar("native_kernels", default=False)
+_lock = threading.Lock()
+_state = ""
+
+
+def enable(cache: Path) -> bool:
+    """Make the kernels ready, compiling them into ``cache`` if need be; whether they are."""
+    from llmos.drivers.jax.native import trial
+
+    global _state
+    with _lock:
+        if not _state:
+            try:
+                _register(build.library(cache))
+                trial.run()
+                _state = "ready"
+            except LLMOSError as error:
+                _state = error.message
+    return _state == "ready"
+
+
+def state() -> str:
+    """ "ready", why there are no kernels, or nothing if nobody has asked for them yet."""
+    return _state
+
+
+@contextmanager
+def use(wanted: bool) -> Iterator[None]:
+    """Whether what is traced inside may call the kernels."""
+    token = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def suits(rows: jax.Array, weight: jax.Array) -> bool:
+    """Whether a product of ``rows`` [n, in] is for the kernel: few rows, on a CPU, where it is wanted."""
+    if not _wanted.get() or _state != "ready":
+        return False
+    return rows.dtype in _TYPES and 0 < rows.shape[0] <= MAX_ROWS.get(weight.dtype, 0)
+
+
+def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
+    """``rows`` [n, in] times ``weight`` [out, in] -> [n, out]; the weight is float32, bfloat16 or int8."""
+    shape = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), out or rows.dtype)  # type: ignore[no-untyped-call]
+    result: jax.Array = jax.ffi.ffi_call(build.target("product"), shape)(rows, weight)
+    return result
+
+
+def _register(library: ctypes.CDLL) -> None:
+    for name in build.KERNELS:
+        function = getattr(library, f"llmos_{name}")
+        capsule = jax.ffi.pycapsule(function)  # type: ignore[no-untyped-call]
+        jax.ffi.register_ffi_target(build.target(name), capsule, platform="cpu")

@@ -1,0 +1,122 @@
+// The kernels on a thread pool of its own, for sanitizers: odd sizes, results compared with plain loops.
+#include "kernels.cc"
+
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <random>
+
+namespace {
+
+std::mutex lock;
+std::vector<std::thread> threads;
+
+XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
+  std::lock_guard<std::mutex> held(lock);
+  threads.emplace_back(args->task, args->data);
+  return nullptr;
+}
+
+XLA_FFI_Error* count_threads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
+  *args->num_threads = 3;
+  return nullptr;
+}
+
+XLA_FFI_Error* refuse(XLA_FFI_Error_Create_Args* args) {
+  std::fprintf(stderr, "refused: %s\n", args->message);
+  std::exit(1);
+}
+
+template <typename T>
+XLA_FFI_Buffer buffer(std::vector<T>& data, std::vector<int64_t>& dims, XLA_FFI_DataType type) {
+  return {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, type, data.data(), int64_t(dims.size()), dims.data()};
+}
+
+void call(XLA_FFI_Error* (*kernel)(XLA_FFI_CallFrame*), std::vector<void*> args, std::vector<void*> rets,
+          std::vector<void*> attrs) {
+  XLA_FFI_Api api{};
+  api.XLA_FFI_ThreadPool_Schedule = schedule;
+  api.XLA_FFI_ThreadPool_NumThreads = count_threads;
+  api.XLA_FFI_Error_Create = refuse;
+  XLA_FFI_CallFrame frame{};
+  frame.api = &api;
+  frame.args.size = args.size(), frame.args.args = args.data();
+  frame.rets.size = rets.size(), frame.rets.rets = rets.data();
+  frame.attrs.size = attrs.size(), frame.attrs.attrs = attrs.data();
+  kernel(&frame);
+  for (auto& thread : threads) thread.join();
+  threads.clear();
+}
+
+std::mt19937 random_bits(7);
+
+std::vector<float> randoms(int64_t size) {
+  std::vector<float> made(size);
+  for (float& x : made) x = std::normal_distribution<float>()(random_bits);
+  return made;
+}
+
+void check(double got, double expected, const char* what) {
+  if (std::abs(got - expected) > 1e-3 * (1 + std::abs(expected))) {
+    std::fprintf(stderr, "%s: %g, not %g\n", what, got, expected);
+    std::exit(1);
+  }
+}
+
+void try_product(int64_t rows, int64_t outer, int64_t inner) {
+  auto x = randoms(rows * inner), w = randoms(outer * inner), y = randoms(rows * outer);
+  std::vector<int64_t> xd{rows, inner}, wd{outer, inner}, yd{rows, outer};
+  auto xb = buffer(x, xd, kFloat32), wb = buffer(w, wd, kFloat32), yb = buffer(y, yd, kFloat32);
+  call(llmos_product, {&xb, &wb}, {&yb}, {});
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < outer; ++o) {
+      double sum = 0;
+      for (int64_t k = 0; k < inner; ++k) sum += double(x[r * inner + k]) * w[o * inner + k];
+      check(y[r * outer + o], sum, "product");
+    }
+  }
+}
+
+void try_attention(int32_t window) {
+  constexpr int64_t B = 3, H = 8, K = 2, D = 16, N = 4, P = 9, W = 4;
+  auto q = randoms(B * H * D), k = randoms(B * K * D), v = k, keys = randoms(P * K * N * D), out = q;
+  auto values = keys;
+  std::vector<int32_t> tables{0, 1, 2, 8, 3, 8, 8, 8, 4, 5, 6, 7}, lengths{9, 1, 16}, pages{2, 3, 7}, offsets{0, 0, 3};
+  std::vector<int64_t> qd{B, H, D}, kd{B, K, D}, cd{P, K, N, D}, td{B, W}, bd{B};
+  auto qb = buffer(q, qd, kFloat32), kb = buffer(k, kd, kFloat32), vb = buffer(v, kd, kFloat32);
+  auto cb = buffer(keys, cd, kFloat32), db = buffer(values, cd, kFloat32), ob = buffer(out, qd, kFloat32);
+  auto tb = buffer(tables, td, XLA_FFI_DataType_S32), lb = buffer(lengths, bd, XLA_FFI_DataType_S32);
+  auto pb = buffer(pages, bd, XLA_FFI_DataType_S32), fb = buffer(offsets, bd, XLA_FFI_DataType_S32);
+  float scale = 0.25f, cap = 0;
+  XLA_FFI_Scalar capped{kFloat32, &cap}, scaled{kFloat32, &scale}, windowed{XLA_FFI_DataType_S32, &window};
+  call(llmos_attention, {&qb, &kb, &vb, &cb, &db, &tb, &lb, &pb, &fb}, {&ob, &cb, &db}, {&capped, &scaled, &windowed});
+  for (int64_t i = 0; i < B * H; ++i) {
+    int64_t row = i / H, head = i % H / (H / K), first = window ? std::max(0, lengths[row] - window) : 0;
+    auto at = [&](int64_t t) { return ((tables[row * W + t / N] * K + head) * N + t % N) * D; };
+    std::vector<double> weights;
+    double sum = 0;
+    for (int64_t t = first; t < lengths[row]; ++t) {
+      double score = 0;
+      for (int64_t d = 0; d < D; ++d) score += double(q[i * D + d]) * keys[at(t) + d] * scale;
+      weights.push_back(std::exp(score));
+      sum += weights.back();
+    }
+    for (int64_t d = 0; d < D; ++d) {
+      double mixed = 0;
+      for (int64_t t = first; t < lengths[row]; ++t) mixed += weights[t - first] / sum * values[at(t) + d];
+      check(out[i * D + d], mixed, "attention");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int64_t rows : {1, 2, 5, 9}) {
+    try_product(rows, 1, 1);
+    try_product(rows, 37, 83);
+    try_product(rows, 600, 129);
+  }
+  try_attention(0);
+  try_attention(5);
+}

@@ -1,0 +1,116 @@
+"""The native kernels compute what NumPy and XLA compute, at any size, and are refused nowhere silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmos.drivers.jax import layers
+from llmos.drivers.jax.attention import DecodePlan, Scoring
+from llmos.drivers.jax.attention.native import NativeAttention
+from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.native import kernels, trial
+from llmos.ipc.errors import NotSupported
+
+SIZES = [(1, 1, 1), (1, 37, 83), (2, 960, 64), (3, 25, 576), (7, 100, 40), (32, 49, 96)]
+PAGES, PAGE, WIDTH = 24, 4, 6
+TYPES = [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.float32, jnp.bfloat16)]
+
+
+@pytest.fixture(autouse=True)
+def compiled(native_kernels: bool) -> None:
+    if not native_kernels:
+        pytest.skip(kernels.state())
+
+
+def values(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> jax.Array:
+    made = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(made * 50 if dtype == jnp.int8 else made).astype(dtype)
+
+
+@pytest.mark.parametrize("weight_type", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("row_type", [jnp.float32, jnp.bfloat16])
+def test_a_product_equals_numpy_for_any_number_of_rows_and_odd_sizes(row_type: Any, weight_type: Any) -> None:
+    for rows, outer, inner in [
+        (1, 1, 1),
+        (1, 37, 83),
+        (2, 960, 64),
+        (3, 25, 576),
+        (7, 100, 40),
+        (32, 49, 96),
+    ]:
+        x, w = values((rows, inner), row_type), values((outer, inner), weight_type, 1)
+        expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+        got = np.asarray(jax.jit(kernels.product, static_argnums=2)(x, w, jnp.float32))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()))
+
+
+def test_a_large_product_is_shared_among_threads_without_loss() -> None:
+    x, w = values((2, 512), jnp.float32), values((4096, 512), jnp.float32, 1)
+    expected = np.asarray(x) @ np.asarray(w).T
+    call = jax.jit(kernels.product)
+    for _ in range(20):
+        np.testing.assert_allclose(np.asarray(call(x, w)), expected, atol=1e-3)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x = jnp.asarray([[jnp.nan] + [1.0] * 63, [jnp.inf] + [1.0] * 63])
+    got = np.asarray(kernels.product(x, jnp.ones((9, 64))))
+    assert np.isnan(got[0]).all()
+    assert np.isinf(got[1]).all()
+
+
+def test_a_narrow_result_is_rounded_to_nearest() -> None:
+    x, w = values((4, 64), jnp.float32), values((33, 64), jnp.float32, 1)
+    wide = kernels.product(x, w)
+    assert bool((kernels.product(x, w, jnp.bfloat16) == wide.astype(jnp.bfloat16)).all())
+
+
+def test_layers_use_the_kernel_only_where_it_is_wanted_and_rows_are_few() -> None:
+    weight = values((8, 16), jnp.float32)
+
+    def program(rows: int, wanted: bool) -> str:
+        with kernels.use(wanted):
+            return (
+                jax.jit(lambda x: layers.product(x, weight)).lower(values((rows, 16), jnp.float32)).as_text()
+            )
+
+    assert "llmos_product" in program(2, True)
+    assert "llmos_product" not in program(2, False)
+    assert "llmos_product" not in program(kernels.MAX_ROWS[jnp.dtype(jnp.float32)] + 1, True)
+
+
+@pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=5), Scoring(cap=3.0, scale=0.3)])
+@pytest.mark.parametrize(
+    ("kind", "kept"), [(jnp.float32,) * 2, (jnp.bfloat16,) * 2, (jnp.float32, jnp.bfloat16)]
+)
+def test_attention_equals_xla_and_writes_the_same_cache(scoring: Scoring, kind: Any, kept: Any) -> None:
+    rng = np.random.default_rng(3)
+    lengths = np.array([1, 4, 23, 9, 0], np.int32)
+    tables = rng.permutation(PAGES - 1)[:20].reshape(5, 4)
+    tables = np.pad(tables, ((0, 0), (0, WIDTH - 4)), constant_values=PAGES - 1).astype(np.int32)
+    tables[2, 4:] = [20, 21]
+    last = np.maximum(lengths - 1, 0)
+    pages = np.where(lengths > 0, tables[np.arange(5), last // PAGE], PAGES)
+    plan = DecodePlan(*(jnp.asarray(x, jnp.int32) for x in (tables, lengths, pages, last % PAGE)))
+    cache = PagedCache(*(values((PAGES, 2, PAGE, 16), kept, seed) for seed in (4, 5)))
+    q, k, v = (values((5, heads, 16), kind, seed) for heads, seed in ((8, 6), (2, 7), (2, 8)))
+    run = lambda backend: jax.jit(lambda c: backend.decode(plan, c, q, k, v, scoring))(cache)  # noqa: E731
+    expected, old = run(XlaAttention())
+    got, new = run(NativeAttention())
+    tolerance = 1e-5 if kept == kind == jnp.float32 else 3e-2
+    np.testing.assert_allclose(got[:4].astype(float), expected[:4].astype(float), atol=tolerance)
+    assert bool(jnp.isfinite(got[4]).all())
+    for mine, theirs in zip(new, old, strict=True):
+        assert bool((mine == theirs).all())
+
+
+def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial.run()
+    monkeypatch.setattr(kernels, "product", lambda rows, weight: rows @ weight.T + 1)
+    with pytest.raises(NotSupported, match="product computes wrongly here: off by 1"):
+        trial.run()
