@@ -11,6 +11,7 @@ from llmos.drivers.sdk.messages import DType, Precision, Speculation
 from llmos.ipc import codec, paths
 from llmos.ipc.errors import InvalidArgument, NotFound
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -32,6 +33,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ``dtype`` is what is computed in; ``weights`` "int8" or "float8" holds the weights in 8 bits. ``slots``
     sequences run at once; ``pages`` of ``page_tokens`` tokens hold their KV (0: what fits), and
     ``host_pages`` in RAM and ``disk_pages`` on disk that of sequences that had to leave the device.
+    ``host_cache`` and ``disk_cache`` say the latter in bytes or with a unit ("8GiB"); "auto" is half of the
+    RAM that is free, and none where the device is a CPU.
     ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
     smaller model. Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step,
     matter.
@@ -49,6 +52,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_context: int = 2048
     chunk_tokens: int = 256
     mesh: dict[str, int] = {}
+    host_cache: str | int = "auto"
+    disk_cache: str | int = 0
     host_pages: int = 0
     disk_pages: int = 0
     speculation: Speculation = "off"
@@ -91,6 +96,20 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         raise NotFound(f"no model {name!r} is served here; there is: {known}")
 
 
+def size(text: str | int) -> int:
+    """Bytes in a size as the manifest has it; -1 for "auto". InvalidArgument says what is wrong with it."""
+    if text == "auto":
+        return -1
+    match = SIZE.fullmatch(str(text))
+    if match is None:
+        raise InvalidArgument(
+            f'a size is bytes, or a number with KB, KiB, MB ... TiB, or "auto"; not {text!r}'
+        )
+    number, unit, binary = match.groups()
+    power = "KMGT".index(unit) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
 def load(path: Path | None) -> Manifest:
     """The manifest in a TOML file, or the default; InvalidArgument says what is wrong and where."""
     if path is None:
@@ -115,6 +134,11 @@ def check(manifest: Manifest) -> None:
             if names.count(name) > 1:
                 raise InvalidArgument(f"two {what}s are named {name!r}")
     for model in manifest.models:
+        size(model.host_cache)
+        if size(model.disk_cache) < 0:
+            raise InvalidArgument(
+                f"model {model.name!r}: say how many bytes of disk_cache, there is no default"
+            )
         if model.driver not in drivers:
             raise InvalidArgument(f"model {model.name!r} wants driver {model.driver!r}; there is: {drivers}")
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llmos.services.memory.messages import ArenaUsage, Usage
+from llmos.services.memory.messages import ArenaUsage, TierUsage, Usage
 from llmos.services.scheduler.messages import Cont, Kill, Nice, Pause
 from llmos.shell import saving, session
 from llmos.shell.output import size, table
 
 ARENAS = ("ARENA", "PAGES", "OWNED", "CACHED", "FREE", "SIZE", "HITS")
-TENANTS = ("ARENA", "TENANT", "OWNED", "CACHED")
+TIERS = ("ARENA", "TIER", "SIZE", "OWNED", "CACHED", "FREE", "MOVING")
+TENANTS = ("ARENA", "TIER", "TENANT", "OWNED", "CACHED")
 
 
 def kill(options: argparse.Namespace) -> int:
@@ -39,13 +40,16 @@ def cont(options: argparse.Namespace) -> int:
 
 
 def free(options: argparse.Namespace) -> int:
-    """Print the pages of every arena, and whose they are."""
+    """Print the pages of every arena in every tier, and whose they are."""
     with session.connect() as client:
         arenas = client.call("memory.usage", None, Usage).arenas
     if not arenas:
         print("no model has memory")
         return 0
     print(arena_table(arenas))
+    if any(arena.tiers for arena in arenas):
+        print()
+        print(tier_table(arenas))
     if any(arena.tenants for arena in arenas):
         print()
         print(tenant_table(arenas))
@@ -69,14 +73,29 @@ def arena_table(arenas: list[ArenaUsage]) -> str:
     return table(ARENAS, rows, right=ARENAS[1:])
 
 
-def tenant_table(arenas: list[ArenaUsage]) -> str:
-    """Whose pages they are, in bytes."""
+def tier_table(arenas: list[ArenaUsage]) -> str:
+    """The tiers beside the devices, in bytes by use, and what is on its way between tiers."""
     rows = [
-        (arena.arena, line.tenant, size(line.owned * arena.page_bytes), size(line.cached * arena.page_bytes))
+        (arena.arena, line.tier, *(size(n * arena.page_bytes) for n in (*_counts(line), arena.moving)))
         for arena in arenas
-        for line in arena.tenants
+        for line in arena.tiers
     ]
-    return table(TENANTS, rows, right=TENANTS[2:])
+    return table(TIERS, rows, right=TIERS[2:])
+
+
+def _counts(line: TierUsage) -> tuple[int, int, int, int]:
+    return line.total, line.owned, line.cached, line.free
+
+
+def tenant_table(arenas: list[ArenaUsage]) -> str:
+    """Whose pages they are in each tier, in bytes."""
+    rows = [
+        (arena.arena, tier, line.tenant, *(size(n * arena.page_bytes) for n in (line.owned, line.cached)))
+        for arena in arenas
+        for tier, tenants in [("device", arena.tenants), *((t.tier, t.tenants) for t in arena.tiers)]
+        for line in tenants
+    ]
+    return table(TENANTS, rows, right=TENANTS[3:])
 
 
 def _each(method: str, bodies: list[object]) -> int:

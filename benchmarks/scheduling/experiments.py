@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.scheduling import traces
 from benchmarks.scheduling.policies import POLICIES
+from benchmarks.scheduling.tiers import conversations, displaced
 from llmos.ipc.grant import BANDS
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.queue import OUTPUT_CHARGE
@@ -252,5 +253,17 @@ def share(values: Any) -> float:
 
 EXPERIMENTS: dict[str, Callable[[], Figures]] = {
     each.__name__: each
-    for each in (bands, overload, fairness, flood, heavy_tail, starvation, prefixes, hosts, cost)
+    for each in (
+        bands,
+        overload,
+        fairness,
+        flood,
+        heavy_tail,
+        starvation,
+        prefixes,
+        hosts,
+        cost,
+        conversations,
+        displaced,
+    )
 }

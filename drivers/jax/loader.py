@@ -48,6 +48,7 @@ from llmos.drivers.jax.weights.random import PREFIX, RandomSource, fill
 from llmos.drivers.jax.weights.source import Source, open_source
 from llmos.drivers.sdk.driver import Progress
 from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest, Precision
+from llmos.drivers.sdk.sizes import with_tiers
 from llmos.ipc import paths
 from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
 
@@ -126,9 +127,8 @@ class Load:
         check_request(request)
         axes = mesh.parse(request.mesh)
         mesh.check_devices(axes, len(self.devices))
-        if (request.host_pages or request.disk_pages) and any(
-            size > 1 for axis, size in request.mesh.items() if axis != "data"
-        ):
+        wanted = max(request.host_pages, request.disk_pages, request.host_bytes, request.disk_bytes)
+        if wanted > 0 and any(size > 1 for axis, size in request.mesh.items() if axis != "data"):
             raise InvalidArgument(
                 "pages of a model that is cut over several devices cannot leave them: "
                 "leave host_pages and disk_pages 0, or use the data axis only"
@@ -138,6 +138,11 @@ class Load:
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
         plan = self._timed("read", lambda: find_weights(request))
+        # Pages that are cut over several devices stay there, also where the tiers' sizes are left to us.
+        cut = any(size > 1 for axis, size in request.mesh.items() if axis != "data")
+        no_tiers = cut or self.devices[0].platform == "cpu"
+        page_bytes = page_size(plan.config, request) * request.mesh.get("data", 1)
+        self.request = request = with_tiers(request, page_bytes, no_host=no_tiers)
         mesh.check_model(axes, plan.config)
         first, *others = places(self.devices, axes)
         parts = self._parts(plan, first)
@@ -385,6 +390,7 @@ def check_request(request: LoadRequest) -> None:
         )
     ranges = {"page_tokens": (1, 1024), "slots": (1, 4096), "chunk_tokens": (1, 65536), "pages": (0, 1 << 24)}
     ranges |= {"host_pages": (0, 1 << 28), "disk_pages": (0, 1 << 28)}
+    ranges |= {"host_bytes": (-1, 1 << 50), "disk_bytes": (0, 1 << 50)}
     for name, (low, high) in {**ranges, "max_context": (2, 1 << 22)}.items():
         if not low <= getattr(request, name) <= high:
             raise InvalidArgument(f"{name} is {getattr(request, name)}, not in {low}..{high}")

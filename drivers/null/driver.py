@@ -37,6 +37,7 @@ from llmos.drivers.sdk.messages import (
     Start,
     Step,
 )
+from llmos.drivers.sdk.sizes import with_tiers
 from llmos.drivers.sdk.tiers import Tiers
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -122,6 +123,7 @@ class NullDriver(Driver):
 
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         progress(LoadProgress("read", 1, 1))
+        request = with_tiers(request, page_size(request.page_tokens), no_host=True)
         encodes = request.model == self._encoder
         loaded = LoadedModel(
             model=request.model,

@@ -57,7 +57,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``kv_dtype`` is what pages are held in; 8-bit ones have a scale for each token and head.
     ``pages`` 0 lets the driver take ``memory_fraction`` of what is free on the device after the weights.
     ``mesh`` maps axis names (data, tensor, pipeline, expert, sequence) to sizes; empty means one device.
-    ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to.
+    ``host_pages`` and ``disk_pages`` are the sizes of the tiers that pages can be moved to; where they are 0,
+    ``host_bytes`` and ``disk_bytes`` say it in bytes, and ``host_bytes`` -1 leaves it to the driver.
     ``speculation`` guesses ``speculation_tokens`` tokens (0: as many as the driver likes) and verifies them
     in one step, where that is measured to be faster: "ngram" takes guesses from the sequence's own past,
     "draft" from the smaller model at the source ``draft``, which has the same vocabulary, and "auto" from the
@@ -79,6 +80,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     mesh: dict[str, int] = {}
     host_pages: int = 0
     disk_pages: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
     speculation: Speculation = "off"
     speculation_tokens: int = 0
     draft: str = ""

@@ -4,6 +4,9 @@ messages.py    the link
 pages.py       which pages of an arena are free, and how many tasks hold each of the others
 radix.py       the prefix index: which full pages hold which tokens, for whom; what to evict
 arena.py       reserve, grow, commit, free and restore over both; quotas
+tiers.py       host memory and disk: swapping, demoting, fetching
+transfers.py   pages on their way between tiers
+costs.py       move a page or compute it again
 invariants.py  the invariants, checked after every operation in tests
 server.py      the message handlers
 """

@@ -1,7 +1,8 @@
 """The pages of one model on one driver: reserve, grow, commit and free, with quotas and a prefix cache.
 
-A page is *free*, *owned* (held by at least one task) or *cached* (in the index, held by none). Every
-operation checks all of its arguments before it changes anything.
+A page is *free*, *owned* (held by at least one task or transfer) or *cached* (in the index, held by none).
+Every operation checks all of its arguments before it changes anything. What concerns the tiers beside the
+device is in ``tiers``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
 from llmos.services.memory import messages
 from llmos.services.memory.messages import ArenaUsage, Holding, TenantUsage
 from llmos.services.memory.pages import PagePool
-from llmos.services.memory.radix import Node, RadixIndex
+from llmos.services.memory.radix import DEVICE, Node, RadixIndex
+from llmos.services.memory.tiers import Tiers
+from llmos.services.memory.transfers import Transfer
 
 MAX_PAGES = 1 << 24
 MAX_TOKEN = (1 << 32) - 1
@@ -28,9 +31,15 @@ class Task:
     ``tokens`` are all it has, ``computed`` how many of them have their KV in ``pages``. ``path`` is the node
     of its last full computed page, or the tenant's root; ``indexed`` is how many pages lead there. A page
     on the path may be another task's, where two computed the same: then this task's own stays private.
+
+    A task that is ``away`` was swapped out: it has no pages, the nodes of its path are in any tier, and
+    ``tail`` is the (tier, block) of the computed tokens that do not fill a page. ``transfer`` is open for it.
     """
 
-    __slots__ = ("computed", "indexed", "pages", "path", "quota", "tenant", "tokens")
+    __slots__ = (
+        "alive", "away", "computed", "indexed", "pages", "path", "quota", "tail", "tenant", "tokens",
+        "transfer",
+    )  # fmt: skip
 
     def __init__(self, tenant: str, quota: int, tokens: array[int], pages: list[int]) -> None:
         self.tenant = tenant
@@ -40,6 +49,10 @@ class Task:
         self.computed = 0
         self.indexed = 0
         self.path: Node | None = None
+        self.alive = True
+        self.away = False
+        self.tail: tuple[int, int] | None = None
+        self.transfer: Transfer | None = None
 
 
 class Arena:
@@ -51,54 +64,65 @@ class Arena:
                 f"arena {spec.arena!r} needs 1 to {MAX_PAGES} pages of at least one token,"
                 f" not {spec.pages} pages of {spec.page_tokens} tokens and {spec.page_bytes} bytes"
             )
+        if not (0 <= spec.host_pages <= MAX_PAGES and 0 <= spec.disk_pages <= MAX_PAGES):
+            raise InvalidArgument(f"arena {spec.arena!r}: a tier has 0 to {MAX_PAGES} blocks")
         self.spec = spec
         self.pool = PagePool(spec.pages)
-        self.index = RadixIndex()
+        self.index = RadixIndex(spec.pages, spec.page_tokens)
         self.tasks: dict[int, Task] = {}
         self.indexed = bytearray(spec.pages)  # 1 where a node of the index has this page
         self.owned: defaultdict[str, int] = defaultdict(int)
         self.cached: defaultdict[str, int] = defaultdict(int)
         self.lookup_tokens = self.hit_tokens = self.evictions = 0
+        self.tiers = Tiers(self)
 
     # --- the operations ---
 
     def reserve(
-        self, id: int, tenant: str, tokens: Sequence[int], extra: int = 0, quota: int = 0
+        self,
+        id: int,
+        tenant: str,
+        tokens: Sequence[int],
+        extra: int = 0,
+        quota: int = 0,
+        hurry: bool = True,
     ) -> tuple[list[int], int]:
-        """Pages for ``tokens`` and ``extra`` more; (block table, number of tokens already cached in it).
+        """Pages for ``tokens`` and ``extra`` more; (block table, number of tokens already cached in it, once
+        the task's ``transfer`` is settled, if it has one).
 
         ``quota`` bounds the pages that the tenant owns in this arena, 0 for no bound. Raises NoMemory with
-        ``free``, ``evictable`` and ``needed``, InvalidArgument for a task that holds pages already.
+        ``free``, ``evictable`` and ``needed``, and ``demotable`` where pages worth keeping would be dropped
+        and there is no ``hurry``; InvalidArgument for a task that holds pages already.
         """
         if id in self.tasks:
             raise InvalidArgument(f"task {id} holds pages already: free them first")
-        if not tokens or not 0 <= extra <= MAX_EXTRA:
-            raise InvalidArgument(f"a task needs a token at least, and extra from 0 to {MAX_EXTRA}")
+        check_size(tokens, extra)
         text = _pack(tokens)
         size = self.spec.page_tokens
         # The last token is always computed: its logits are what the task continues from.
-        hits = self.index.match(tenant, self._keys(text, 0, (len(text) - 1) // size))
-        fresh = -(-(len(text) + extra) // size) - len(hits)
-        revived = sum(node.pins == 0 for node in hits)
-        unowned = sum(self.pool.holders[node.page] == 0 for node in hits)
-        self._check_quota(tenant, quota, fresh + unowned)
-        self._check_space(fresh, self.index.evictable - revived)
+        hits = self.tiers.worth_having(self.index.match(tenant, self._keys(text, 0, (len(text) - 1) // size)))
+        total = -(-(len(text) + extra) // size)
+        self.check_quota(tenant, quota, total - len(hits) + sum(not self.is_owned(node) for node in hits))
+        resident = [node for node in hits if node.tier == DEVICE]
+        revived = sum(node.pins == 0 for node in resident)
+        self.check_space(total - len(resident), self.index.evictable - revived, hurry)
         for node in hits:
             self.index.pin(node)
-        task = self.tasks[id] = Task(tenant, quota, text, [node.page for node in hits])
-        task.pages += self._take(fresh)
-        self.hold(tenant, task.pages)
+        task = self.tasks[id] = Task(tenant, quota, text, [])
         task.indexed = len(hits)
         task.computed = len(hits) * size
         task.path = hits[-1] if hits else None
         self.lookup_tokens += len(text)
         self.hit_tokens += task.computed
+        self.tiers.costs.note_returned(hits)
+        self.tiers.bring_in(id, task, hits, total)
         return list(task.pages), task.computed
 
     def grow(self, wants: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
         """More pages for tasks, in this order: for each all it wants, or none where that would not fit."""
         for id, count in wants:
-            self._task(id)
+            if self.task(id).away:
+                raise InvalidArgument(f"task {id} is swapped out")
             if not 0 <= count <= self.spec.pages:
                 raise InvalidArgument(f"task {id} wants {count} pages of {self.spec.pages}")
         return [(id, self._grow(self.tasks[id], count)) for id, count in wants]
@@ -115,6 +139,8 @@ class Arena:
             task = self.tasks.get(id)
             if task is None:
                 continue
+            if task.away:
+                raise InvalidArgument(f"task {id} is swapped out")
             if new and not 0 <= min(new) <= max(new) <= MAX_TOKEN:
                 raise InvalidArgument(f"task {id}: a token is an integer from 0 to {MAX_TOKEN}")
             limit = min(len(task.tokens) + len(new), len(task.pages) * size)
@@ -139,7 +165,8 @@ class Arena:
                 continue
             if task.path is not None:
                 self.index.unpin_path(task.path)
-            self._release(task.tenant, task.pages)
+            self.tiers.discard(id, task)
+            self.release(task.tenant, task.pages)
 
     def usage(self) -> ArenaUsage:
         """Pages by use; ``free + cached + owned == total``."""
@@ -157,11 +184,13 @@ class Arena:
             hit_tokens=self.hit_tokens,
             evictions=self.evictions,
             tenants=[t for t in tenants if t.owned or t.cached],
+            moving=self.tiers.moving,
+            tiers=self.tiers.usage(),
         )
 
     # --- what they are made of ---
 
-    def _task(self, id: int) -> Task:
+    def task(self, id: int) -> Task:
         task = self.tasks.get(id)
         if task is None:
             raise NotFound(f"task {id} holds no pages in arena {self.spec.arena!r}")
@@ -173,18 +202,36 @@ class Arena:
         raw, width = tokens[start * size : stop * size].tobytes(), size * _TOKEN_BYTES
         return [raw[at : at + width] for at in range(0, len(raw), width)]
 
-    def _check_quota(self, tenant: str, quota: int, count: int) -> None:
-        owned = self.owned.get(tenant, 0)
-        if quota and owned + count > quota:
+    def is_owned(self, node: Node) -> bool:
+        """Whether a node's page counts for its tenant's quota already."""
+        return self.pool.holders[node.page] > 0 if node.tier == DEVICE else node.pins > 0
+
+    def used(self, tenant: str) -> int:
+        """The pages that a tenant owns in all tiers; one on its way counts once."""
+        return self.owned.get(tenant, 0) + self.tiers.owned(tenant)
+
+    def check_quota(self, tenant: str, quota: int, count: int) -> None:
+        """Raise NoMemory where the tenant may not own so many pages more."""
+        if quota and count > 0 and self.used(tenant) + count > quota:
             raise NoMemory(
-                f"tenant {tenant!r} owns {owned} of {quota} pages and needs {count} more",
+                f"tenant {tenant!r} owns {self.used(tenant)} of {quota} pages and needs {count} more",
                 free=self.pool.free,
                 evictable=self.index.evictable,
                 needed=count,
                 quota=quota,
             )
 
-    def _check_space(self, needed: int, evictable: int) -> None:
+    def check_space(self, needed: int, evictable: int, hurry: bool = True) -> None:
+        """Raise NoMemory where so many device pages are not to be had, or not without a loss."""
+        if not hurry and self.pool.free < needed <= self.pool.free + evictable and self.tiers.would_save:
+            self.tiers.note_demand(needed)
+            raise NoMemory(
+                f"{needed} pages needed; {self.pool.free} are free, and others are worth to be moved first",
+                free=self.pool.free,
+                evictable=evictable,
+                needed=needed,
+                demotable=True,
+            )
         if needed > self.pool.free + evictable:
             raise NoMemory(
                 f"{needed} pages needed; {self.pool.free} are free and {evictable} can be evicted",
@@ -194,26 +241,35 @@ class Arena:
             )
 
     def _grow(self, task: Task, count: int) -> list[int]:
-        within = not task.quota or self.owned[task.tenant] + count <= task.quota
+        within = not task.quota or self.used(task.tenant) + count <= task.quota
         if not within or count > self.pool.free + self.index.evictable:
             return []
-        pages = self._take(count)
+        pages = self.take(count)
         self.hold(task.tenant, pages)
         task.pages += pages
         return pages
 
-    def _take(self, count: int) -> list[int]:
-        """Free pages, evicting what is missing; the caller has checked that there are so many."""
+    def take(self, count: int) -> list[int]:
+        """Free device pages, evicting what is missing; the caller has checked that there are so many."""
         missing = count - self.pool.free
         if missing > 0:
             for node in self.index.evict(missing):
-                self.indexed[node.page] = 0
-                self.cached[node.tenant] -= 1
-                self.pool.give_back(node.page)
-            self.evictions += missing
+                self.forget(node)
         return self.pool.take(count)
 
-    def hold(self, tenant: str, pages: list[int]) -> None:
+    def forget(self, node: Node) -> None:
+        """A node was dropped from the index: its page is free."""
+        if node.tier == DEVICE:
+            self.indexed[node.page] = 0
+            self.cached[node.tenant] -= 1
+            self.pool.give_back(node.page)
+            self.evictions += 1
+        else:
+            self.tiers.pools[node.tier].give_back(node.page)
+            self.tiers.costs.note_dropped(node)
+
+    def hold(self, tenant: str, pages: Sequence[int]) -> None:
+        """Count one holder more for each of these device pages."""
         holders, indexed = self.pool.holders, self.indexed
         for page in pages:
             if holders[page] == 0:
@@ -221,7 +277,8 @@ class Arena:
                 self.cached[tenant] -= indexed[page]
             holders[page] += 1
 
-    def _release(self, tenant: str, pages: list[int]) -> None:
+    def release(self, tenant: str, pages: Sequence[int]) -> None:
+        """Count one holder less for each of these device pages; those in the index stay as cache."""
         holders, indexed = self.pool.holders, self.indexed
         for page in pages:
             holders[page] -= 1
@@ -240,6 +297,12 @@ class Arena:
             child = node.children.get(key)
             if child is None:
                 child = self.index.insert(node, key, page)
+                self.indexed[page] = 1
+            elif child.tier != DEVICE and not child.busy:
+                # Computed again instead of fetched: the block is not needed any more.
+                self.tiers.pools[child.tier].give_back(child.page)
+                self.index.relocate(child, DEVICE, page)
+                child.lost = False
                 self.indexed[page] = 1
             self.index.pin(child)
             node = child
@@ -314,6 +377,12 @@ def _check_holding(arena: Arena, holding: Holding) -> None:
         raise InvalidArgument(
             f"task {holding.task}: {holding.computed} tokens cannot be computed in its pages"
         )
+
+
+def check_size(tokens: Sequence[int], extra: int) -> None:
+    """Raise InvalidArgument where a task of this size makes no sense."""
+    if not tokens or not 0 <= extra <= MAX_EXTRA:
+        raise InvalidArgument(f"a task needs a token at least, and extra from 0 to {MAX_EXTRA}")
 
 
 def _pack(tokens: Sequence[int]) -> array[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from llmos.services.memory.arena import Arena
-from llmos.services.memory.radix import Node
+from llmos.services.memory.radix import DEVICE, DISK, HOST, Node, lineage
+from llmos.services.memory.transfers import TIERS, Item
 
 
 class Broken(AssertionError):
@@ -13,13 +14,19 @@ class Broken(AssertionError):
 
 
 def check(arena: Arena) -> None:
-    """Raise Broken unless every page is free, cached or owned, and every count is right."""
+    """Raise Broken unless every page of every tier is free, cached or owned, and every count is right."""
     nodes = list(arena.index.nodes())
+    resident = [node for node in nodes if node.tier == DEVICE]
+    items = [item for t in arena.tiers.open.values() for items in t.batches for item in items]
     held = Counter(page for task in arena.tasks.values() for page in task.pages)
-    _check_pages(arena, nodes, held)
+    held += Counter(n for item in items for tier, n in (item.source, item.target) if tier == DEVICE)
+    _check_pages(arena, resident, held)
     _check_tasks(arena, nodes)
     _check_index(arena, nodes)
-    _check_counts(arena, nodes, held)
+    _check_counts(arena, resident, held, items)
+    _check_travel(arena, nodes, items)
+    for tier in (HOST, DISK):
+        _check_tier(arena, tier, nodes, items)
 
 
 def _check_pages(arena: Arena, nodes: list[Node], held: Counter[int]) -> None:
@@ -32,14 +39,21 @@ def _check_pages(arena: Arena, nodes: list[Node], held: Counter[int]) -> None:
     _equal("a page is nowhere", free | indexed | held.keys(), set(range(total)))
     _equal("free pages", pool.free, len(free))
     _equal("holders", {p: n for p, n in enumerate(pool.holders) if n}, dict(held))
-    _equal("pages with several owners outside the index", {p for p in held if held[p] > 1} - indexed, set())
+    tasks = Counter(page for task in arena.tasks.values() for page in task.pages)
+    _equal("pages with several owners outside the index", {p for p in tasks if tasks[p] > 1} - indexed, set())
 
 
 def _check_tasks(arena: Arena, nodes: list[Node]) -> None:
     size = arena.spec.page_tokens
     pins: Counter[int] = Counter()
     tenants: dict[int, str] = {}
+    for transfer in arena.tiers.open.values():
+        for end in transfer.pins:
+            pins.update(id(node) for node in lineage(end))
     for name, task in arena.tasks.items():
+        _equal(f"task {name} is away", arena.tiers.away.get(name) is task, task.away)
+        _equal(f"task {name} is away and has pages", task.away and bool(task.pages), False)
+        _equal(f"task {name} has a tail and is not away", task.tail is not None and not task.away, False)
         _equal(f"task {name} holds a page twice", len(set(task.pages)), len(task.pages))
         _equal(f"full pages of task {name} on its path", task.indexed, task.computed // size)
         node, key = task.path, task.tokens[: task.indexed * size].tobytes()
@@ -55,29 +69,79 @@ def _check_tasks(arena: Arena, nodes: list[Node]) -> None:
             )
     for node in nodes:
         _equal("pins of a node", node.pins, pins[id(node)])
-        _equal("tenant of a page in the index", tenants.get(node.page, node.tenant), node.tenant)
+        if node.tier == DEVICE:
+            _equal("tenant of a page in the index", tenants.get(node.page, node.tenant), node.tenant)
 
 
 def _check_index(arena: Arena, nodes: list[Node]) -> None:
-    _equal("evictable", arena.index.evictable, sum(node.pins == 0 for node in nodes))
+    for tier in (DEVICE, HOST, DISK):
+        mine = [node for node in nodes if node.tier == tier]
+        _equal("unpinned", arena.index.unpinned[tier], sum(node.pins == 0 for node in mine))
+        loose, pinned = Counter[str](), Counter[str]()
+        for node in mine:
+            (pinned if node.pins else loose)[node.tenant] += 1
+        _equal("unpinned by tenant", +arena.index.loose[tier], loose)
+        _equal("pinned by tenant", +arena.index.pinned[tier], pinned)
     for node in nodes:
+        near = Counter(child.tier for child in node.children.values())
+        _equal("children by tier", node.near, [near[tier] for tier in (DEVICE, HOST, DISK)])
         if node.pins == 0 and any(child.pins for child in node.children.values()):
             raise Broken("an unpinned node has a pinned child")
-        if node.pins == 0 and arena.pool.holders[node.page]:
+        if node.tier == DEVICE and node.pins == 0 and arena.pool.holders[node.page]:
             raise Broken(f"page {node.page} is owned and could be evicted")
 
 
-def _check_counts(arena: Arena, nodes: list[Node], held: Counter[int]) -> None:
+def _check_counts(arena: Arena, nodes: list[Node], held: Counter[int], items: list[Item]) -> None:
     usage = arena.usage()
     _equal("free + cached + owned", usage.free + usage.cached + usage.owned, usage.total)
     _equal("owned", usage.owned, len(held))
     _equal("cached", usage.cached, sum(arena.pool.holders[node.page] == 0 for node in nodes))
     owner = {page: task.tenant for task in arena.tasks.values() for page in task.pages}
+    for item in items:
+        owner |= {n: item.tenant for tier, n in (item.source, item.target) if tier == DEVICE}
     owned = Counter(owner.values())
     cached = Counter(node.tenant for node in nodes if node.page not in held)
     for line in usage.tenants:
         _equal(f"owned by {line.tenant}", line.owned, owned[line.tenant])
         _equal(f"cached for {line.tenant}", line.cached, cached[line.tenant])
+
+
+def _check_travel(arena: Arena, nodes: list[Node], items: list[Item]) -> None:
+    """What is on its way is where its transfer says, and nowhere twice."""
+    busy = {id(node) for node in nodes if node.busy}
+    travelling = [item.node for item in items if item.node is not None]
+    _equal("busy nodes", busy, {id(node) for node in travelling})
+    _equal("a node travels twice", len(busy), len(travelling))
+    for item in items:
+        if item.node is not None:
+            _equal("where a travelling page is", (item.node.tier, item.node.page), item.source)
+    targets = [item.target for item in items]
+    _equal("two pages travel to one place", len(set(targets)), len(targets))
+    _equal("moving", arena.tiers.moving, len(items))
+
+
+def _check_tier(arena: Arena, tier: int, nodes: list[Node], items: list[Item]) -> None:
+    """Every block of a tier is free, a node's, the tail of a task, or held by a transfer; never two of it."""
+    pool = arena.tiers.pools[tier]
+    mine = [node for node in nodes if node.tier == tier]
+    apart = [(task.tail, task.tenant) for task in arena.tasks.values() if task.tail is not None]
+    for item in items:
+        apart.append((item.target, item.tenant))
+        if item.node is None:
+            apart.append((item.source, item.tenant))
+    others = [(number, tenant) for (place, number), tenant in apart if place == tier]
+    used = [node.page for node in mine] + [number for number, _ in others]
+    free = {block for block in range(pool.total) if pool.is_free(block)}
+    _equal(f"blocks with two owners in tier {tier}", [b for b, n in Counter(used).items() if n > 1], [])
+    _equal(f"blocks free and in use in tier {tier}", free & set(used), set())
+    _equal(f"blocks nowhere in tier {tier}", free | set(used), set(range(pool.total)))
+    _equal(f"free blocks in tier {tier}", pool.free, len(free))
+    for line in (line for line in arena.tiers.usage() if line.tier == TIERS[tier]):
+        _equal("free + cached + owned", line.free + line.cached + line.owned, line.total)
+        owned = Counter(tenant for _, tenant in others) + Counter(n.tenant for n in mine if n.pins)
+        cached = Counter(node.tenant for node in mine if not node.pins)
+        _equal("owned by tenant", Counter({t.tenant: t.owned for t in line.tenants if t.owned}), owned)
+        _equal("cached by tenant", Counter({t.tenant: t.cached for t in line.tenants if t.cached}), cached)
 
 
 def _equal(what: str, actual: object, expected: object) -> None:

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import msgspec
 
+from llmos.drivers.sdk.messages import Tier
+
 
 class Arena(msgspec.Struct, frozen=True, kw_only=True):
-    """Declare an arena, empty; an earlier one of that name is forgotten, with all that was in it."""
+    """Declare an arena, empty; an earlier one of that name is forgotten, with all that was in it.
+
+    ``host_pages`` and ``disk_pages`` are the blocks of its other tiers.
+    """
 
     arena: str
     pages: int
     page_tokens: int
     page_bytes: int
+    host_pages: int = 0
+    disk_pages: int = 0
 
 
 class DropArena(msgspec.Struct, frozen=True):
@@ -26,19 +33,94 @@ class DropArena(msgspec.Struct, frozen=True):
 
 class Reserve(msgspec.Struct, frozen=True):
     """Pages for a task's first ``len(tokens)`` tokens and ``extra`` more: cached ones for the longest prefix
-    of ``tokens`` that this tenant may share, new ones for the rest. At least one token is left to compute."""
+    of ``tokens`` that this tenant may share, new ones for the rest. At least one token is left to compute.
+    In a ``hurry`` cached pages are dropped for it that had better be demoted first."""
 
     arena: str
     task: int
     tokens: list[int]
     extra: int = 0
+    hurry: bool = True
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Pages of one tenant to copy from one tier to another: (number at the source, at the target) each."""
+
+    source: Tier
+    target: Tier
+    pages: list[tuple[int, int]]
+    tenant: str
+
+
+class Transfer(msgspec.Struct, frozen=True):
+    """Batches for the driver to move, one after the other; then ``Settle`` says how many were. Until then
+    the pages at both ends are neither free nor to be had by anyone else."""
+
+    id: int
+    batches: list[Batch]
 
 
 class Reserved(msgspec.Struct, frozen=True):
-    """The task's block table; the KV of the first ``cached`` tokens is already in it."""
+    """The task's block table; the KV of the first ``cached`` tokens is in it, once ``transfer`` is settled.
+    ``low``: few pages are free, and ``Demote`` would help."""
 
     pages: list[int]
     cached: int
+    transfer: Transfer | None = None
+    low: bool = False
+
+
+class SwapOut(msgspec.Struct, frozen=True):
+    """A task that does not run gives its device pages up and keeps their content in the other tiers. What
+    other tasks hold as well stays where it is."""
+
+    arena: str
+    task: int
+
+
+class SwapIn(msgspec.Struct, frozen=True):
+    """Device pages for all tokens of a swapped task and ``extra`` more; the answer is ``Reserved``. With
+    ``spare`` only if so many pages stay free or evictable."""
+
+    arena: str
+    task: int
+    extra: int = 0
+    spare: int = 0
+    hurry: bool = True
+
+
+class Demote(msgspec.Struct, frozen=True):
+    """Make room on the device, or in host memory, by moving cached pages a tier down instead of dropping
+    them; a transfer without batches says that nothing is worth it."""
+
+    arena: str
+
+
+class Settle(msgspec.Struct, frozen=True):
+    """The first ``done`` batches of a transfer were copied, the others were not and will not be."""
+
+    arena: str
+    transfer: int
+    done: int
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """``cached`` tokens of the transfer's task are computed now, in its pages or, if it is swapped, in other
+    tiers; ``low`` as in ``Reserved``."""
+
+    cached: int
+    low: bool = False
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """What things cost in an arena, in microseconds: to compute a token, to bring a page to the device from
+    host memory or from disk, and for a transfer however small. ``token`` 0: not known, moving is better."""
+
+    arena: str
+    token: float
+    host: float
+    disk: float
+    transfer: float
 
 
 class Grow(msgspec.Struct, frozen=True):
@@ -49,9 +131,11 @@ class Grow(msgspec.Struct, frozen=True):
 
 
 class Grown(msgspec.Struct, frozen=True):
-    """(task, new pages) for each that was asked for; an empty list where none was left."""
+    """(task, new pages) for each that was asked for; an empty list where none was left. ``low`` as in
+    ``Reserved``."""
 
     gets: list[tuple[int, list[int]]]
+    low: bool = False
 
 
 class Commit(msgspec.Struct, frozen=True):
@@ -94,8 +178,21 @@ class TenantUsage(msgspec.Struct, frozen=True):
     cached: int
 
 
+class TierUsage(msgspec.Struct, frozen=True):
+    """Blocks of one tier beside the device by use; ``free + cached + owned == total``. Owned are those of
+    swapped tasks, and what is on its way."""
+
+    tier: Tier
+    total: int
+    free: int
+    cached: int
+    owned: int
+    tenants: list[TenantUsage]
+
+
 class ArenaUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Pages by use; ``free + cached + owned == total``. Hits and lookups count tokens."""
+    """Pages by use; ``free + cached + owned == total``. Hits and lookups count tokens. ``moving`` pages are
+    on their way between tiers, and owned at both ends."""
 
     arena: str
     total: int
@@ -108,6 +205,8 @@ class ArenaUsage(msgspec.Struct, frozen=True, kw_only=True):
     hit_tokens: int
     evictions: int
     tenants: list[TenantUsage]
+    moving: int = 0
+    tiers: list[TierUsage] = []
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -9,51 +9,90 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 
+DEVICE, HOST, DISK = range(3)
+REUSES = 8  # how many uses of a page count
+TURNOVER = 8  # a use makes a page as worthy as one that came a so-manieth of the arena later
+COSTLY = 32_768  # tokens: at this depth a token costs about twice as much to compute as at the beginning
 
-def eviction_priority(last_use: int, depth: int, uses: int) -> tuple[int, int]:
-    """What goes first, lowest first: the longest unused; among equals the deepest.
 
-    The end of a prompt is shared by fewer requests than its beginning. ``uses`` (how often tasks came to
-    hold the page) is not weighed yet: on equal recency depth already tells the shared part from the rest.
+def eviction_priority(
+    last_use: int, depth: int, uses: int, credit: float = 0.0, page_tokens: int = 1
+) -> tuple[float, int]:
+    """What goes first, lowest first: by recency, in pages that came since; a use more counts as ``credit``
+    pages, times what it costs to compute the page again; among equals the deepest.
+
+    The end of a prompt is shared by fewer requests than its beginning. Recency plus frequency times cost is
+    the order of Greedy-Dual (Cao and Irani, 1997) with a clock of insertions in place of evictions.
     """
-    return last_use, -depth
+    reuse = min(max(uses - 1, 0), REUSES) * (1.0 + depth * page_tokens / COSTLY)
+    return last_use + credit * reuse, -depth
 
 
 class Node:
-    """One full page in the index.
+    """One full page in the index, in one tier: ``page`` is its page on the device, or its block elsewhere.
 
-    ``pins`` counts the tasks whose path from the root passes here; a pinned node is not evicted, and one
-    that is not pinned has no pinned descendant.
+    ``pins`` counts the tasks and transfers whose path from the root passes here; a pinned node is not
+    dropped, and one that is not pinned has no pinned descendant. While it is ``busy`` its page is on the way
+    to another tier; it is ``lost`` when it could not be fetched. ``near`` counts its children by tier.
     """
 
-    __slots__ = ("children", "depth", "key", "last_use", "page", "parent", "pins", "tenant", "uses")
+    __slots__ = (
+        "busy", "children", "depth", "key", "last_use", "lost", "near", "page", "parent",
+        "pins", "tenant", "tier", "uses",
+    )  # fmt: skip
 
     def __init__(self, parent: Node | None, key: bytes, page: int, tenant: str) -> None:
         self.parent = parent
         self.key = key
         self.page = page
+        self.tier = DEVICE
         self.tenant = tenant
         self.depth: int = parent.depth + 1 if parent else 0
         self.children: dict[bytes, Node] = {}
+        self.near = [0, 0, 0]
         self.pins = 0
         self.uses = 0
         self.last_use = 0
+        self.busy = False
+        self.lost = False
+
+    @property
+    def droppable(self) -> bool:
+        """Nobody needs it, and no other page of its tier hangs on it."""
+        return self.parent is not None and not self.pins and not self.near[self.tier]
 
 
 class RadixIndex:
-    """Nodes for full pages; counts which of them nobody pins, and gives those up in eviction order."""
+    """Nodes for full pages; counts which of them nobody pins, and gives those up in eviction order.
 
-    def __init__(self) -> None:
+    ``pages`` and ``page_tokens`` are the arena's: they weigh reuse against recency.
+    """
+
+    def __init__(self, pages: int = 0, page_tokens: int = 1) -> None:
         self._roots: dict[bytes, Node] = {}
         self._salt = _salter(secrets.token_bytes(32))
-        self._heap: list[tuple[tuple[int, int], int, Node]] = []
+        self._credit = pages / TURNOVER
+        self._page_tokens = page_tokens
+        self._heaps: list[list[tuple[tuple[float, int], int, Node]]] = [[], [], []]
         self._pushed = 0
         self._clock = 0
-        self.evictable = 0
+        self.loose = [
+            Counter[str](),
+            Counter[str](),
+            Counter[str](),
+        ]  # by tier: unpinned nodes of each tenant
+        self.pinned = [Counter[str](), Counter[str](), Counter[str]()]
+        self.unpinned = [0, 0, 0]
+
+    @property
+    def evictable(self) -> int:
+        """How many nodes on the device nobody pins."""
+        return self.unpinned[DEVICE]
 
     def root(self, tenant: str) -> Node:
         """The root of a tenant's tree; no page belongs to it."""
@@ -64,56 +103,109 @@ class RadixIndex:
         return root
 
     def match(self, tenant: str, keys: Sequence[bytes]) -> list[Node]:
-        """The nodes of the longest indexed prefix of these pages' tokens."""
+        """The nodes of the longest indexed prefix of these pages' tokens that are at hand in some tier."""
         found: list[Node] = []
         node = self._roots.get(self._salt(tenant))
         for key in keys:
             node = node.children.get(key) if node is not None else None
-            if node is None:
+            if node is None or node.busy or node.lost:
                 break
             found.append(node)
         return found
 
     def insert(self, parent: Node, key: bytes, page: int) -> Node:
-        """A new node below a pinned one, or below a root; the caller pins it."""
+        """A new node on the device below a pinned one, or below a root; the caller pins it."""
         node = parent.children[key] = Node(parent, key, page, parent.tenant)
-        self.evictable += 1
+        parent.near[DEVICE] += 1
+        self._clock += 1
+        self._count(node, 1)
         return node
 
     def pin(self, node: Node) -> None:
         """Count a task whose path has come to pass through this node; its ancestors are pinned already."""
-        if node.pins == 0:
-            self.evictable -= 1
-        node.pins += 1
         node.uses += 1
+        self._pin(node)
 
-    def unpin_path(self, node: Node) -> None:
-        """Take back the pins of a task from the end of its path up to the root."""
-        self._clock += 1
-        step: Node | None = node
-        while step is not None and step.parent is not None:
-            step.pins -= 1
-            step.last_use = self._clock
-            if step.pins == 0:
-                self.evictable += 1
-            step = step.parent
-        self._offer(node)
+    def pin_path(self, node: Node) -> None:
+        """Keep a node and all above it, for as long as its page travels."""
+        for step in lineage(node):
+            self._pin(step)
 
-    def evict(self, count: int) -> list[Node]:
-        """Remove ``count`` nodes, leaves first; the caller has made sure that so many are evictable."""
-        removed: list[Node] = []
-        while len(removed) < count:
-            _, _, node = self._pop()
-            parent = node.parent
-            if parent is None:
+    def unpin_path(self, node: Node, *, used: bool = True, stop: Node | None = None) -> None:
+        """Take back the pins of a task from the end of its path up to the root, or to below ``stop``."""
+        self._clock += used
+        for step in lineage(node):
+            if step is stop:
+                break
+            if used:
+                step.last_use = self._clock
+            if step.pins > 1:
+                step.pins -= 1
                 continue
-            del parent.children[node.key]
-            node.parent = None
-            self.evictable -= 1
-            removed.append(node)
-            self._offer(parent)
-            self._drop_if_empty(parent)
+            self._count(step, -1)
+            step.pins = 0
+            self._count(step, 1)
+            self._offer(step)
+
+    def relocate(self, node: Node, tier: int, page: int) -> None:
+        """A node's page is now in another tier."""
+        parent = node.parent
+        assert parent is not None
+        self._count(node, -1)
+        parent.near[node.tier] -= 1
+        node.tier, node.page = tier, page
+        parent.near[tier] += 1
+        self._count(node, 1)
+        self._offer(node)
+        self._offer(parent)
+
+    def evict(self, count: int, tier: int = DEVICE) -> list[Node]:
+        """Drop ``count`` nodes of a tier, leaves first, with all that hangs on them in other tiers; the
+        caller has made sure that so many are unpinned."""
+        removed: list[Node] = []
+        target = self.unpinned[tier] - count
+        while self.unpinned[tier] > target:
+            removed += self.drop(self._pop(tier))
         return removed
+
+    def drop(self, node: Node) -> list[Node]:
+        """Remove an unpinned node and all below it."""
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key]
+        parent.near[node.tier] -= 1
+        removed, stack = [], [node]
+        while stack:
+            each = stack.pop()
+            stack.extend(each.children.values())
+            each.parent = None
+            self._count(each, -1)
+            removed.append(each)
+        self._offer(parent)
+        self._drop_if_empty(parent)
+        return removed
+
+    def coldest(self, tier: int, limit: int) -> list[Node]:
+        """Up to ``limit`` unpinned nodes of a tier, in about the order in which they would be dropped: from
+        each leaf upwards, as long as nothing else in the tier hangs on what comes next."""
+        heap, found = self._heaps[tier], list[Node]()
+        seen: dict[int, Node] = {}
+        chosen: Counter[int] = Counter()  # by node: those of its children that were found
+        while len(found) < limit and heap:
+            priority, _, leaf = heappop(heap)
+            if not self._is_current(tier, priority, leaf) or id(leaf) in seen:
+                continue
+            seen[id(leaf)] = leaf
+            node: Node | None = leaf
+            while node is not None and node.tier == tier and len(found) < limit:
+                if node.parent is None or node.pins or node.near[tier] > chosen[id(node)]:
+                    break
+                found.append(node)
+                node = node.parent
+                chosen[id(node)] += 1
+        for leaf in seen.values():
+            self._offer(leaf)
+        return found
 
     def nodes(self) -> Iterator[Node]:
         """Every node that has a page."""
@@ -124,35 +216,55 @@ class RadixIndex:
             if node.parent is not None:
                 yield node
 
+    def priority(self, node: Node) -> tuple[float, int]:
+        return eviction_priority(node.last_use, node.depth, node.uses, self._credit, self._page_tokens)
+
+    def _pin(self, node: Node) -> None:
+        if node.pins == 0:
+            self._count(node, -1)
+            node.pins = 1
+            self._count(node, 1)
+        else:
+            node.pins += 1
+
+    def _count(self, node: Node, change: int) -> None:
+        if node.pins:
+            self.pinned[node.tier][node.tenant] += change
+        else:
+            self.loose[node.tier][node.tenant] += change
+            self.unpinned[node.tier] += change
+
     def _offer(self, node: Node) -> None:
-        """Make a node a candidate for eviction, if it is an unpinned leaf."""
-        if node.parent is None or node.pins or node.children:
+        """Make a node a candidate for eviction, if it is one."""
+        if not node.droppable:
             return
         self._pushed += 1
-        heappush(self._heap, (_priority(node), self._pushed, node))
-        if len(self._heap) > 2 * self.evictable + 64:
-            self._heap = [entry for entry in self._heap if _is_current(entry[0], entry[2])]
-            heapify(self._heap)
+        heap = self._heaps[node.tier]
+        heappush(heap, (self.priority(node), self._pushed, node))
+        if len(heap) > 2 * self.unpinned[node.tier] + 64:
+            heap[:] = [entry for entry in heap if self._is_current(node.tier, entry[0], entry[2])]
+            heapify(heap)
 
-    def _pop(self) -> tuple[tuple[int, int], int, Node]:
+    def _pop(self, tier: int) -> Node:
         # Entries are not removed when a node is pinned or gets children; they are passed over here.
         while True:
-            entry = heappop(self._heap)
-            if _is_current(entry[0], entry[2]):
-                return entry
+            priority, _, node = heappop(self._heaps[tier])
+            if self._is_current(tier, priority, node):
+                return node
+
+    def _is_current(self, tier: int, priority: tuple[float, int], node: Node) -> bool:
+        return node.droppable and node.tier == tier and priority == self.priority(node)
 
     def _drop_if_empty(self, node: Node) -> None:
         if node.parent is None and not node.children:
             self._roots.pop(self._salt(node.tenant), None)
 
 
-def _priority(node: Node) -> tuple[int, int]:
-    return eviction_priority(node.last_use, node.depth, node.uses)
-
-
-def _is_current(priority: tuple[int, int], node: Node) -> bool:
-    evictable = node.parent is not None and node.pins == 0 and not node.children
-    return evictable and priority == _priority(node)
+def lineage(node: Node | None) -> Iterator[Node]:
+    """A node and those above it, without the root."""
+    while node is not None and node.parent is not None:
+        yield node
+        node = node.parent
 
 
 def _salter(secret: bytes) -> Callable[[str], bytes]:

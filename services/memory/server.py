@@ -11,6 +11,8 @@ from llmos.services.memory import arena as policy
 from llmos.services.memory.messages import (
     Arena,
     Commit,
+    Costs,
+    Demote,
     DropArena,
     Free,
     Grow,
@@ -18,6 +20,11 @@ from llmos.services.memory.messages import (
     Reserve,
     Reserved,
     Restore,
+    Settle,
+    Settled,
+    SwapIn,
+    SwapOut,
+    Transfer,
     Usage,
 )
 
@@ -38,6 +45,7 @@ class MemoryServer(Server):
         if name == "scheduler":
             for one in self.arenas.values():
                 one.free(list(one.tasks))
+                one.tiers.abandon()
 
     @method
     def arena(self, request: Arena, call: Incoming) -> None:
@@ -57,14 +65,41 @@ class MemoryServer(Server):
     @method
     def reserve(self, request: Reserve, call: Incoming) -> Reserved:
         grant = call.origin.grant
-        pages, cached = self._arena(request.arena).reserve(
-            request.task, grant.tenant, request.tokens, request.extra, grant.max_pages
+        arena = self._arena(request.arena)
+        arena.reserve(
+            request.task, grant.tenant, request.tokens, request.extra, grant.max_pages, request.hurry
         )
-        return Reserved(pages, cached)
+        return _reserved(arena, request.task)
 
     @method
     def grow(self, request: Grow, call: Incoming) -> Grown:
-        return Grown(self._arena(request.arena).grow(request.wants))
+        arena = self._arena(request.arena)
+        return Grown(arena.grow(request.wants), arena.tiers.low)
+
+    @method
+    def swap_out(self, request: SwapOut, call: Incoming) -> Transfer:
+        return self._arena(request.arena).tiers.swap_out(request.task).message()
+
+    @method
+    def swap_in(self, request: SwapIn, call: Incoming) -> Reserved:
+        arena = self._arena(request.arena)
+        arena.tiers.swap_in(request.task, request.extra, request.spare, request.hurry)
+        return _reserved(arena, request.task)
+
+    @method
+    def demote(self, request: Demote, call: Incoming) -> Transfer:
+        transfer = self._arena(request.arena).tiers.demote()
+        return transfer.message() if transfer else Transfer(0, [])
+
+    @method
+    def settle(self, request: Settle, call: Incoming) -> Settled:
+        arena = self._arena(request.arena)
+        task = arena.tiers.settle(request.transfer, request.done)
+        return Settled(task.computed if task else 0, arena.tiers.low)
+
+    @method
+    def costs(self, request: Costs, call: Incoming) -> None:
+        self._arena(request.arena).tiers.learn(request)
 
     @method
     def commit(self, request: Commit, call: Incoming) -> None:
@@ -88,3 +123,9 @@ class MemoryServer(Server):
         if found is None:
             raise NotFound(f"there is no arena {name!r}: declare it first")
         return found
+
+
+def _reserved(arena: policy.Arena, id: int) -> Reserved:
+    task = arena.tasks[id]
+    transfer = task.transfer.message() if task.transfer else None
+    return Reserved(task.pages, task.computed, transfer, arena.tiers.low)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
 from llmos.ipc.errors import IOFailure, LLMOSError, NotFound
+from llmos.services import manifest
 from llmos.services.manifest import ModelSpec
 from llmos.services.models.messages import ModelLine
 from llmos.services.models.template import ChatTemplate
@@ -130,6 +131,8 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         max_context=spec.max_context,
         chunk_tokens=spec.chunk_tokens,
         mesh=spec.mesh,
+        host_bytes=manifest.size(spec.host_cache),
+        disk_bytes=manifest.size(spec.disk_cache),
         host_pages=spec.host_pages,
         disk_pages=spec.disk_pages,
         speculation=spec.speculation,

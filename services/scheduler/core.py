@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmos.drivers.sdk.messages import LoadedModel, Quantum, QuantumDone, Step
 from llmos.ipc.errors import IOFailure, LLMOSError, NoMemory
 from llmos.ipc.grant import Band
+from llmos.services.memory.messages import Transfer
 from llmos.services.scheduler import displace, promises
 from llmos.services.scheduler.compose import compose
 from llmos.services.scheduler.host import Host, Produced
 from llmos.services.scheduler.messages import Reason
 from llmos.services.scheduler.placing import Placing
 from llmos.services.scheduler.queue import REALTIME_LOOKAHEAD, Counters, TaskQueue
-from llmos.services.scheduler.task import Place, Task
+from llmos.services.scheduler.swapping import SwapEffects, Swapping
+from llmos.services.scheduler.task import Place, Swap, Task
 
 AHEAD = 4  # quanta whose pages a task is given ahead of need
 
 
-class Effects(Protocol):
+class Effects(SwapEffects, Protocol):
     """What the core asks for; answers come back as events."""
 
     def reserve(self, host: Host, task: Task, extra: int) -> None: ...
@@ -48,6 +50,7 @@ class Core:
         self._placing = self._new_placing()
         self._capped: set[str] = set()  # tenants whose page quota is used up
         self.counters = Counters()
+        self.swapping = Swapping(self, effects)
         self.hosts: dict[str, Host] = {}
         self.queues: dict[str, TaskQueue] = {}
         self.models: dict[str, LoadedModel] = {}
@@ -139,6 +142,7 @@ class Core:
         """A driver is gone, and all KV with it; its tasks start again from the tokens they have."""
         if self.hosts.pop(host.arena, None) is None:
             return
+        self.swapping.lose(host)
         for task in sorted(host.running, key=lambda t: t.arrived, reverse=True):
             self._leave(host, task)
             self._requeue(task)
@@ -147,8 +151,7 @@ class Core:
         for other in self._hosts_of(host.model.model)[:1]:
             self._rebind(other)
         for task in host.keepers.values():
-            task.pages, task.computed, task.growing = [], 0, False
-            task.residence += 1
+            self.strip(task)
         host.keepers.clear()
         self._capped.clear()
         self._pump(host.model.model, now)
@@ -161,42 +164,72 @@ class Core:
 
     # --- events: memory ---
 
-    def reserved(self, host: Host, task: Task, pages: list[int], cached: int, now: float) -> None:
-        """Memory gave a seated task its pages."""
+    def reserved(
+        self, host: Host, task: Task, pages: list[int], cached: int, now: float,
+        transfer: Transfer | None = None, low: bool = False,
+    ) -> None:  # fmt: skip
+        """Memory gave a seated task its pages; what they hold may have to be transferred first."""
         if task.place is not Place.RESERVING or self.hosts.get(host.arena) is not host:
             self._effects.free(host, [task])
+            if transfer is not None:
+                self._effects.abort(host, transfer)
             return
+        if transfer is not None:
+            self.swapping.incoming(host, task, pages, cached, transfer)
+        else:
+            self.received(host, task, pages, cached)
+            self._run(host, now)
+        self.swapping.relieve(host, low)
+
+    def received(self, host: Host, task: Task, pages: list[int], cached: int) -> None:
+        """A task has its first pages here, with the KV of its ``cached`` first tokens."""
         task.committed, task.shared_pages = len(task.tokens), cached // host.model.page_tokens
         if task.first_cached < 0:
             task.first_cached = cached
-        host.begin(task, pages, cached)
+        if task.place is Place.RESERVING:
+            host.begin(task, pages, cached)
+        else:
+            task.pages, task.computed = pages, cached
+            host.keepers[task.id] = task
         if cached:
             self.counters.refund(task, cached)
             self.queues[task.model].refunded(task.tenant)
         self._release(host.computing.advance(task, cached))
-        self._run(host, now)
 
     def refused(self, host: Host, task: Task, now: float, error: NoMemory | None = None) -> None:
-        """Memory has no pages for a seated task: take them from one that is less urgent, or wait."""
+        """Memory has no pages for a seated task: wait for those that are leaving, take them from one that is
+        less urgent, or queue again."""
         if task.place is not Place.RESERVING or self.hosts.get(host.arena) is not host:
             return
         details = error.details if error is not None else {}
         if details.get("quota"):
             self._refused_by_quota(host, task, now, error)
             return
-        needed = details.get("needed", 1)
-        victim = self._page_victim(host, task, needed if isinstance(needed, int) else 1)
+        needed, lacking = _shortage(details)
+        if details.get("demotable"):
+            self.swapping.park(host, task, lacking)
+            self.swapping.relieve(host, low=True)
+            return
+        if host.tiers.coming >= lacking:
+            self.swapping.park(host, task, lacking)
+            return
+        victim = self._page_victim(host, task, needed)
         if victim is not None and (victim.slot < 0 or victim.urgency > task.urgency):
-            self._take_pages(host, victim)
-            self._reserve(host, task)
+            if self._take_pages(host, victim, task):
+                self.reserve(host, task)
+            else:
+                self.swapping.park(host, task, lacking)
             return
         self._leave(host, task)
         self.queues[task.model].push(task, front=True)
         host.short_of_pages = True
+        self.swapping.relieve(host, low=True)
 
-    def grown(self, host: Host, gets: list[tuple[Task, int, list[int]]], now: float) -> None:
+    def grown(
+        self, host: Host, gets: list[tuple[Task, int, list[int]]], now: float, low: bool = False
+    ) -> None:
         """Memory's answer to ``grow``: (task, its residence when asked, pages)."""
-        failed = False
+        failed, coming = False, host.tiers.coming
         for task, residence, pages in gets:
             if task.residence != residence or task.place is Place.ENDED:
                 continue
@@ -204,13 +237,22 @@ class Core:
             if pages:
                 host.grow(task, pages)
             elif task.place is Place.RUNNING:
+                capped, lacking = self._at_quota(host, task), self._lacking(host, task)
+                if lacking <= 0:
+                    continue
+                if not capped and coming >= lacking:
+                    coming, failed = coming - lacking, True
+                    continue
                 victim = self._growth_victim(host, task) or task
                 failed = failed or victim.tenant != task.tenant or not task.max_pages
-                self._take_pages(host, victim)
+                size = len(victim.pages)
+                if not self._take_pages(host, victim, None if capped else task, swap=not capped):
+                    coming += size - lacking
         # Nobody new is let in before those who run have what they need: they would take it from each other.
         host.short_of_pages = failed
         self._run(host, now)
         self._admit(host.model.model, now)
+        self.swapping.relieve(host, low)
 
     # --- events: the driver ---
 
@@ -272,6 +314,8 @@ class Core:
                 return
             place = self._placing.place(task, hosts)
             if place is None:
+                if (home := self.hosts.get(task.arena)) is not None:
+                    self.swapping.prefetch(home, task, self._extra(home, task))
                 # Only a realtime task is bound to a host; the next may be bound to another.
                 if task.rank or len(passed) >= REALTIME_LOOKAHEAD:
                     return
@@ -292,18 +336,21 @@ class Core:
             host.begin(task, task.pages, min(task.computed, len(task.tokens) - 1))
             self._run(host, now)
             return
-        if task.pages:
+        if task.swap is not Swap.NONE and task.arena == host.arena:
+            self.reserve(host, task)
+            return
+        if task.kept:
             self._free(self.hosts[task.arena], task)
         task.arena = host.arena
         # Charged before it is computed, so that one tenant does not take all slots at the same moment.
         self.counters.charge(task, len(task.tokens), 0)
         self._placing.note(host, task)
         host.computing.begin(task, task.names or [])
-        self._reserve(host, task)
+        self.reserve(host, task)
 
     def _held_back(self, host: Host, task: Task) -> bool:
         """Whether a task waits for another to compute their common prefix; it leaves the queue meanwhile."""
-        if task.pages or not task.names:
+        if task.kept or not task.names:
             return False
         found = host.computing.leader(task, task.names)
         if found is None:
@@ -353,17 +400,27 @@ class Core:
                 continue
             ahead = math.ceil(self._max_steps * max(1.0, task.pace))
             if host.capacity(task) < min(task.limit, task.planned + 2 * ahead):
-                target = min(task.limit, task.planned + AHEAD * ahead)
-                wants.append((task, host.pages_for(target) - len(task.pages)))
+                wants.append((task, self._lacking(host, task)))
                 task.growing = True
         if wants:
             self._effects.grow(host, wants)
 
-    def _reserve(self, host: Host, task: Task) -> None:
+    def _lacking(self, host: Host, task: Task) -> int:
+        ahead = math.ceil(self._max_steps * max(1.0, task.pace))
+        target = min(task.limit, task.planned + AHEAD * ahead)
+        return host.pages_for(target) - len(task.pages)
+
+    def reserve(self, host: Host, task: Task) -> None:
+        """Ask for a seated task's pages, or for what it has in other tiers."""
+        if task.swap is Swap.NONE:
+            self._effects.reserve(host, task, self._extra(host, task))
+        else:
+            self.swapping.fetch(host, task, self._extra(host, task))
+
+    def _extra(self, host: Host, task: Task) -> int:
         """A task with a promise gets all the pages it can need; the others some steps ahead."""
         left = task.limit - len(task.tokens)
-        extra = left if task.id in host.promised else min(left, AHEAD * self._max_steps)
-        self._effects.reserve(host, task, extra)
+        return left if task.id in host.promised else min(left, AHEAD * self._max_steps)
 
     def _filled_page(self, host: Host, task: Task) -> bool:
         pages = task.computed // host.model.page_tokens
@@ -376,19 +433,36 @@ class Core:
 
     def _growth_victim(self, host: Host, task: Task) -> Task | None:
         """Who pays for a running task's next pages: its own tenant where the quota is what lacks."""
-        if task.max_pages and self._pages_of(host, task.tenant) >= task.max_pages:
+        if self._at_quota(host, task):
+            away = [
+                t for t in host.tiers.away.values() if t.tenant == task.tenant and t.place is Place.WAITING
+            ]
             mine = [t for t in [*host.keepers.values(), *host.running] if t.tenant == task.tenant]
-            return displace.for_pages(task, mine)
+            return away[-1] if away else displace.for_pages(task, mine)
         return self._page_victim(host, task)
 
+    def _at_quota(self, host: Host, task: Task) -> bool:
+        return bool(task.max_pages) and self._pages_of(host, task.tenant) >= task.max_pages
+
     def _pages_of(self, host: Host, tenant: str) -> int:
-        """How many different pages a tenant's tasks hold."""
+        """How many different pages a tenant's tasks hold, in all tiers."""
         holders = [t for t in [*host.keepers.values(), *host.running] if t.tenant == tenant]
-        return len({page for task in holders for page in task.pages})
+        away = sum(host.pages_for(t.computed) for t in host.tiers.away.values() if t.tenant == tenant)
+        return len({page for task in holders for page in task.pages}) + away
 
     def _refused_by_quota(self, host: Host, task: Task, now: float, error: LLMOSError | None) -> None:
         """The tenant has all the pages it may have: its own tasks wait for each other, nobody else does."""
-        others = [t for t in [*host.keepers.values(), *host.running] if t.tenant == task.tenant and t.pages]
+        details = error.details if error is not None else {}
+        everyone = [*host.keepers.values(), *host.running, *host.tiers.away.values()]
+        others = [t for t in everyone if t.tenant == task.tenant and t.kept and t is not task]
+        needed, quota = (details.get(key) for key in ("needed", "quota"))
+        if not others and isinstance(needed, int) and isinstance(quota, int) and needed <= quota:
+            # Whoever had them has ended since; what was on its way for them still counts until it is there.
+            if host.tiers.journeys:
+                self.swapping.park(host, task, 0)
+            else:
+                self.reserve(host, task)
+            return
         if not others:
             self._finish(task, None, error)
         else:
@@ -397,7 +471,7 @@ class Core:
             self._capped.add(task.tenant)
             self.queues[task.model].push(task, front=True)
             if keepers:
-                self._take_pages(host, keepers[-1])
+                self._free(host, keepers[-1])
         self._admit(host.model.model, now)
 
     def _displace(self, host: Host, task: Task) -> None:
@@ -406,16 +480,20 @@ class Core:
         self._leave(host, task)
         self._requeue(task)
 
-    def _take_pages(self, host: Host, task: Task) -> None:
-        """A task gives up its pages, and its slot if it has one; what was committed stays as prefix cache."""
-        self._free(host, task)
+    def _take_pages(self, host: Host, task: Task, needy: Task | None = None, *, swap: bool = True) -> bool:
+        """A task gives up its device pages, and its slot if it has one. Returns whether they are free at
+        once; else they are being swapped out for ``needy``. What was committed stays as prefix cache."""
         if task.slot >= 0:
-            self._leave(host, task)
-            self._requeue(task)
+            self._displace(host, task)
+        if swap and task.pages and self.swapping.out(host, task, needy):
+            return False
+        self._free(host, task)
+        return True
 
     def _leave(self, host: Host, task: Task) -> None:
         """Take a task out of its slot; those who waited for its prefix look for themselves."""
         host.leave(task)
+        host.tiers.parked.pop(task.id, None)
         if task.pages:
             host.keepers[task.id] = task
         self._release(host.computing.leave(task))
@@ -427,15 +505,33 @@ class Core:
 
     def _free(self, host: Host, task: Task) -> None:
         """Give a task's pages back; what it is still given on an older request is not for it any more."""
-        self._effects.free(host, [task])
-        task.pages, task.computed, task.growing = [], 0, False
-        task.residence += 1
+        self.give_up(host, task)
         host.keepers.pop(task.id, None)
         host.short_of_pages = False
+
+    def give_up(self, host: Host, task: Task) -> None:
+        """Memory takes back what a task has in any tier."""
+        self._effects.free(host, [task])
+        self.swapping.forget(host, task)
+        self.strip(task)
         self._capped.discard(task.tenant)
 
+    def strip(self, task: Task) -> None:
+        """A task has nothing any more; what it is still given on an older request is not for it."""
+        task.pages, task.computed, task.growing = [], 0, False
+        task.residence += 1
+
+    def commit(self, host: Host, tasks: list[Task]) -> None:
+        """Tell memory what was computed."""
+        self._effects.commit(host, tasks)
+
+    def pump(self, model: str, now: float) -> None:
+        """Something has become free: see who can have it."""
+        self._capped.clear()
+        self._pump(model, now)
+
     def _eligible(self, task: Task) -> bool:
-        if task.tenant in self._capped and not task.pages:
+        if (task.tenant in self._capped and not task.kept) or task.swap is Swap.OUT:
             return False
         return not task.max_running or self.running_of(task.tenant) < task.max_running
 
@@ -470,7 +566,7 @@ class Core:
         elif host is not None and task.slot >= 0:
             self._leave(host, task)
         # While RESERVING the pages are on their way: ``reserved`` gives them back.
-        if task.pages and host is not None:
+        if task.kept and host is not None:
             self._free(host, task)
         task.place = Place.ENDED
         self._break_promise(task)
@@ -478,3 +574,12 @@ class Core:
         del self.tasks[task.id]
         self.finished += 1
         self._effects.finish(task, reason, error)
+
+
+def _shortage(details: dict[str, Any]) -> tuple[int, int]:
+    """What a refusal says: pages needed, and how many of them are not to be had."""
+    needed, free, evictable = (details.get(key) for key in ("needed", "free", "evictable"))
+    if not isinstance(needed, int):
+        return 1, 1
+    had = sum(count for count in (free, evictable) if isinstance(count, int))
+    return needed, max(1, needed - had)

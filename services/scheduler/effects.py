@@ -12,21 +12,33 @@ from llmos.ipc.calls import Answer
 from llmos.ipc.errors import HostDown, IOFailure, LLMOSError, NoMemory
 from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming
-from llmos.services.memory.messages import Arena, Commit, Free, Grow, Grown, Reserve, Reserved
+from llmos.services.memory.messages import (
+    Arena,
+    Commit,
+    Free,
+    Grow,
+    Grown,
+    Holding,
+    Reserve,
+    Reserved,
+    Restore,
+)
 from llmos.services.scheduler import saving
 from llmos.services.scheduler.host import Host, Produced
 from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import Emitted, Finished, Reason, Tokens
+from llmos.services.scheduler.swap_effects import SwapMessages
 from llmos.services.scheduler.task import Place, Task
 
 if TYPE_CHECKING:
+    from llmos.services.scheduler.core import Core
     from llmos.services.scheduler.server import Scheduler
 
 RETRY_SECONDS = 0.05
 now = time.monotonic
 
 
-class MessageEffects:
+class MessageEffects(SwapMessages):
     """Implements ``core.Effects``; the answers of memory and drivers go back to the core as events."""
 
     def __init__(self, server: Scheduler, attached: dict[int, Incoming], rates: RateLimits) -> None:
@@ -40,10 +52,14 @@ class MessageEffects:
         def answered(answer: Answer) -> None:
             if answer.error is None:
                 body = codec.decode(answer.body, Reserved)
-                if task.resume is not None:
+                if task.resume is not None and body.transfer is None:
                     self._resume(host, task, body)
                     return
-                self._server.core.reserved(host, task, body.pages, body.cached, now())
+                # What is in another tier is nearer than the file.
+                task.resume = None
+                self._server.core.reserved(
+                    host, task, body.pages, body.cached, now(), body.transfer, body.low
+                )
             elif isinstance(answer.error, NoMemory):
                 self._server.core.refused(host, task, now(), answer.error)
             elif isinstance(answer.error, HostDown):
@@ -54,7 +70,7 @@ class MessageEffects:
         if task.id in self._filling:
             self._filling[task.id] = lambda: self.reserve(host, task, extra)
         elif task.place is Place.RESERVING:
-            body = Reserve(host.arena, task.id, task.tokens, extra)
+            body = Reserve(host.arena, task.id, task.tokens, extra, host.tiers.hurries(task))
             self._server.call("memory.reserve", body, answered, acting=task.call)
 
     def _resume(self, host: Host, task: Task, body: Reserved) -> None:
@@ -82,8 +98,9 @@ class MessageEffects:
                     task.growing = False
                 self._server.after(RETRY_SECONDS, lambda: self._server.core.grown(host, [], now()))
                 return
-            gets = codec.decode(answer.body, Grown).gets
-            self._server.core.grown(host, [(*asked[id], pages) for id, pages in gets], now())
+            body = codec.decode(answer.body, Grown)
+            gets = [(*asked[id], pages) for id, pages in body.gets]
+            self._server.core.grown(host, gets, now(), body.low)
 
         self._server.call(
             "memory.grow", Grow(host.arena, [(task.id, pages) for task, pages in wants]), answered
@@ -147,9 +164,30 @@ class MessageEffects:
         )
 
 
+def holdings(core: Core, host: Host) -> Restore:
+    """What is held in a host's arena, for a memory that was started anew."""
+    held = [
+        Holding(task.id, task.tenant, task.pages, task.tokens, task.computed, task.max_pages)
+        for task in core.tasks.values()
+        if task.pages and task.arena == host.arena
+    ]
+    # What a transfer writes must not be handed to others meanwhile; of its content memory knows nothing.
+    taken = {page for holding in held for page in holding.pages}
+    for task, pages in core.swapping.pages_on_their_way(host):
+        mine = [page for page in pages if page not in taken]
+        held.append(Holding(task.id, task.tenant, mine, task.tokens, 0, task.max_pages))
+        taken.update(mine)
+    return Restore(arena=arena_of(host), tasks=held)
+
+
 def arena_of(host: Host) -> Arena:
     """A host's arena as memory wants it declared."""
     model = host.model
     return Arena(
-        arena=host.arena, pages=model.pages, page_tokens=model.page_tokens, page_bytes=model.page_bytes
+        arena=host.arena,
+        pages=model.pages,
+        page_tokens=model.page_tokens,
+        page_bytes=model.page_bytes,
+        host_pages=model.host_pages,
+        disk_pages=model.disk_pages,
     )

@@ -10,6 +10,7 @@ from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, Quant
 from llmos.services.scheduler.prefixes import Computing
 from llmos.services.scheduler.steptime import StepTimes
 from llmos.services.scheduler.task import Place, Task
+from llmos.services.scheduler.tiers import HostTiers
 
 QUANTA_IN_FLIGHT = 2
 
@@ -87,12 +88,14 @@ class Host:
     keepers: dict[int, Task] = field(default_factory=dict)
     tenants: Counter[str] = field(default_factory=Counter)
     computing: Computing = field(init=False)
+    tiers: HostTiers = field(init=False)
     _vacant: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.model.slots
         self._vacant = list(range(self.model.slots))
         self.computing = Computing(self.model.page_tokens)
+        self.tiers = HostTiers(self.model)
 
     @property
     def arena(self) -> str:

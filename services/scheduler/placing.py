@@ -38,7 +38,7 @@ class Placing:
         self._name(task, hosts)
         if len(hosts) < 2:
             return hosts
-        home = task.arena if task.pages else self._affinity.of(task.names or [])
+        home = task.arena if task.kept else self._affinity.of(task.names or [])
         emptiest = min(_load(host) for host in hosts)
         return sorted(hosts, key=lambda h: (h.arena != home or _load(h) > emptiest + LEAN, _load(h)))
 

@@ -35,7 +35,8 @@ def save(scheduler: Scheduler, task: Task, call: Incoming, now: Callable[[], flo
     if host is None:
         raise Busy(f"no driver has the model {task.model!r} at the moment, so task {task.id} cannot be saved")
     core.stop(task, now())
-    computed = task.computed if task.arena == host.arena else 0
+    # Of a task that is swapped out only the tokens are written: computing them again is exact.
+    computed = task.computed if task.pages and task.arena == host.arena else 0
     pages = task.pages[: host.pages_for(computed)]
     name = saved.new_name()
     request = SaveTask(

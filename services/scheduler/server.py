@@ -23,14 +23,10 @@ from llmos.ipc.grant import Band, Grant
 from llmos.ipc.link import now as wall_now
 from llmos.ipc.server import Incoming, Later, Server, log, method
 from llmos.services import manifest
-from llmos.services.memory.messages import (
-    DropArena,
-    Holding,
-    Restore,
-)
+from llmos.services.memory.messages import DropArena
 from llmos.services.scheduler import saving
 from llmos.services.scheduler.core import Core
-from llmos.services.scheduler.effects import MessageEffects, arena_of
+from llmos.services.scheduler.effects import MessageEffects, arena_of, holdings
 from llmos.services.scheduler.encode_effects import EncodeEffects, check_texts, encoder_line, job_line
 from llmos.services.scheduler.encoding import EncoderHost, Encoding, Job
 from llmos.services.scheduler.host import Host
@@ -220,7 +216,10 @@ class Scheduler(Server):
         if self._memory:
             log.warning("memory was started anew; telling it what is held")
             for host in self.core.hosts.values():
-                self.cast("memory.restore", self._holdings(host))
+                seated = self.core.swapping.memory_lost(host)
+                self.cast("memory.restore", holdings(self.core, host))
+                for task in seated:
+                    self.core.reserve(host, task)
         self._memory = connection
 
     def on_kernel_restart(self) -> None:
@@ -255,6 +254,10 @@ class Scheduler(Server):
                 then(answer.error)
 
         self.call(f"driver.{host.driver}.reset", Reset(host.model.model, host.replica), emptied, timeout=60)
+
+    def complain(self, message: str) -> None:
+        """Say in the log that something failed that nobody waits for."""
+        log.warning("%s", message)
 
     def quantum_failed(self, host: Host, error: LLMOSError) -> None:
         """A driver died, or refused a quantum: then its slots and ours may differ, and both start empty."""
@@ -376,14 +379,6 @@ class Scheduler(Server):
                 f"the tenant's {grant.tokens_per_minute} tokens a minute are used up; wait {wait:.1f} s",
                 retry_after=round(wait, 3),
             )
-
-    def _holdings(self, host: Host) -> Restore:
-        holdings = [
-            Holding(task.id, task.tenant, task.pages, task.tokens, task.computed, task.max_pages)
-            for task in self.core.tasks.values()
-            if task.pages and task.arena == host.arena
-        ]
-        return Restore(arena=arena_of(host), tasks=holdings)
 
 
 def _check_band(call: Incoming, band: Band) -> None:

@@ -26,6 +26,15 @@ class Place(Enum):
     ENDED = "ended"
 
 
+class Swap(Enum):
+    """Where the pages are of a task that has none on the device."""
+
+    NONE = "none"  # nowhere, or they are on the device
+    OUT = "out"  # on their way from the device
+    AWAY = "away"  # in host memory or on disk
+    IN = "in"  # on their way to the device
+
+
 @dataclass(eq=False, slots=True)
 class Task:
     """A request as the scheduler sees it. Times are in seconds on a monotonic clock.
@@ -37,7 +46,8 @@ class Task:
     to keep its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that
     it counts as interactive while it has its slot. ``pace`` is how many tokens it gains in a step, lately:
     more than one where the driver speculates, so that ``planned`` is what it will have at least. ``context``
-    belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read.
+    belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read. ``left`` are
+    the pages that it had on the device, while they are copied from there.
     """
 
     id: int
@@ -84,6 +94,8 @@ class Task:
     promoted: bool = False
     bound: str = ""
     names: list[int] | None = None
+    swap: Swap = Swap.NONE
+    left: list[int] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -96,6 +108,11 @@ class Task:
         if self.band == "realtime":
             return 0, self.deadline or float("inf")
         return (1 if self.promoted else self.rank), 0.0
+
+    @property
+    def kept(self) -> bool:
+        """Whether what was computed for it is still somewhere."""
+        return bool(self.pages) or self.swap is not Swap.NONE
 
     @property
     def produced(self) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from types import TracebackType
 
+import msgspec
 import pytest
 
-from llmos.services.memory.messages import ArenaUsage, TenantUsage
+from llmos.services.memory.messages import ArenaUsage, TenantUsage, TierUsage
 from llmos.services.scheduler.messages import Cont, Kill, Nice, Pause
 from llmos.shell import session
 from llmos.shell.main import main
 from llmos.shell.output import size
-from llmos.shell.tasks import arena_table, tenant_table
+from llmos.shell.tasks import arena_table, tenant_table, tier_table
 
 ARENA = ArenaUsage(
     arena="jax0/m",
@@ -33,7 +34,15 @@ def test_an_arena_shows_its_pages_by_use_and_its_hits() -> None:
 
 
 def test_a_tenant_shows_its_bytes() -> None:
-    assert tenant_table([ARENA]).split("\n")[1].split() == ["jax0/m", "a", "30MiB", "10MiB"]
+    assert tenant_table([ARENA]).split("\n")[1].split() == ["jax0/m", "device", "a", "30MiB", "10MiB"]
+
+
+def test_the_other_tiers_show_their_bytes_by_use_and_by_tenant() -> None:
+    host = TierUsage("host", 50, 20, 8, 22, [TenantUsage("a", 22, 8)])
+    arena = msgspec.structs.replace(ARENA, tiers=[host], moving=4)
+    line = tier_table([arena]).split("\n")[1].split()
+    assert line == ["jax0/m", "host", "50MiB", "22MiB", "8MiB", "20MiB", "4MiB"]
+    assert tenant_table([arena]).split("\n")[2].split() == ["jax0/m", "host", "a", "22MiB", "8MiB"]
 
 
 @pytest.mark.parametrize(

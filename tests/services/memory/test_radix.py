@@ -75,4 +75,4 @@ def test_stale_candidates_do_not_pile_up() -> None:
     index = RadixIndex()
     for _ in range(1000):
         index.unpin_path(grow(index, "a", b"1"))
-    assert len(index._heap) < 100
+    assert len(index._heaps[0]) < 100

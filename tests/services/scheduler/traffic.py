@@ -9,7 +9,14 @@ from llmos.services.scheduler.simulator import Simulator
 from llmos.services.scheduler.task import Task
 
 
-def model(slots: int = 4, pages: int = 64, page_tokens: int = 4, chunk_tokens: int = 16) -> LoadedModel:
+def model(
+    slots: int = 4,
+    pages: int = 64,
+    page_tokens: int = 4,
+    chunk_tokens: int = 16,
+    host_pages: int = 0,
+    disk_pages: int = 0,
+) -> LoadedModel:
     return LoadedModel(
         model="m",
         family="null",
@@ -24,6 +31,8 @@ def model(slots: int = 4, pages: int = 64, page_tokens: int = 4, chunk_tokens: i
         vocab_size=256,
         stop_tokens=[],
         attention="none",
+        host_pages=host_pages,
+        disk_pages=disk_pages,
     )
 
 
@@ -51,3 +60,7 @@ def check_all(sim: Simulator, tasks: list[Task], prompts: dict[int, list[int]]) 
         usage = memory.usage()
         assert usage.owned == 0
         assert usage.free + usage.cached == usage.total
+        assert usage.moving == 0
+        for tier in usage.tiers:
+            assert tier.owned == 0
+            assert tier.free + tier.cached == tier.total
