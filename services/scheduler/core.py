@@ -332,7 +332,7 @@ class Core:
         # Who is urgent and waits for its pages comes with the next quantum: this one must not be long.
         coming = any(t is not None and t.place is Place.RESERVING and t.rank < 2 for t in host.slots)
         while host.can_compose:
-            quantum = compose(host, next(self._quanta), 1 if coming else self._max_steps)
+            quantum = compose(host, next(self._quanta), 1 if coming else self._max_steps, now)
             if quantum is None:
                 break
             host.sent(quantum)
