@@ -3,7 +3,8 @@
 Weeks of traffic run in seconds, and a policy is compared with others on the same trace. Nothing is mocked
 but time: messages take ``latency`` seconds, steps take what ``StepTime`` says, the second is dispatched
 shortly before the first ends as in the driver SDK, and tokens are those of the null driver, so that every
-task's output can be checked. With a ``burst`` a step gives a task up to so many tokens, as a driver that speculates.
+task's output can be checked. With a ``burst`` a step gives a task up to so many tokens, as a driver that
+speculates.
 """
 
 from __future__ import annotations
