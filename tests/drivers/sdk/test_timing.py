@@ -1,4 +1,4 @@
-"""The second step is dispatched as late as the device is never left waiting, whatever kind of driver it is."""
+"""The second step is dispatched as late as the device is never left waiting, whatever kind of driver."""
 
 from __future__ import annotations
 
