@@ -86,7 +86,7 @@ def play(options: Any, in_time: bool) -> dict[str, float]:
     rng = random.Random(3)
     clock = RealClock() if options.real else Clock()
     device = Device(clock, options.step_ms / 1e3, options.host_ms / 1e3)
-    executor = Executor(device, clock.now)
+    executor = Executor(device, clock=clock.now)
     if not in_time:
         executor.pause = lambda: 0.0  # type: ignore[method-assign]
     id, waits, sent = 0, list[float](), dict[int, float]()

@@ -54,7 +54,7 @@ class Ignore:
 
 def run(device: Device, steps: int) -> Executor:
     """The server's loop: look for messages for as long as there is time, then go on."""
-    executor = Executor(device, device.clock)
+    executor = Executor(device, clock=device.clock)
     executor.submit(Quantum(id=1, model="m", steps=steps), Ignore())
     while len(device.dispatched) < steps:
         if pause := executor.pause():
