@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -71,10 +72,12 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``steps`` bounds a quantum; ``queue`` the tasks that may wait."""
+    """``steps`` bounds a quantum; ``queue`` the tasks that may wait; ``share`` is the part of the slots that
+    a tenant's interactive work may take while another tenant's does not wait (1.0: all, for throughput)."""
 
-    steps: int = 8
-    queue: int = 10_000
+    steps: Annotated[int, msgspec.Meta(ge=1)] = 8
+    queue: Annotated[int, msgspec.Meta(ge=0)] = 10_000
+    share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.25
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -74,6 +74,9 @@ class Fcfs(Core):
     def _promise(self, task: Task, now: float) -> None:
         return
 
+    def _floods(self, task: Task, now: float) -> bool:
+        return False
+
     def _held_back(self, host: Host, task: Task) -> bool:
         return False
 

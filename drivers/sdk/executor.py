@@ -1,4 +1,4 @@
-"""Keeps the device fed: at most two steps in flight, the next quantum begun before the last one's results.
+"""Keeps the device fed: at most two steps in flight, the second dispatched shortly before the first ends.
 
 The steps of quanta and those of encoders take turns, so that neither waits for more than one of the other.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from typing import Any, Protocol
 
 import msgspec
 
-from llmos.drivers.sdk.driver import Driver, Pending, PendingStep
+from llmos.drivers.sdk.driver import Driver, PendingStep
 from llmos.drivers.sdk.messages import EncodedStep, EncodeStep, Quantum, QuantumDone, Step
+from llmos.drivers.sdk.timing import Clock, Timed, Timing
 from llmos.ipc.errors import Canceled, LLMOSError
 
 IN_FLIGHT = 2
@@ -73,12 +74,14 @@ class _Barrier:
 class _Lane:
     """The steps of one replica, run in the order they came."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, clock: Clock) -> None:
         self._driver = driver
+        self._clock = clock
+        self._timing = Timing()
         self._queue: deque[_Run | _Barrier] = deque()
         self._encodings: deque[_Encoding] = deque()
         self._turn = False  # of the encodings
-        self._pending: deque[tuple[_Run | _Encoding, Callable[[], Any] | None]] = deque()
+        self._pending: deque[tuple[_Run | _Encoding, Timed | None]] = deque()
 
     @property
     def busy(self) -> bool:
@@ -90,7 +93,13 @@ class _Lane:
         if not self._pending:
             return True
         pending = self._pending[0][1]
-        return isinstance(pending, Pending) and not pending.ready()
+        return pending is not None and not pending.ready()
+
+    def pause(self) -> float:
+        """Seconds until the step behind the only one on the device is to be dispatched."""
+        if len(self._pending) != 1 or (step := self._pending[0][1]) is None:
+            return 0.0
+        return step.pause()
 
     def submit(self, quantum: Quantum, sink: Sink) -> None:
         self._queue.append(_Run(quantum, sink))
@@ -126,8 +135,8 @@ class _Lane:
         self._pending = deque(entry for entry in self._pending if entry[0] not in gone)
 
     def dispatch(self) -> None:
-        """Dispatch until two steps are in flight."""
-        while (self._queue or self._encodings) and self._in_flight < IN_FLIGHT:
+        """Dispatch what is due, at most until two steps are in flight."""
+        while (self._queue or self._encodings) and self._in_flight < IN_FLIGHT and not self.pause():
             head = self._queue[0] if self._queue else None
             if isinstance(head, _Barrier):
                 self._queue.popleft()
@@ -140,8 +149,8 @@ class _Lane:
             self._turn = not self._turn
 
     def deliver(self) -> None:
-        """Wait for the oldest step and pass on what it produced."""
-        if self._pending:
+        """Wait for the oldest step and pass on what it produced, unless it is too early to wait."""
+        if self._pending and not self.pause():
             self._deliver(*self._pending.popleft())
 
     @property
@@ -150,7 +159,7 @@ class _Lane:
 
     def _dispatch_encoding(self, run: _Encoding) -> None:
         try:
-            self._pending.append((run, self._driver.encode(run.request)))
+            self._pending.append((run, self._timed(run.model, self._driver.encode(run.request))))
         except LLMOSError as error:
             run.sink.fail(error)
 
@@ -166,8 +175,11 @@ class _Lane:
             self._queue.popleft()
             self._pending.append((run, None))
         else:
+            self._pending.append((run, self._timed(_kind(run.quantum, run.dispatched), pending)))
             run.dispatched += 1
-            self._pending.append((run, pending))
+
+    def _timed(self, kind: Hashable, result: Callable[[], Any]) -> Timed:
+        return Timed(self._timing, kind, result, self._clock)
 
     def _next(self, run: _Run) -> PendingStep | None:
         if run.steps is None:
@@ -179,7 +191,7 @@ class _Lane:
             return None
         return next(run.steps, None)
 
-    def _deliver(self, run: _Run | _Encoding, pending: Callable[[], Any] | None) -> None:
+    def _deliver(self, run: _Run | _Encoding, pending: Timed | None) -> None:
         if pending is None:
             assert isinstance(run, _Run)
             run.sink.done(QuantumDone(run.quantum.id, run.dispatched, run.preempted))
@@ -203,12 +215,19 @@ class _Lane:
 class Executor:
     """Runs the quanta of each replica in their order; call ``advance`` for as long as it returns True.
 
-    Replicas run beside each other: while one's step is waited for, the others are kept fed.
+    Replicas run beside each other: while one's step is waited for, the others are kept fed. What arrives
+    within the seconds of ``pause`` can be part of the next step: whoever has messages looks for them so long.
     """
 
-    def __init__(self, driver: Driver, pause: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        pause: Callable[[float], None] = time.sleep,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         self._driver = driver
         self._pause = pause
+        self._clock = clock
         self._lanes: dict[int, _Lane] = {}
 
     def submit(self, quantum: Quantum, sink: Sink) -> None:
@@ -236,6 +255,10 @@ class Executor:
             if replica in (-1, number):
                 lane.abandon(model)
 
+    def pause(self) -> float:
+        """Seconds until something is to be dispatched or delivered."""
+        return min((lane.pause() for lane in self._lanes.values() if lane.busy), default=0.0)
+
     def advance(self) -> bool:
         """Dispatch until two steps of each replica are in flight, then deliver the oldest of whichever is
         done first; False when nothing is left."""
@@ -252,7 +275,13 @@ class Executor:
         return any(lane.busy for lane in self._lanes.values())
 
     def _lane(self, replica: int) -> _Lane:
-        return self._lanes.setdefault(replica, _Lane(self._driver))
+        return self._lanes.setdefault(replica, _Lane(self._driver, self._clock))
+
+
+def _kind(quantum: Quantum, index: int) -> Hashable:
+    """Steps of one kind take about as long: one model, with like numbers of rows and prompt tokens."""
+    prefilled = sum(chunk.length for chunk in quantum.chunks if chunk.step == index)
+    return quantum.model, len(quantum.decode).bit_length(), prefilled.bit_length()
 
 
 def _without_steps(quantum: Quantum) -> Quantum:

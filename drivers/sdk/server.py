@@ -89,6 +89,10 @@ class DriverServer(Server):
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
 
     def work(self) -> bool:
+        """The next step is dispatched as late as it may be: what arrives until then can be part of it."""
+        if pause := self._executor.pause():
+            self.after(pause, _nothing)
+            return False
         return self._executor.advance() or self._driver.idle()
 
     def beat(self) -> Beat:
@@ -239,3 +243,7 @@ class DriverServer(Server):
     def _abandon(self, model: str = "", replica: int = -1) -> None:
         self._executor.abandon(model, replica)
         self._moves.abandon(model, replica)
+
+
+def _nothing() -> None:
+    """The loop turns; that is all that is wanted of a timer."""

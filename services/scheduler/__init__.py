@@ -4,8 +4,10 @@ messages.py   the link
 task.py       one task, as plain state
 steptime.py   how long a step takes, fitted from measured steps (pure)
 admission.py  can a deadline be kept? realtime tasks run ahead of time (pure)
+pacing.py     prompts wait for those whose deadlines are near (pure)
 promises.py   the deadlines that a host has promised, and when lower bands hold still for them (pure)
 limits.py     tokens per minute (pure)
+headroom.py   slots that a tenant's flood leaves to the others (pure)
 prefixes.py   prompts that begin alike: who computes it, where it was seen (pure)
 placing.py    on which host a task runs (pure)
 queue.py      who is next: bands, deadlines, fairness between tenants, aging (pure)

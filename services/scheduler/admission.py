@@ -1,8 +1,9 @@
 """Can a deadline be kept? Realtime tasks are run ahead of time, by deadline, on a host's clock. Pure.
 
 The forecast is the composer's policy in fluid form: the first ``slots`` jobs by deadline are in the batch,
-prompts are prefilled one after the other in chunks, everyone else gains a token a step, and a job that ends
-makes room for the next. Lower bands are not in it: whenever a deadline is in danger they hold still.
+prompts are prefilled one after the other in chunks, as large as the earlier deadlines of those who decode
+allow (``pacing``), everyone else gains a token a step, and a job that ends makes room for the next. Lower
+bands are not in it: whenever a deadline is in danger they hold still.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 PROBES = 6
 
@@ -33,12 +35,15 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What the forecast knows of a host: ``step(rows, context, prefilled)`` in seconds, ``chunk(rows,
-    context)`` in tokens, its slots and pages; ``others`` are rows and context of lower bands in each step."""
+    context, seconds)`` the prompt tokens that fit in a step of so many seconds, its slots and pages;
+    ``others`` are rows and context of lower bands in each step, ``turnover`` the seconds until a slot that
+    was given up is taken, ``share`` the part of the time to a deadline that prompts may use up."""
 
     step: Callable[[float, float, float], float]
-    chunk: Callable[[float, float], int]
+    chunk: Callable[[float, float, float], int]
     slots: int
     pages: int
+    share: float = 1.0
     others: tuple[int, int] = (0, 0)
     turnover: float = 0.0
 
@@ -47,7 +52,7 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
     """When each job will be done, if the batch is theirs from ``start`` on. O(n log n)."""
     waiting = deque(sorted(jobs, key=lambda job: (job.deadline, job.id)))
     prefilling: deque[list[int]] = deque()
-    decoding: list[tuple[int, int]] = []
+    decoding: list[tuple[int, float, int]] = []
     known = {job.id: job for job in jobs}
     done: dict[int, float] = {}
     clock, step, rows, context, unfed = start, 0, 0, 0, 0
@@ -61,14 +66,18 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
                 prefilling.append([job.prefill, job.id])
                 unfed += job.prefill
             else:
-                heapq.heappush(decoding, (step + max(1, job.decode), job.id))
+                heapq.heappush(decoding, (step + max(1, job.decode), job.deadline, job.id))
                 rows, context = rows + 1, context + job.context
         count = decoding[0][0] - step if decoding else 1 << 30
         room, fed = 0, 0
         if prefilling:
-            room = max(1, machine.chunk(rows + extra_rows, context + extra_context))
-            count = min(count, -(-prefilling[0][0] // room))
-            fed = min(room * count, unfed)
+            last = known[prefilling[0][1]].deadline
+            ahead = [(due - clock) / (end - step) for end, due, _ in decoding if due < last]
+            seconds = machine.share * min(ahead, default=inf)
+            room = machine.chunk(rows + extra_rows, context + extra_context, seconds)
+            if room:
+                count = min(count, -(-prefilling[0][0] // room))
+                fed = min(room * count, unfed)
         read = context + extra_context + rows * count / 2
         clock += count * machine.step(rows + extra_rows + bool(fed), read, fed / count)
         step, context, unfed = step + count, context + rows * count, unfed - fed
@@ -80,10 +89,10 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
                 break
             job = known[prefilling.popleft()[1]]
             # The step that completes a prompt gives the first token too.
-            heapq.heappush(decoding, (step + job.decode, job.id))
+            heapq.heappush(decoding, (step + job.decode, job.deadline, job.id))
             rows, context = rows + 1, context + job.context
         while decoding and decoding[0][0] <= step:
-            job = known[heapq.heappop(decoding)[1]]
+            job = known[heapq.heappop(decoding)[2]]
             done[job.id] = clock
             rows, context = rows - 1, context - job.context - job.decode
             slots, pages = slots + 1, pages + job.pages

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from llmos.drivers.sdk.messages import Chunk, Growth, Quantum, Start
 from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.pacing import Paces, finest
 from llmos.services.scheduler.task import Place, Task
 
 STEP_BUDGET = (0.025, 0.065, 0.250)  # seconds of a step while a task of each band decodes
 STRETCH = (1.5, 2.0, 2.0)  # a step without prefill may take longer than that; then so much longer with it
-LEAST_CHUNK = 16
 
 
-def compose(host: Host, id: int, max_steps: int) -> Quantum | None:
+def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     """The next quantum of a host, or None where there is nothing to do.
 
     Prompts are prefilled in order of urgency and arrival, in each step as many of their tokens as the budget
@@ -25,7 +25,7 @@ def compose(host: Host, id: int, max_steps: int) -> Quantum | None:
     tasks = [task for task in host.slots if task is not None and task.place is Place.RUNNING]
     host.solo = _starts_alone(host, starts)
     active = [task for task in tasks if task.rank == 0] if host.crunch or host.solo else tasks
-    chunks, last_step = _prefill(host, active, max_steps)
+    chunks, last_step = _prefill(host, active, max_steps, now)
     steps = _length(host, active, chunks, last_step, max_steps)
     decode = [task.slot for task in active if _decode(host, task, last_step.get(task.slot), steps)]
     if not (steps or starts or host.releasing):
@@ -65,18 +65,20 @@ def _start(task: Task) -> Start:
     )
 
 
-def _prefill(host: Host, tasks: list[Task], max_steps: int) -> tuple[list[Chunk], dict[int, int]]:
+def _prefill(host: Host, tasks: list[Task], max_steps: int, now: float) -> tuple[list[Chunk], dict[int, int]]:
     """Chunks for the prompts that are not computed yet, and the step in which each of them is complete."""
     chunks: list[Chunk] = []
     complete: dict[int, int] = {}
     todo = [task for task in tasks if task.prefilled < task.base]
     if not todo:
         return chunks, complete
-    rank, room = decode_room(host, tasks)
+    decoding = [task for task in tasks if task.prefilled >= task.base and task.planned < task.limit]
+    rank, room = decode_room(host, decoding)
+    paces = Paces(host, decoding, now)
     step, used = 0, 0
     for task in sorted(todo, key=lambda t: (t.urgency, t.arrived, t.id)):
-        # In realtime only deadlines count, and they are kept soonest by the largest chunks.
-        limit = host.model.chunk_tokens if task.rank < rank or task.rank == 0 else room
+        # In realtime only deadlines count: its prompts are cut for the sake of promises, not of latency.
+        limit = paces.room(task) if task.rank == 0 else host.model.chunk_tokens if task.rank < rank else room
         while task.prefilled < task.base and step < max_steps:
             if used >= limit:
                 step, used = step + 1, 0
@@ -90,9 +92,8 @@ def _prefill(host: Host, tasks: list[Task], max_steps: int) -> tuple[list[Chunk]
     return chunks, complete
 
 
-def decode_room(host: Host, tasks: list[Task]) -> tuple[int, int]:
+def decode_room(host: Host, decoding: list[Task]) -> tuple[int, int]:
     """The most urgent band that decodes, and how many tokens a step may prefill beside it."""
-    decoding = [task for task in tasks if task.prefilled >= task.base and task.planned < task.limit]
     rank = min((task.rank for task in decoding), default=2)
     context = sum(len(task.tokens) for task in decoding)
     return rank, chunk_room(host, rank, len(decoding), context)
@@ -105,7 +106,7 @@ def chunk_room(host: Host, rank: int, rows: float, context: float) -> int:
     full = host.model.chunk_tokens
     if not host.times or not rows:
         return full
-    least = max(1, min(full, max(host.model.page_tokens, full // LEAST_CHUNK)))
+    least = finest(host)
     alone = host.times.seconds(rows, context, 0)
     budget = max(STEP_BUDGET[rank], STRETCH[rank] * alone)
     room = host.times.prefill_room(rows, context, budget)

@@ -17,6 +17,7 @@ from llmos.ipc.grant import Band
 from llmos.services.memory.messages import Transfer
 from llmos.services.scheduler import displace, promises
 from llmos.services.scheduler.compose import compose
+from llmos.services.scheduler.headroom import SHARE, Presence
 from llmos.services.scheduler.host import Host, Produced
 from llmos.services.scheduler.messages import Reason
 from llmos.services.scheduler.placing import Placing
@@ -43,12 +44,14 @@ class Effects(SwapEffects, Protocol):
 class Core:
     """Queues, hosts and counters; ``now`` is in seconds on any monotonic clock."""
 
-    def __init__(self, effects: Effects, max_steps: int) -> None:
+    def __init__(self, effects: Effects, max_steps: int, share: float = SHARE) -> None:
         self._effects = effects
         self._max_steps = max_steps
         self._quanta = itertools.count(1)
         self._placing = self._new_placing()
         self._capped: set[str] = set()  # tenants whose page quota is used up
+        self._presence = Presence()
+        self._share = share
         self.counters = Counters()
         self.swapping = Swapping(self, effects)
         self.hosts: dict[str, Host] = {}
@@ -67,13 +70,15 @@ class Core:
         task.queued_at = now
         self.tasks[task.id] = task
         self.counters.enter(task.tenant)
+        if task.rank == 1:
+            self._presence.enter(task.tenant)
         self.queues[task.model].push(task)
         self._pump(task.model, now)
 
     def kill(self, task: Task, error: LLMOSError, now: float) -> None:
         """End a task wherever it is."""
         if task.place is not Place.ENDED:
-            self._finish(task, None, error)
+            self._finish(task, None, error, now)
             self._pump(task.model, now)
 
     def nice(self, task: Task, band: Band, now: float) -> None:
@@ -87,6 +92,10 @@ class Core:
         except LLMOSError:
             task.band = before
             raise
+        if before == "interactive":
+            self._presence.leave(task.tenant, now)
+        elif task.rank == 1:
+            self._presence.enter(task.tenant)
         if task.place is Place.WAITING:
             task.band = before
             self.queues[task.model].remove(task)
@@ -159,7 +168,7 @@ class Core:
     def fail_host(self, host: Host, error: LLMOSError, now: float) -> None:
         """A quantum failed on the device: its tasks end with the error, the others start again."""
         for task in {task for flight in host.flight for task in flight.tasks}:
-            self._finish(task, None, IOFailure(f"the driver failed: {error}"))
+            self._finish(task, None, IOFailure(f"the driver failed: {error}"), now)
         self.lose_host(host, now)
 
     # --- events: memory ---
@@ -267,9 +276,9 @@ class Core:
         ended = [item for item in produced if item.finished is not None]
         for item in ended:
             if item.finished == "error":
-                self._finish(item.task, None, IOFailure("the device made nonsense of this task"))
+                self._finish(item.task, None, IOFailure("the device made nonsense of this task"), now)
             else:
-                self._finish(item.task, item.finished, None)
+                self._finish(item.task, item.finished, None, now)
         if ended and len(self.queues[host.model.model]):
             self._admit(host.model.model, now)
 
@@ -309,7 +318,7 @@ class Core:
         passed: set[int] = set()
         while hosts:
             vacant = any(host.vacant for host in hosts)
-            task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task), vacant)
+            task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task, now), vacant)
             if task is None:
                 return
             place = self._placing.place(task, hosts)
@@ -379,7 +388,7 @@ class Core:
         # Who is urgent and waits for its pages comes with the next quantum: this one must not be long.
         coming = any(t is not None and t.place is Place.RESERVING and t.rank < 2 for t in host.slots)
         while host.can_compose:
-            quantum = compose(host, next(self._quanta), 1 if coming else self._max_steps)
+            quantum = compose(host, next(self._quanta), 1 if coming else self._max_steps, now)
             if quantum is None:
                 break
             host.sent(quantum)
@@ -464,7 +473,7 @@ class Core:
                 self.reserve(host, task)
             return
         if not others:
-            self._finish(task, None, error)
+            self._finish(task, None, error, now)
         else:
             self._leave(host, task)
             keepers = [t for t in others if t.slot < 0]
@@ -530,10 +539,21 @@ class Core:
         self._capped.clear()
         self._pump(model, now)
 
-    def _eligible(self, task: Task) -> bool:
+    def _eligible(self, task: Task, now: float) -> bool:
         if (task.tenant in self._capped and not task.kept) or task.swap is Swap.OUT:
             return False
-        return not task.max_running or self.running_of(task.tenant) < task.max_running
+        if task.max_running and self.running_of(task.tenant) >= task.max_running:
+            return False
+        return task.rank != 1 or not self._floods(task, now)
+
+    def _floods(self, task: Task, now: float) -> bool:
+        """Whether a tenant has its share of the slots while another is here that asks for little."""
+        hosts = self._hosts_of(task.model)
+        most = max(1, int(self._share * task.weight * sum(host.model.slots for host in hosts)))
+        if sum(host.tenants[task.tenant] for host in hosts) < most:
+            return False
+        held = sum(t.rank == 1 and t.tenant == task.tenant for host in hosts for t in host.running)
+        return held >= most and self._presence.light(task.tenant, self.queues[task.model].interactive, now)
 
     def _promise(self, task: Task, now: float) -> None:
         """Promise a realtime task its deadline, or raise; a task of another band is promised nothing."""
@@ -557,7 +577,7 @@ class Core:
                 host.promised[task.id] = task
                 task.bound = host.arena
 
-    def _finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None:
+    def _finish(self, task: Task, reason: Reason | None, error: LLMOSError | None, now: float) -> None:
         host = self.hosts.get(task.arena)
         if task.place is Place.WAITING:
             self.queues[task.model].remove(task)
@@ -571,6 +591,8 @@ class Core:
         task.place = Place.ENDED
         self._break_promise(task)
         self.counters.leave(task.tenant)
+        if task.rank == 1:
+            self._presence.leave(task.tenant, now)
         del self.tasks[task.id]
         self.finished += 1
         self._effects.finish(task, reason, error)

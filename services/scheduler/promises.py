@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from llmos.ipc.errors import NoMemory, TimedOut
+from llmos.services.scheduler import pacing
 from llmos.services.scheduler.admission import Job, Machine, all_in_time, earliest
 from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, Host
+from llmos.services.scheduler.pacing import MESSAGES, SAFETY
 from llmos.services.scheduler.task import Place, Task
 
 STEPS_IN_FLIGHT = 2  # what a preempt cannot take back
-MESSAGES = 2.0e-3  # seconds for the messages between two quanta
-SAFETY = 1.05  # a promise assumes steps this much slower than the cautious estimate
 
 
 def check(hosts: list[Host], task: Task, now: float) -> Host | None:
@@ -26,7 +29,7 @@ def check(hosts: list[Host], task: Task, now: float) -> Host | None:
         start, machine = now + _lag(host), _machine(host, SAFETY)
         if all_in_time([*admitted, candidate], machine, start):
             return host
-        roomy = Machine(machine.step, machine.chunk, machine.slots, 1 << 40, turnover=machine.turnover)
+        roomy = replace(machine, pages=1 << 40)
         crowded = crowded or all_in_time([*admitted, candidate], roomy, start)
         best = min(best, earliest(candidate, admitted, machine, start) - now)
     if not hosts:
@@ -54,9 +57,8 @@ def _machine(host: Host, safety: float, others: tuple[int, int] = (0, 0)) -> Mac
         return safety * host.times.seconds(rows, context, prefilled, cautious=True)
 
     turnover = (1 + STEPS_IN_FLIGHT) * _full_step(host) + MESSAGES
-    return Machine(
-        step, lambda *_: host.model.chunk_tokens, host.model.slots, host.model.pages, others, turnover
-    )
+    slots, pages = host.model.slots, host.model.pages
+    return Machine(step, partial(pacing.room, host), slots, pages, pacing.SHARE, others, turnover)
 
 
 def _lag(host: Host) -> float:

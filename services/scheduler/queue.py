@@ -184,6 +184,11 @@ class TaskQueue:
             if tenant in lines:
                 self._turns[rank].changed(tenant)
 
+    def interactive(self, tenant: str) -> bool:
+        """Whether a tenant has interactive work waiting."""
+        _drop_gone(self._lines[1], tenant)
+        return tenant in self._lines[1]
+
     def peek(self, now: float, eligible: Eligible = lambda task: True, vacant: bool = True) -> Task | None:
         """The task to serve next; ``eligible`` passes over tenants that are at a limit. Only a ``vacant``
         slot goes to who waited for long: no one is displaced for that."""

@@ -66,7 +66,7 @@ class Scheduler(Server):
         self._queue_limit = spec.queue
         self._attached: dict[int, Incoming] = {}
         self._rates = RateLimits()
-        self.core = Core(MessageEffects(self, self._attached, self._rates), spec.steps)
+        self.core = Core(MessageEffects(self, self._attached, self._rates), spec.steps, spec.share)
         self.encoding = Encoding(EncodeEffects(self, self._rates), self.core.counters, self.core.running_of)
         self._ids = itertools.count(1)
         self._memory = 0

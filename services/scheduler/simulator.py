@@ -1,11 +1,11 @@
 """A discrete-event simulator: the real core and the real memory policy against a model of the device's time.
 
 Weeks of traffic run in seconds, and a policy is compared with others on the same trace. Nothing is mocked
-but time: messages take ``latency`` seconds, steps take what ``StepTime`` says, two steps are in flight as in
-the driver SDK, and tokens are those of the null driver, so that every task's output can be checked. With a
-``burst`` a step gives a task up to so many tokens, as a driver that speculates. Moves between tiers take what
-``LinkTime`` says, one after the other in each direction, while steps go on; they are ordered with quanta as
-the driver SDK does it.
+but time: messages take ``latency`` seconds, steps take what ``StepTime`` says, the second is dispatched
+shortly before the first ends as in the driver SDK, and tokens are those of the null driver, so that every
+task's output can be checked. With a ``burst`` a step gives a task up to so many tokens, as a driver that
+speculates. Moves between tiers take what ``LinkTime`` says, one after the other in each direction, while
+steps go on; they are ordered with quanta as the driver SDK does it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from llmos.services.scheduler.task import Place, Task
 T = TypeVar("T")
 IN_FLIGHT = 2
 RETRY_SECONDS = 0.05
+DISPATCH_AHEAD = 2.0e-3  # seconds before the running step ends, as the driver SDK does it
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ class _Seat:
 
 
 class _Device:
-    """A driver in simulated time: dispatches two steps ahead, and looks for a preempt in between."""
+    """A driver in simulated time: dispatches a step ahead, and looks for a preempt in between."""
 
     def __init__(self, simulator: Simulator, host: Host) -> None:
         self._sim = simulator
@@ -374,6 +375,9 @@ class _Device:
 
     def _dispatch(self) -> None:
         while not self.dead and self._queue and self._in_flight < IN_FLIGHT:
+            if self._in_flight and self._sim.now < (due := self._free_at - DISPATCH_AHEAD):
+                self._sim.at(due, self._dispatch)
+                return
             quantum = self._queue[0]
             if not isinstance(quantum, Quantum):
                 self._queue.popleft()

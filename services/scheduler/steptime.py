@@ -45,6 +45,8 @@ class StepTimes:
         if seconds <= 0.0:
             return
         if (estimate := self._raw(rows, context, prefilled)) > 0.0:
+            missed = abs(seconds / (estimate * self.drift) - 1.0)
+            self.deviation += FOLLOW * (min(1.0, missed) - self.deviation)
             self.drift += FOLLOW * (min(seconds / estimate, OUTLIER * self.drift) - self.drift)
         key = (rows.bit_length(), context.bit_length(), prefilled.bit_length())
         cell = self._cells.get(key)
@@ -53,7 +55,6 @@ class StepTimes:
                 self._weigh(self._cells.popitem(last=False)[1], -1.0)
             cell = self._cells[key] = [float(rows), float(context), float(prefilled), seconds, 1.0]
         else:
-            self._note(cell, seconds)
             self._weigh(cell, -1.0)
             self._blend(cell, rows, context, prefilled, seconds)
             self._cells.move_to_end(key)
@@ -66,10 +67,13 @@ class StepTimes:
         """The estimate for a step; ``cautious`` adds what steps were seen to deviate."""
         if self._unfitted:
             self._fit()
-        total = self._raw(rows, context, prefilled)
-        if cautious:
-            return total * max(1.0, self.drift) * (1.0 + MARGIN * self.deviation)
-        return total * self.drift
+        total = self._raw(rows, context, prefilled) * self.drift
+        return total * self.caution if cautious else total
+
+    @property
+    def caution(self) -> float:
+        """A cautious estimate over a plain one."""
+        return max(1.0, 1.0 / self.drift) * (1.0 + MARGIN * self.deviation)
 
     def prefill_room(self, rows: float, context: float, budget: float) -> float:
         """How many tokens may be prefilled in a step that has to stay under ``budget`` seconds."""
@@ -80,11 +84,6 @@ class StepTimes:
     def _raw(self, rows: float, context: float, prefilled: float) -> float:
         base, row, read, prefill = self._solution
         return base + row * rows / SCALES[1] + read * context / SCALES[2] + prefill * prefilled / SCALES[3]
-
-    def _note(self, cell: list[float], seconds: float) -> None:
-        if cell[4] >= TRUSTED:
-            distance = min(1.0, abs(seconds - cell[3]) / cell[3])
-            self.deviation += 0.02 * (distance - self.deviation)
 
     def _blend(self, cell: list[float], rows: int, context: int, prefilled: int, seconds: float) -> None:
         """Average a step into its cell; of the first few the fastest counts: others were compiling."""

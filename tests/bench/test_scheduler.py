@@ -78,10 +78,10 @@ def test_a_quantum_is_composed(benchmark: BenchmarkFixture) -> None:
     _, host, _ = crowded()
     ids = itertools.count(1 << 20)
 
-    def setup() -> tuple[tuple[Host, int, int], dict[str, object]]:
+    def setup() -> tuple[tuple[Host, int, int, float], dict[str, object]]:
         for each in host.running:  # as it was before the last one was composed
             each.planned = len(each.tokens)
-        return (host, next(ids), STEPS), {}
+        return (host, next(ids), STEPS, 2.0), {}
 
     quantum = benchmark.pedantic(compose, setup=setup, rounds=200)
     assert len(quantum.decode) == RUNNING

@@ -98,7 +98,7 @@ def test_no_deadline_among_10_000_is_missed() -> None:
 @pytest.mark.timeout(900)
 def test_goodput_stays_near_its_peak_whatever_is_asked() -> None:
     goodput = {rate: served(1_500, rate)[2] for rate in (60.0, 90.0, 120.0, 160.0)}
-    assert min(goodput.values()) >= 0.9 * max(goodput.values())
+    assert min(goodput.values()) >= 0.94 * max(goodput.values())
 
 
 def test_a_deadline_that_the_refusal_named_is_accepted() -> None:

@@ -1,0 +1,122 @@
+"""The second step is dispatched as late as the device is never left waiting, whatever kind of driver."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from llmos.drivers.sdk.driver import Driver, PendingStep
+from llmos.drivers.sdk.executor import Executor
+from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
+from llmos.drivers.sdk.timing import FIRST_MARGIN, MAX_MARGIN, MIN_MARGIN, Timing
+from llmos.ipc.errors import LLMOSError
+
+STEP, HOST = 0.012, 0.0015
+
+
+class Device(Driver):
+    """A device in simulated time; a synchronous one computes a step while it is dispatched."""
+
+    def __init__(self, synchronous: bool = False) -> None:
+        self.now = self.free_at = 1.0
+        self.idle = 0.0
+        self.dispatched: list[tuple[int, float]] = []  # quantum, seconds until the step before it ends
+        self._synchronous = synchronous
+        self._random = random.Random(1)
+
+    def clock(self) -> float:
+        return self.now
+
+    def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
+        for index in range(quantum.steps):
+            self.dispatched.append((quantum.id, self.free_at - self.now))
+            self.now += STEP if self._synchronous else HOST
+            self.idle += max(0.0, self.now - self.free_at)
+            self.free_at = max(self.now, self.free_at)
+            if not self._synchronous:
+                self.free_at += STEP * self._random.uniform(1.0, 1.1)
+            yield lambda index=index, ends=self.free_at: self._result(quantum.id, index, ends)  # type: ignore[misc]
+
+    def _result(self, quantum: int, index: int, ends: float) -> Step:
+        self.now = max(self.now, ends) + 1e-5
+        return Step(quantum, index, [], [], [], 0)
+
+
+class Ignore:
+    """A sink for results that nobody reads."""
+
+    def step(self, step: Step) -> None: ...
+    def done(self, done: QuantumDone) -> None: ...
+    def fail(self, error: LLMOSError) -> None: ...
+
+
+def run(device: Device, steps: int) -> Executor:
+    """The server's loop: look for messages for as long as there is time, then go on."""
+    executor = Executor(device, clock=device.clock)
+    executor.submit(Quantum(id=1, model="m", steps=steps), Ignore())
+    while len(device.dispatched) < steps:
+        if pause := executor.pause():
+            device.now += pause
+        else:
+            executor.advance()
+    return executor
+
+
+def test_the_device_is_idle_for_less_than_two_percent() -> None:
+    device = Device()
+    run(device, 500)
+    assert device.idle / (device.now - 1.0) < 0.02
+
+
+def test_the_next_step_is_dispatched_in_the_last_quarter_of_the_running_one() -> None:
+    device = Device()
+    run(device, 300)
+    late = [left for _, left in device.dispatched[50:]]
+    assert sorted(late)[len(late) // 2] < STEP / 4
+
+
+def test_what_arrives_while_a_step_runs_is_the_next_step() -> None:
+    device = Device()
+    executor = run(device, 100)
+    while not executor.pause():
+        executor.advance()
+    executor.submit(Quantum(id=2, model="m", steps=1), Ignore())
+    while executor.advance():
+        device.now += executor.pause()
+    assert device.dispatched[-1][0] == 2
+    assert [id for id, _ in device.dispatched].count(1) == 100
+
+
+def test_a_driver_that_computes_while_it_dispatches_never_waits() -> None:
+    device = Device(synchronous=True)
+    executor = run(device, 50)
+    before = device.now
+    executor.submit(Quantum(id=2, model="m", steps=20), Ignore())
+    while executor.advance():
+        assert not executor.pause()
+    assert device.now - before < 21 * STEP
+
+
+def test_a_kind_of_step_that_was_never_seen_is_not_waited_for() -> None:
+    timing = Timing()
+    timing.took("decode", 0.020, 0.001)
+    assert timing.pause("prefill", 0.0) == 0.0
+    assert timing.pause("decode", 0.0) == pytest.approx(0.020 - FIRST_MARGIN, abs=1.1e-3)
+    assert timing.pause("decode", 0.019) == 0.0
+
+
+def test_the_margin_grows_at_once_and_shrinks_slowly_within_its_limits() -> None:
+    timing = Timing()
+    timing.took("decode", 0.02, 0.0)
+    grown = timing.margin
+    assert grown > FIRST_MARGIN
+    timing.took("decode", 0.02, 0.01)
+    assert FIRST_MARGIN < timing.margin < grown
+    for _ in range(1000):
+        timing.took("decode", 0.02, 0.01)
+    assert timing.margin == pytest.approx(MIN_MARGIN, rel=0.05)
+    for _ in range(1000):
+        timing.took("decode", 0.02, 0.0)
+    assert timing.margin == MAX_MARGIN
