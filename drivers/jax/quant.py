@@ -6,7 +6,7 @@ multiplies 8-bit operands; on NVIDIA GPUs from Ada on XLA hands a float8 product
 float8 to cuBLASLt (its GemmRewriter matches nothing but scalar scales, so scales of rows and channels are
 applied to the result, in whatever is fused to it). "widened" leaves the activations as they are and converts
 the weight inside the product. XLA:CPU would write a converted matrix to memory; "blocked" converts a piece
-that stays in cache at a time.
+that stays in cache at a time, or leaves it to a native kernel, which converts in registers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+from llmos.drivers.jax.native import kernels
 
 Way = Literal["native", "widened", "blocked"]
 Dense = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -70,7 +72,7 @@ def _quantiser(dtype: Any, values: Any, scale: Any) -> Callable[[jax.Array], tup
 def choose(dtype: Any, rows: int, out: int, inner: int, platform: str) -> Way:
     """How ``rows`` are multiplied with a quantised weight [out, inner] on a platform.
 
-    On a CPU int8 activations would be faster, but cost nine times as much accuracy as int8 weights alone.
+    On a CPU int8 activations would be faster, but cost several times as much accuracy as int8 weights alone.
     """
     if platform == "cpu":
         return "blocked"
@@ -88,6 +90,8 @@ def product(x: jax.Array, weight: jax.Array, scale: jax.Array, out: Any, dense: 
     if way == "native":
         values, each = quantise(rows, weight.dtype)
         raw = native(values, weight, out).astype(jnp.float32) * each[:, None]
+    elif way == "blocked" and kernels.suits(rows, weight):
+        raw = kernels.product(rows, weight, out).astype(jnp.float32)
     elif way == "blocked":
         raw = blocked(rows, weight, out, dense).astype(jnp.float32)
     else:

@@ -13,6 +13,7 @@ from llmos.drivers.jax import quant
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.experts import Experts, route
 from llmos.drivers.jax.layers import Linear, product
+from llmos.drivers.jax.native import kernels
 
 KINDS = list(quant.DTYPES)
 HALF_STEP = {"int8": 0.5 / 127, "float8": 2.0**-4}
@@ -66,6 +67,23 @@ def test_every_way_is_near_the_float_product(
     # Rounding errors of either factor, a uniform share of a step, add up as a random walk of 96 terms.
     noise = 2 * 0.0225 if kind == "float8" else 2 * 3.0 / 127 / 12**0.5
     assert float(jnp.abs(found - x @ weight.T).max()) < 5 * noise * 96**0.5
+
+
+def test_the_native_kernel_gives_what_xla_gives(native_kernels: bool) -> None:
+    if not native_kernels:
+        pytest.skip(kernels.state())
+    values, scale = quant.quantise(normal(48, 96, seed=1), jnp.int8)
+    x = normal(3, 96)
+
+    def run(x: jax.Array) -> jax.Array:
+        return product(x, values, scale=scale)
+
+    expected = jax.jit(run)(x)
+    with kernels.use(True):
+        text = jax.jit(lambda x: run(x)).lower(x).as_text()
+        found = jax.jit(lambda x: run(x))(x)
+    assert "custom_call" in text
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
