@@ -81,7 +81,7 @@ def test_layers_use_the_kernel_only_where_it_is_wanted_and_rows_are_few() -> Non
 
     assert "llmos_product" in program(2, True)
     assert "llmos_product" not in program(2, False)
-    assert "llmos_product" not in program(kernels.MAX_ROWS[jnp.dtype(jnp.float32)] + 1, True)
+    assert "llmos_product" not in program(kernels.ROWS[jnp.dtype(jnp.float32)].stop, True)
 
 
 @pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=5), Scoring(cap=3.0, scale=0.3)])
