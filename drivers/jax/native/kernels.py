@@ -25,7 +25,7 @@ ROWS = {
     jnp.dtype(jnp.bfloat16): range(1, 65),
     jnp.dtype(jnp.int8): range(1, 65),
 }
-"""For how many rows a product is the kernel's, by the weight's type; the others XLA:CPU multiplies as fast."""
+"""For how many rows a product is the kernel's, by the weight's type; XLA:CPU is as fast at the others."""
 _TYPES = (jnp.float32, jnp.bfloat16)
 
 _wanted: ContextVar[bool] = ContextVar("native_kernels", default=False)
