@@ -20,8 +20,12 @@ import jax.numpy as jnp
 from llmos.drivers.jax.native import build
 from llmos.ipc.errors import LLMOSError
 
-MAX_ROWS = {jnp.dtype(jnp.float32): 16, jnp.dtype(jnp.bfloat16): 64, jnp.dtype(jnp.int8): 64}
-"""Up to how many rows a product is for the kernel, by the weight's type; XLA:CPU is fast at many rows."""
+ROWS = {
+    jnp.dtype(jnp.float32): range(2, 9),
+    jnp.dtype(jnp.bfloat16): range(1, 65),
+    jnp.dtype(jnp.int8): range(1, 65),
+}
+"""For how many rows a product is the kernel's, by the weight's type; XLA:CPU is as fast at the others."""
 _TYPES = (jnp.float32, jnp.bfloat16)
 
 _wanted: ContextVar[bool] = ContextVar("native_kernels", default=False)
@@ -64,7 +68,7 @@ def suits(rows: jax.Array, weight: jax.Array) -> bool:
     """Whether a product of ``rows`` [n, in] is for the kernel: few rows, on a CPU, where it is wanted."""
     if not _wanted.get() or _state != "ready":
         return False
-    return rows.dtype in _TYPES and 0 < rows.shape[0] <= MAX_ROWS.get(weight.dtype, 0)
+    return rows.dtype in _TYPES and rows.shape[0] in ROWS.get(weight.dtype, ())
 
 
 def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
