@@ -115,6 +115,7 @@ def main() -> None:
     for weights, way, kv in [case.split("/") for case in ["float32/own/float32", *options.cases]]:
         first = weights == "float32"
         dtype, kind = ("float32", "same") if first else (options.dtype, weights)
+        jax.clear_caches()  # a layer traced for another way looks the same
         with mock.patch.object(quant, "choose", (lambda *_: "native") if way == "native" else quant.choose):
             likelihood, choice = score(options.model, wanted.tokens, dtype, kind, kv)
         perplexity = float(np.exp(-likelihood[wanted.text].mean()))
