@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import layers
+from llmos.drivers.jax import layers, quant
 from llmos.drivers.jax.attention import DecodePlan, Scoring
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
@@ -82,6 +82,19 @@ def test_layers_use_the_kernel_only_where_it_is_wanted_and_rows_are_few() -> Non
     assert "llmos_product" in program(2, True)
     assert "llmos_product" not in program(2, False)
     assert "llmos_product" not in program(kernels.ROWS[jnp.dtype(jnp.float32)].stop, True)
+
+
+def test_an_int8_weight_with_scales_goes_to_the_kernel() -> None:
+    x, (weight, scale) = (
+        values((3, 64), jnp.float32),
+        quant.quantise(values((24, 64), jnp.float32, 1), jnp.int8),
+    )
+
+    def run(wanted: bool) -> np.ndarray:
+        with kernels.use(wanted):
+            return np.asarray(jax.jit(lambda: layers.product(x, weight, scale=scale))())
+
+    np.testing.assert_allclose(run(True), run(False), atol=1e-4)
 
 
 @pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=5), Scoring(cap=3.0, scale=0.3)])
