@@ -174,7 +174,14 @@ class Simulator:
             except LLMOSError as error:
                 self.soon(lambda error=error: fail(error))  # type: ignore[misc]
             else:
-                self.soon(lambda: reply(answer))
+                self.soon(lambda: deliver(answer))
+
+        def deliver(answer: T) -> None:
+            # What memory said before it died arrives before the news of its death, or never.
+            if self.memories[host.arena] is memory:
+                reply(answer)
+            else:
+                fail(HostDown("memory went down"))
 
         self.soon(arrive)
 
