@@ -16,7 +16,7 @@ FORGET = 0.93  # what an outcome counts for after the next
 PRIOR = 2.0  # outcomes that the average of earlier sequences counts for
 FIRST_GUESS = 0.5  # of the likelihood that a guess is right, before anything was seen
 SAMPLES = 3  # steps of a kind that are timed before the kinds are compared
-AGAIN = 512  # steps after which the other kind is timed again
+AGAIN = 128  # steps after which the other kind is timed anew: it may have been slow while others compiled
 PROBE = 128  # steps after which guesses are tried again that cannot be compared without
 GAIN = 1.05  # a verifying step must promise so many times the tokens a second of a plain one
 PROMISING = 1.3  # tokens a step from which on the first verifying steps are tried
@@ -56,6 +56,9 @@ class Timing:
     @property
     def known(self) -> bool:
         return self.count >= SAMPLES
+
+    def forget(self) -> None:
+        self.seconds, self.count = 0.0, 0
 
     def note(self, seconds: float) -> None:
         self.count, self.age = self.count + 1, 0
@@ -99,9 +102,12 @@ class Policy:
         if self.blind and (self._trying or not verifying.known or verifying.age > PROBE):
             self._trying = (self._trying or SAMPLES) - 1
             return self.guesses
-        if not verifying.known or verifying.age > AGAIN:
+        if verifying.age > AGAIN:
+            verifying.forget()
+        if not verifying.known:
             return self.guesses if expected >= PROMISING else 0
         if plain.age > AGAIN:
+            plain.forget()
             return 0
         worthwhile = expected * plain.seconds > GAIN * verifying.seconds
         return self.guesses if worthwhile else 0

@@ -75,16 +75,26 @@ def test_a_text_that_begins_to_repeat_is_noticed_by_plain_steps() -> None:
 def test_what_is_not_in_use_is_timed_again() -> None:
     made = policy()
     chosen = []
-    for _ in range(AGAIN + 2):
+    for _ in range(AGAIN + 10):
         chosen.append(made.choose([0], 1))
         made.timed(1, chosen[-1], 1.0)
-    assert chosen.count(0) == 1
+    assert chosen.count(0) == SAMPLES
     slow = policy(verifying=4.9)
     chosen = []
-    for _ in range(AGAIN + 2):
+    for _ in range(AGAIN + 10):
         chosen.append(slow.choose([0], 1))
         slow.timed(1, chosen[-1], 4.9 if chosen[-1] else 1.0)
-    assert chosen.count(4) == 1
+    assert chosen.count(4) == SAMPLES
+
+
+def test_a_kind_that_was_slow_while_others_compiled_gets_another_chance() -> None:
+    made = policy(verifying=50.0)
+    chosen = []
+    for _ in range(AGAIN + 10):
+        chosen.append(made.choose([0], 1))
+        made.timed(1, chosen[-1], 1.2 if chosen[-1] else 1.0)
+    assert chosen[0] == 0
+    assert chosen[-1] == 4
 
 
 def test_one_slow_step_changes_little() -> None:
