@@ -258,6 +258,7 @@ class Swapping:
         """A task that was to be swapped out keeps its pages after all."""
         pages = task.left
         self.forget(host, task)
+        task.residence += 1  # what is still heard of the transfer is not about these pages
         task.pages = pages
         host.keepers[task.id] = task
 
