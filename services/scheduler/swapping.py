@@ -57,7 +57,7 @@ class Swapping:
         tiers.away[task.id] = task
         tiers.leaving[task.id] = len(task.pages)
         task.swap = Swap.OUT
-        task.left, task.pages, task.growing = task.pages, [], False
+        task.pages, task.growing = [], False
         task.residence += 1  # what it is still given on an older request goes with the rest
         self.swapped += 1
         self._effects.swap_out(host, task)
@@ -77,7 +77,7 @@ class Swapping:
 
     def forget(self, host: Host, task: Task) -> None:
         """A task gives up what it has in any tier, or has it on the device again."""
-        task.swap, task.left = Swap.NONE, []
+        task.swap = Swap.NONE
         host.tiers.hasty.discard(task.id)
         for table in (host.tiers.away, host.tiers.parked, host.tiers.leaving):
             table.pop(task.id, None)
@@ -124,10 +124,7 @@ class Swapping:
         """Memory could not swap a task out: it is full, or gone."""
         if not self._is(host, task, residence, Swap.OUT):
             return
-        if isinstance(error, NoMemory):
-            self._recompute(host, task)
-        else:
-            self._stay(host, task)
+        self._recompute(host, task)
         self._go_on(host, now)
 
     def coming(
@@ -199,8 +196,8 @@ class Swapping:
         self.relieve(host, low)
 
     def memory_lost(self, host: Host) -> list[Task]:
-        """Memory was started anew and knows nothing of other tiers. What was leaving stays; what was coming
-        goes on coming into pages that memory is told of; what is away is computed again. Returns the seated
+        """Memory was started anew and knows nothing of other tiers. What was coming goes on coming into
+        pages that memory is told of; what is away or was leaving is computed again. Returns the seated
         tasks that have to ask for pages, once memory knows the rest."""
         host.tiers.demoting, host.tiers.taught = False, None
         host.tiers.leaving.clear()
@@ -208,9 +205,7 @@ class Swapping:
         coming = {journey.task for journey in host.tiers.journeys.values()}
         again = []
         for task in list(host.tiers.away.values()):
-            if task.swap is Swap.OUT:
-                self._stay(host, task)
-            elif task.swap is Swap.AWAY or task not in coming:
+            if task.swap in (Swap.OUT, Swap.AWAY) or task not in coming:
                 self.forget(host, task)
                 self._core.strip(task)
                 again += [task] if task.place is Place.RESERVING else []
@@ -237,7 +232,7 @@ class Swapping:
     def _left(self, host: Host, task: Task, cached: int) -> None:
         """A task's device pages are free."""
         host.tiers.leaving.pop(task.id, None)
-        task.swap, task.left, task.computed = Swap.AWAY, [], cached
+        task.swap, task.computed = Swap.AWAY, cached
 
     def _arrive(self, host: Host, journey: Journey, now: float) -> None:
         """A task's pages are on the device."""
@@ -253,13 +248,6 @@ class Swapping:
         task.pages, task.computed = journey.pages, journey.cached
         host.keepers[task.id] = task
         host.tiers.fetched.add(task.id)
-
-    def _stay(self, host: Host, task: Task) -> None:
-        """A task that was to be swapped out keeps its pages after all."""
-        pages = task.left
-        self.forget(host, task)
-        task.pages = pages
-        host.keepers[task.id] = task
 
     def _recompute(self, host: Host, task: Task) -> None:
         """A task gives up all it has, and starts again from its tokens."""

@@ -46,8 +46,7 @@ class Task:
     to keep its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that
     it counts as interactive while it has its slot. ``pace`` is how many tokens it gains in a step, lately:
     more than one where the driver speculates, so that ``planned`` is what it will have at least. ``context``
-    belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read. ``left`` are
-    the pages that it had on the device, while they are copied from there.
+    belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read.
     """
 
     id: int
@@ -95,7 +94,6 @@ class Task:
     bound: str = ""
     names: list[int] | None = None
     swap: Swap = Swap.NONE
-    left: list[int] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
