@@ -274,6 +274,7 @@ class Core:
             self.counters.charge(item.task, 0, len(item.tokens))
         self._effects.emit([item for item in produced if item.tokens])
         ended = [item for item in produced if item.finished is not None]
+        self._publish(host, [item.task for item in ended if item.finished != "error"])
         for item in ended:
             if item.finished == "error":
                 self._finish(item.task, None, IOFailure("the device made nonsense of this task"), now)
@@ -286,11 +287,7 @@ class Core:
         """A quantum ended."""
         flight = next(f for f in host.flight if f.quantum.id == done.quantum)
         host.done(done)
-        full = [task for task in flight.tasks if self._filled_page(host, task)]
-        if full:
-            self._effects.commit(host, full)
-        for task in full:
-            self._release(host.computing.advance(task, task.computed))
+        self._publish(host, flight.tasks)
         self._pump(host.model.model, now)
 
     # --- the order of service, for who compares it with others ---
@@ -430,6 +427,14 @@ class Core:
         """A task with a promise gets all the pages it can need; the others some steps ahead."""
         left = task.limit - len(task.tokens)
         return left if task.id in host.promised else min(left, AHEAD * self._max_steps)
+
+    def _publish(self, host: Host, tasks: list[Task]) -> None:
+        """Let others have the pages that these tasks have filled by now."""
+        full = [task for task in tasks if self._filled_page(host, task)]
+        if full:
+            self._effects.commit(host, full)
+        for task in full:
+            self._release(host.computing.advance(task, task.computed))
 
     def _filled_page(self, host: Host, task: Task) -> bool:
         pages = task.computed // host.model.page_tokens

@@ -154,6 +154,15 @@ def test_a_shared_prefix_is_computed_once(shared: int) -> None:
     assert sum(each.first_cached for each in made) == 7 * shared
 
 
+def test_a_prompt_is_cached_also_if_its_task_ends_with_the_first_token() -> None:
+    sim = Simulator(model(), StepTime())
+    prompt = [i % 200 for i in range(40)]
+    made = [task(0, [*prompt, 1], 1), task(1, [*prompt, 2], 1, 1.0)]
+    sim.submit(made)
+    sim.run()
+    assert [each.first_cached for each in made] == [0, 40]
+
+
 def test_sixteen_equal_prompts_at_once_compute_their_prefix_once() -> None:
     sim = Simulator(model(slots=16, pages=800, page_tokens=16, chunk_tokens=256), StepTime())
     prefix = [i % 251 for i in range(2000)]
