@@ -53,7 +53,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_context: int = 2048
     chunk_tokens: int = 256
     mesh: dict[str, int] = {}
-    host_cache: str | int = "auto"
+    host_cache: str | int = 0
     disk_cache: str | int = 0
     host_pages: int = 0
     disk_pages: int = 0

@@ -121,5 +121,5 @@ def test_the_backend_follows_device_and_shape() -> None:
     assert select("xla", "gpu", config(), request).name == "xla"
     with pytest.raises(InvalidArgument, match="needs a GPU"):
         select("pallas", "cpu", config(), request)
-    with pytest.raises(InvalidArgument, match="there is: auto, pallas, xla"):
+    with pytest.raises(InvalidArgument, match="there is: auto, native, pallas, xla"):
         select("magic", "gpu", config(), request)
