@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,8 @@ class Cluster:
     """Real processes in a folder of their own; use it in a ``with`` statement."""
 
     def __init__(self, driver: DriverSpec, steps: int = 8, grants: dict[str, Grant] | None = None) -> None:
+        # Who is told to stop takes the processes along: a driver would go on holding its device.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         self.run = Path(tempfile.mkdtemp(prefix="llmos-b"))
         self._write(driver, steps, grants or {})
         self._environment = {**os.environ, **driver.environment, "LLMOS_RUN": str(self.run)}

@@ -31,9 +31,7 @@ def main() -> None:
     parser = arguments("First token with and without a cached prefix.")
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or safetensors folder")
     parser.add_argument("--cache", default="", help="folder for converted weights and compiled programs")
-    parser.add_argument(
-        "--shared", type=int, default=2000, help="tokens that a hit shares with a miss"
-    )
+    parser.add_argument("--shared", type=int, default=2000, help="tokens that a hit shares with a miss")
     parser.add_argument("--own", type=int, default=16, help="tokens after them")
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
