@@ -47,11 +47,11 @@ class XlaAttention:
         return [PagedCache(*(jnp.zeros(*part) for part in parts)) for _ in range(config.layers)]
 
     def scrub(self, cache: PagedCache, pages: jax.Array) -> PagedCache:
+        own = self.own(cache, pages)
+
         def clear(part: jax.Array) -> jax.Array:
-            found = part[pages]
-            return part.at[pages].set(
-                jnp.where(jnp.isfinite(found), found, jnp.zeros_like(found)), mode="drop"
-            )
+            found = part[own]
+            return part.at[own].set(jnp.where(jnp.isfinite(found), found, jnp.zeros_like(found)), mode="drop")
 
         cleared: PagedCache = jax.tree.map(clear, cache)
         return cleared
@@ -65,7 +65,7 @@ class XlaAttention:
         v: jax.Array,
         scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, PagedCache]:
-        cache = write(cache, plan.pages, plan.offsets, k, v)
+        cache = write(cache, self.own(cache, plan.pages), plan.offsets, k, v)
         visible = plan.lengths[:, None]
         out = self.attend(plan.tables, visible, plan.lengths, cache, q[:, None], scoring)
         return out[:, 0], cache
@@ -81,7 +81,7 @@ class XlaAttention:
         scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, PagedCache]:
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), k, v)
+        cache = write(cache, self.own(cache, plan.pages).reshape(-1), plan.offsets.reshape(-1), k, v)
         visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
         return self.attend(plan.tables, visible, plan.lengths, cache, q, scoring), cache
 
@@ -95,6 +95,10 @@ class XlaAttention:
         scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, PagedCache]:
         return self.prefill(PrefillPlan(*plan), cache, q, k, v, scoring=scoring)
+
+    def own(self, cache: PagedCache, pages: jax.Array) -> jax.Array:
+        """Where pages are in this device's cache; out of range for those that are not there."""
+        return pages
 
     def attend(
         self,

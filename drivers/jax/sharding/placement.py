@@ -150,7 +150,7 @@ class Sharded:
         return self.axes.sequence
 
     def attention(self, backend: AttentionBackend) -> AttentionBackend:
-        return SequenceAttention(self.axes.sequence) if self.axes.sequence > 1 else backend
+        return SequenceAttention(parts=self.axes.sequence) if self.axes.sequence > 1 else backend
 
     def kept(self, shapes: dict[str, Any]) -> dict[str, Any]:
         """Cut as in the end, so that a device reads no more than its part, unless that does not divide."""
