@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmos.drivers.jax import platform
 from llmos.drivers.jax.buckets import bucket, split
 from llmos.drivers.jax.encoder import EncoderConfig
 from llmos.drivers.jax.modules import struct
@@ -82,7 +83,9 @@ class EncoderPrograms(Programs):
     def _compile(self, key: Key) -> Callable[..., Any]:
         rows, length = (int(side) for side in key[1:])
         packed = struct((rows, 2 * length + 1), np.int32)
-        return jax.jit(partial(_run, self.encoder)).lower(self.encoder.weights, packed).compile()
+        (device,) = self.encoder.weights[0].sharding.device_set
+        options = platform.compiler_options(device, rows * length)
+        return jax.jit(partial(_run, self.encoder)).lower(self.encoder.weights, packed).compile(options)
 
 
 def _run(spec: EncoderSpec, weights: list[Any], packed: jax.Array) -> jax.Array:

@@ -304,7 +304,7 @@ class Load:
             pages=pages,
             page_tokens=request.page_tokens,
             max_context=context,
-            chunk_tokens=min(request.chunk_tokens, context),
+            chunk_tokens=min(request.chunk_tokens, request.slots * context),
             vocab_size=config.vocab_size,
             overtaking=request.speculation != "off",
         )
@@ -316,6 +316,7 @@ class Load:
         # Padding a chunk to four times its length is cheaper on a CPU than compiling, and dear elsewhere.
         on_cpu = place.device.platform == "cpu"
         tiers = self.request.host_pages or self.request.disk_pages
+        longest = min(limits.chunk_tokens, limits.max_context)
         return Spec(
             shape=shape,
             place=place,
@@ -325,9 +326,8 @@ class Load:
             vocab=limits.vocab_size,
             max_context=limits.max_context,
             decode_sizes=self._decode_sizes(limits.slots, on_cpu),
-            chunk_sizes=buckets.chunk_buckets(limits.chunk_tokens)
-            if on_cpu
-            else buckets.doubling_buckets(limits.chunk_tokens),
+            chunk_tokens=limits.chunk_tokens,
+            chunk_sizes=buckets.chunk_buckets(longest) if on_cpu else buckets.doubling_buckets(longest),
             prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
             # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
             first=_FIRST_ON_CPU if on_cpu else 1 << 30,

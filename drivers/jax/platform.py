@@ -14,6 +14,7 @@ from llmos.drivers.sdk.messages import Device
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEEP_BYTES = 1 << 30
+FEW_TOKENS = 16  # a product with no more rows waits for its weight: there Triton's kernels are the faster
 
 
 def cpu_threads(available: int) -> int:
@@ -53,6 +54,17 @@ def keep_programs(folder: str) -> None:
     set_option("jax_compilation_cache_dir", folder)
     set_option("jax_persistent_cache_min_compile_time_secs", 0.0)
     set_option("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compiler_options(device: Any, tokens: int) -> dict[str, Any] | None:
+    """XLA's options for a program that takes ``tokens`` through a model's products.
+
+    On NVIDIA GPUs cuBLASLt multiplies many rows as fast as Triton or faster, and trying Triton's kernels is
+    what the autotuner spends its time on: minutes where products are of 8 bits.
+    """
+    if device.platform not in ("gpu", "cuda") or tokens <= FEW_TOKENS:
+        return None
+    return {"xla_gpu_enable_triton_gemm": False}
 
 
 def describe_device(device: Any) -> Device:

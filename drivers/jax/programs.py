@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import drafting, forward, pages, sampling, state, verification
+from llmos.drivers.jax import drafting, forward, pages, platform, sampling, state, verification
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
@@ -52,8 +52,8 @@ class Speculating:
 class Spec:
     """Shapes of everything that the programs take, as ``jax.ShapeDtypeStruct`` trees.
 
-    ``first`` is how many programs are compiled before a model counts as loaded; ``move_sizes`` how many
-    pages are moved at once.
+    ``chunk_tokens`` bounds the prompt tokens of one prefill program over all its rows; ``first`` is how many
+    programs are compiled before a model counts as loaded; ``move_sizes`` how many pages are moved at once.
     """
 
     shape: Shape
@@ -64,6 +64,7 @@ class Spec:
     vocab: int
     max_context: int
     decode_sizes: list[int]
+    chunk_tokens: int
     chunk_sizes: list[int]
     prefill_rows: list[int]
     first: int
@@ -172,9 +173,7 @@ class Programs:
 
     def rows_for(self, size: int) -> list[int]:
         """How many rows prefill programs of this chunk length come with: together no more than a chunk."""
-        return [
-            rows for rows in self.spec.prefill_rows if rows == 1 or rows * size <= self.spec.chunk_sizes[-1]
-        ]
+        return [rows for rows in self.spec.prefill_rows if rows == 1 or rows * size <= self.spec.chunk_tokens]
 
     def prefill(self, rows: int, size: int, fresh: bool) -> tuple[int, Callable[..., Any]]:
         """The number of rows that holds ``rows`` and the prefill program for chunks of ``size``."""
@@ -183,7 +182,8 @@ class Programs:
 
     def _compile(self, key: Key) -> Callable[..., Any]:
         function, donated, arguments = self._describe(key)
-        return self.spec.place.compile(function, donated, arguments, self._outputs(key))
+        options = platform.compiler_options(self.spec.place.device, _tokens(key))
+        return self.spec.place.compile(function, donated, arguments, self._outputs(key), options)
 
     def _outputs(self, key: Key) -> Any:
         """For each output of a program, the argument that it is laid out like; None: every device has it."""
@@ -279,6 +279,18 @@ class Programs:
         width = self.spec.batch.tables.shape[1]
         packed = state.pack_admission([], ADMIT_ROWS, 0, [[0] * width] * ADMIT_ROWS)
         return jax.eval_shape(lambda: packed)  # type: ignore[no-any-return]
+
+
+def _tokens(key: Key) -> int:
+    """How many tokens a program takes through the model's products; 0 of one that has none."""
+    match key:
+        case ("decode", int(size)):
+            return size
+        case ("prefill", int(rows), int(size), _):
+            return rows * size
+        case ("verify", int(size), int(guesses)):
+            return size * (guesses + 1)
+    return 0
 
 
 def _ints(*shape: int) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from llmos.drivers.jax import platform as settings
 from llmos.drivers.jax.native import kernels
 
 Way = Literal["native", "widened", "blocked"]
@@ -78,6 +79,8 @@ def choose(dtype: Any, rows: int, out: int, inner: int, platform: str) -> Way:
         return "blocked"
     if jnp.dtype(dtype) == jnp.int8:
         return "native" if rows > FEW_ROWS else "widened"
+    if rows <= settings.FEW_TOKENS:
+        return "widened"
     tiled = out % FLOAT8_TILE == 0 and inner % FLOAT8_TILE == 0
     return "native" if platform in ("gpu", "cuda") and tiled else "widened"
 

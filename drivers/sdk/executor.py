@@ -179,6 +179,8 @@ class _Lane:
             run.dispatched += 1
 
     def _timed(self, kind: Hashable, result: Callable[[], Any]) -> Timed:
+        if self._pending and (last := self._pending[-1][1]) is not None:
+            last.follow()
         return Timed(self._timing, kind, result, self._clock)
 
     def _next(self, run: _Run) -> PendingStep | None:

@@ -2,10 +2,10 @@
 
 What is dispatched cannot be taken back, so a step dispatched early keeps whoever arrives next waiting for
 one step more. The running step's end is predicted from the shortest of like steps before it, and the next
-one follows a margin earlier. The margin is learned: it grows at once when the device was found idle, and
-shrinks slowly while the host waits for the device for longer than it has to. A driver whose steps are
-computed while they are dispatched is always found idle, so its margin soon exceeds its steps and it is
-never made to wait.
+one follows a margin earlier. The margin is learned from the steps that another followed: it grows at once
+when that one was held back and the device was found idle, and shrinks slowly while the host waits for the
+device for longer than it has to. A driver whose steps are computed while they are dispatched is always found
+idle, so its margin soon exceeds its steps and it is never made to wait.
 """
 
 from __future__ import annotations
@@ -44,15 +44,21 @@ class Timing:
         return max(0.0, left // TICK * TICK)
 
     def took(self, kind: Hashable, seconds: float, waited: float) -> None:
-        """A step took so long, and its result was waited for so long after the next was dispatched."""
+        """A step took so long; its result was waited for so long, or had been there before if not at all."""
         if waited <= IDLE:
-            self.margin = min(MAX_MARGIN, GROW * self.margin)
             return
-        self.margin = max(MIN_MARGIN, self.margin - SHRINK * max(0.0, min(waited, self.margin) - ENOUGH))
         shortest = self._shortest.pop(kind, seconds)
         self._shortest[kind] = min(seconds, shortest + FOLLOW * (seconds - shortest))
         if len(self._shortest) > KINDS:
             self._shortest.popitem(last=False)
+
+    def followed(self, waited: float, held: bool) -> None:
+        """Another step was dispatched behind one whose result was waited for so long after that; ``held``
+        if it could have been dispatched earlier."""
+        if waited > IDLE:
+            self.margin = max(MIN_MARGIN, self.margin - SHRINK * max(0.0, min(waited, self.margin) - ENOUGH))
+        elif held:
+            self.margin = min(MAX_MARGIN, GROW * self.margin)
 
 
 class Timed:
@@ -61,6 +67,7 @@ class Timed:
     def __init__(self, timing: Timing, kind: Hashable, result: Callable[[], Any], clock: Clock) -> None:
         self._timing, self._kind, self._result, self._clock = timing, kind, result, clock
         self._at = clock()
+        self._held = self._followed = False
 
     def __call__(self) -> Any:
         asked = self._clock()
@@ -68,7 +75,13 @@ class Timed:
         now = self._clock()
         began, self._timing.completed = max(self._at, self._timing.completed), now
         self._timing.took(self._kind, now - began, now - asked)
+        if self._followed:
+            self._timing.followed(now - asked, self._held)
         return result
+
+    def follow(self) -> None:
+        """Another step is being dispatched behind this one."""
+        self._followed = True
 
     def ready(self) -> bool:
         """Whether the result is there, as far as the driver can tell."""
@@ -79,4 +92,6 @@ class Timed:
         if isinstance(self._result, Pending) and self._result.ready():
             return 0.0
         running = self._clock() - max(self._at, self._timing.completed)
-        return self._timing.pause(self._kind, running)
+        pause = self._timing.pause(self._kind, running)
+        self._held = self._held or pause > 0.0
+        return pause

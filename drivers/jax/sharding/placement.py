@@ -20,6 +20,7 @@ from llmos.drivers.jax.sharding.mesh import Axes, make_mesh, replicas
 from llmos.drivers.jax.sharding.sequence import SequenceAttention
 
 Program = Callable[..., Any]
+Options = dict[str, Any] | None
 
 
 class Placement(Protocol):
@@ -68,9 +69,11 @@ class Placement(Protocol):
         """Shapes of the caches that ``make`` allocates for a configuration, and how to allocate them."""
         ...
 
-    def compile(self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any) -> Program:
+    def compile(
+        self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any, options: Options
+    ) -> Program:
         """A compiled program; ``outputs`` is, for each output, the argument that it lies like, or None for
-        what every device has."""
+        what every device has. ``options`` are XLA's, by name."""
         ...
 
 
@@ -119,9 +122,11 @@ class OneDevice:
         shapes = _at(jax.eval_shape(allocate), lambda _: self.common)
         return shapes, jax.jit(allocate, out_shardings=self.common)
 
-    def compile(self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any) -> Program:
+    def compile(
+        self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any, options: Options
+    ) -> Program:
         placed = _at(arguments, lambda _: self.common)
-        return jax.jit(program, donate_argnums=donated).lower(*placed).compile()
+        return jax.jit(program, donate_argnums=donated).lower(*placed).compile(options)
 
 
 @dataclass(frozen=True)
@@ -186,14 +191,16 @@ class Sharded:
         placed = jax.tree.map(lambda x: x.sharding, shapes)
         return shapes, jax.jit(allocate, out_shardings=placed)
 
-    def compile(self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any) -> Program:
+    def compile(
+        self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any, options: Options
+    ) -> Program:
         placed = _at(arguments, lambda x: x.sharding or self.common)
         specs = jax.tree.map(lambda x: x.sharding.spec, placed)
         results = jax.tree.map(
             lambda at: rules.spec() if at is None else specs[at], outputs, is_leaf=lambda x: x is None
         )
         local = jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False)
-        return jax.jit(local, donate_argnums=donated).lower(*placed).compile()
+        return jax.jit(local, donate_argnums=donated).lower(*placed).compile(options)
 
     def _at(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -24,3 +26,11 @@ def test_glibc_takes_the_heap_settings() -> None:
 def test_memory_of_the_cpu_is_known() -> None:
     device = jax.devices("cpu")[0]
     assert 0 < platform.free_memory(device) <= platform.device_memory(device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "triton"), [("gpu", 256, False), ("gpu", 1, True), ("cpu", 256, True)]
+)
+def test_products_of_many_rows_on_a_gpu_are_left_to_cublas(kind: str, tokens: int, triton: bool) -> None:
+    options = platform.compiler_options(SimpleNamespace(platform=kind), tokens)
+    assert (options is None) is triton

@@ -101,7 +101,8 @@ def test_a_row_does_not_depend_on_the_others(kind: str, monkeypatch: pytest.Monk
     [
         ("int8", 256, 64, "gpu", "native"),
         ("int8", 8, 64, "gpu", "widened"),
-        ("float8", 1, 64, "gpu", "native"),
+        ("float8", 1, 64, "gpu", "widened"),
+        ("float8", 64, 64, "gpu", "native"),
         ("float8", 256, 65, "gpu", "widened"),
         ("float8", 256, 64, "tpu", "widened"),
         ("int8", 256, 64, "cpu", "blocked"),

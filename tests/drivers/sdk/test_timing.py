@@ -109,14 +109,28 @@ def test_a_kind_of_step_that_was_never_seen_is_not_waited_for() -> None:
 
 def test_the_margin_grows_at_once_and_shrinks_slowly_within_its_limits() -> None:
     timing = Timing()
-    timing.took("decode", 0.02, 0.0)
+    timing.followed(0.0, held=True)
     grown = timing.margin
     assert grown > FIRST_MARGIN
-    timing.took("decode", 0.02, 0.01)
+    timing.followed(0.01, held=True)
     assert FIRST_MARGIN < timing.margin < grown
     for _ in range(1000):
-        timing.took("decode", 0.02, 0.01)
+        timing.followed(0.01, held=True)
     assert timing.margin == pytest.approx(MIN_MARGIN, rel=0.05)
     for _ in range(1000):
-        timing.took("decode", 0.02, 0.0)
+        timing.followed(0.0, held=True)
     assert timing.margin == MAX_MARGIN
+
+
+def test_a_device_that_had_nothing_to_do_is_no_reason_to_hurry() -> None:
+    timing = Timing()
+    timing.followed(0.0, held=False)
+    assert timing.margin == FIRST_MARGIN
+    device = Device()
+    executor = run(device, 1)
+    for number in range(2, 200):  # requests of one step, the next after an idle while
+        while executor.advance():
+            device.now += executor.pause()
+        device.now += 0.1
+        executor.submit(Quantum(id=number, model="m", steps=1), Ignore())
+    assert executor._lane(0)._timing.margin == FIRST_MARGIN
