@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.scheduling import traces
-from benchmarks.scheduling.policies import POLICIES
+from benchmarks.scheduling.policies import POLICIES, core
 from benchmarks.scheduling.tiers import conversations, displaced
 from llmos.ipc.grant import BANDS
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.prefixes import chain
 from llmos.services.scheduler.queue import OUTPUT_CHARGE
+from llmos.services.scheduler.seating import Seating
 from llmos.services.scheduler.simulator import Record, Simulator
 from llmos.services.scheduler.task import Task
 
@@ -25,7 +26,7 @@ OURS = "LLM OS"
 
 def run(policy: str, tasks: list[Task], until: float = float("inf"), hosts: int = 1) -> Simulator:
     """A policy on a trace, to its end or to a time."""
-    sim = Simulator(traces.model(), traces.STEP, make_core=POLICIES[policy], hosts=hosts)
+    sim = Simulator(traces.model(), traces.STEP, make_core=core(policy), hosts=hosts)
     sim.submit(tasks)
     sim.run(until)
     return sim
@@ -49,7 +50,7 @@ def bands() -> Figures:
             "deadlines_met": share(record.in_time for record in deadlines),
             "refused": sum(record.error is not None for record in deadlines),
             "all_done_s": round(end, 2),
-            "displaced": sim.core.displaced,
+            "displaced": sim.core.seating.displaced,
         }
     found["batch_alone_done_s"] = round(alone_seconds, 2)
     return found
@@ -87,7 +88,7 @@ def fairness() -> Figures:
     cases = {"two": [1.0, 1.0], "two_weighted": [1.0, 3.0], "ten": [1.0] * 8 + [2.0, 4.0]}
     for (name, weights), policy in itertools.product(cases.items(), (OURS, "FCFS")):
         tasks = traces.backlog(weights)
-        sim = Simulator(traces.model(), traces.STEP, make_core=POLICIES[policy])
+        sim = Simulator(traces.model(), traces.STEP, make_core=core(policy))
         sim.submit(tasks)
         worst, line = 0.0, list[list[float]]()
         while all(waiting(sim, f"t{i}") for i in range(len(weights))) and sim.now < 60:
@@ -144,7 +145,7 @@ def heavy_tail() -> Figures:
             "first_token_p99_ms": quantile([r.first_token for r in records], 0.99),
             "mean_ms_per_token": round(1e3 * sum(each) / len(each), 2),
             "longest_total_s": round(max(r.ended - r.task.arrived for r in records), 2),
-            "displaced": sim.core.displaced,
+            "displaced": sim.core.seating.displaced,
         }
     return found
 
@@ -243,8 +244,8 @@ def cost() -> Figures:
         sim.submit(traffic.made)
         sim.run(until=1.0)
         spent = list[float]()
-        _timed(sim.core, "_admit", spent)
-        _timed(sim.core, "_run", spent)
+        _timed(sim.core.seating, "admit", spent)
+        _timed(sim.core, "run", spent)
         gc.disable()  # as the scheduler process does it
         sim.run(until=3.0)
         gc.enable()
@@ -255,15 +256,15 @@ def cost() -> Figures:
     return found
 
 
-def _timed(core: Core, name: str, spent: list[float]) -> None:
-    function: Callable[..., None] = getattr(core, name)
+def _timed(part: Core | Seating, name: str, spent: list[float]) -> None:
+    function: Callable[..., None] = getattr(part, name)
 
     def timed(*arguments: Any) -> None:
         begun = time.thread_time()
         function(*arguments)
         spent.append(time.thread_time() - begun)
 
-    setattr(core, name, timed)
+    setattr(part, name, timed)
 
 
 def first_tokens(sim: Simulator, tasks: list[Task], band: str) -> dict[str, float]:

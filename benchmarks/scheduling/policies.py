@@ -12,8 +12,8 @@ from collections.abc import Callable
 from llmos.services.scheduler import displace
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.host import Host
-from llmos.services.scheduler.placing import Placing
-from llmos.services.scheduler.queue import Eligible, TaskQueue
+from llmos.services.scheduler.order import Order
+from llmos.services.scheduler.queue import Counters, Eligible, TaskQueue
 from llmos.services.scheduler.simulator import Simulator
 from llmos.services.scheduler.steptime import StepTimes
 from llmos.services.scheduler.task import Place, Task
@@ -24,8 +24,8 @@ Key = tuple[float, ...]
 class OrderedQueue(TaskQueue):
     """Waiting tasks by a key that is fixed while they wait."""
 
-    def __init__(self, core: Core, key: Callable[[Task], Key]) -> None:
-        super().__init__(core.counters)
+    def __init__(self, counters: Counters, key: Callable[[Task], Key]) -> None:
+        super().__init__(counters)
         self._key = key
         self._heap: list[tuple[Key, int, int, Task]] = []
 
@@ -52,35 +52,24 @@ class NoStepTimes(StepTimes):
         return
 
 
-class Fcfs(Core):
+class Fcfs(Order):
     """First come, first served, whoever it is: vLLM's default."""
 
-    def _new_queue(self) -> TaskQueue:
-        return OrderedQueue(self, self.key)
+    promises = shares = waits = False
 
-    def _new_placing(self) -> Placing:
-        return Placing(self.slot_victim)
+    def queue(self, counters: Counters) -> TaskQueue:
+        return OrderedQueue(counters, self.key)
 
-    def add_host(self, host: Host, now: float) -> None:
+    def prepare(self, host: Host) -> None:
         host.times = NoStepTimes()
-        super().add_host(host, now)
 
     def key(self, task: Task) -> Key:
         return (task.arrived,)
 
-    def slot_victim(self, task: Task, running: list[Task]) -> Task | None:
+    def for_slot(self, task: Task, running: list[Task]) -> Task | None:
         return None
 
-    def _promise(self, task: Task, now: float) -> None:
-        return
-
-    def _floods(self, task: Task, now: float) -> bool:
-        return False
-
-    def _held_back(self, host: Host, task: Task) -> bool:
-        return False
-
-    def _page_victim(self, host: Host, task: Task, needed: int = 1) -> Task | None:
+    def for_pages(self, host: Host, task: Task, needed: int) -> Task | None:
         """Who runs and lacks pages takes those of the last in order; who waits, waits."""
         if task.place is not Place.RUNNING:
             return displace.keeper(host.keepers.values(), task, needed)
@@ -107,9 +96,6 @@ class Mlfq(Fcfs):
     PREFILL, TOKEN = 2.1e-5, 1.0e-2  # seconds that a task is charged for
     LEVELS = 10
 
-    def __init__(self, simulator: Simulator, max_steps: int) -> None:
-        super().__init__(simulator, max_steps)
-
     def level(self, task: Task) -> int:
         used = task.prompt * self.PREFILL + task.produced * self.TOKEN
         level = 0
@@ -120,15 +106,20 @@ class Mlfq(Fcfs):
     def key(self, task: Task) -> Key:
         return self.level(task), task.queued_at, task.arrived
 
-    def slot_victim(self, task: Task, running: list[Task]) -> Task | None:
+    def for_slot(self, task: Task, running: list[Task]) -> Task | None:
         mine = self.level(task)
         lower = [t for t in running if t.place is Place.RUNNING and self.level(t) > mine]
         return max(lower, key=self.key, default=None)
 
 
-POLICIES: dict[str, Callable[[Simulator, int], Core]] = {
-    "LLM OS": Core,
+POLICIES: dict[str, Callable[[], Order]] = {
+    "LLM OS": Order,
     "FCFS": Fcfs,
     "vLLM priority": VllmPriority,
     "FastServe MLFQ": Mlfq,
 }
+
+
+def core(policy: str) -> Callable[[Simulator, int], Core]:
+    """A core of a policy, for the simulator."""
+    return lambda simulator, max_steps: Core(simulator, max_steps, order=POLICIES[policy]())

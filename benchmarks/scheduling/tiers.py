@@ -100,7 +100,7 @@ def displaced() -> Figures:
             "prefilled": sim.prefilled,
             "moved_gib": round(sim.moved_bytes / 2**30),
             "swapped": sim.core.swapping.swapped,
-            "displaced": sim.core.displaced,
+            "displaced": sim.core.seating.displaced,
         }
     return _compared(found)
 

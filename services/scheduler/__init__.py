@@ -14,13 +14,17 @@ queue.py      who is next: bands, deadlines, fairness between tenants, aging (pu
 host.py       one model on one driver: slots, quanta in flight, results applied (pure)
 compose.py    a host's state -> its next quantum (pure)
 displace.py   who must give way (pure)
+order.py      what another policy would do otherwise (pure)
 tiers.py      a host's tiers: links as measured, open transfers, swap or compute again (pure)
 swapping.py   tasks swapped out and in, cold cache demoted, hits fetched (no I/O, no clock)
 core.py       what happens on every event; asks for effects through an interface (no I/O, no clock)
+seating.py    who gets a slot, and who gives it up (no I/O, no clock)
+paging.py     pages asked for, grown, shared, taken from one for another (no I/O, no clock)
 encoding.py   work for encoders: who is next, what goes into one step (no I/O, no clock)
 effects.py    those effects as messages to memory, the drivers and the callers
 swap_effects.py    swapping's effects as messages, and the moves that drivers make
 encode_effects.py  encoding's effects as messages
 server.py     the message handlers
-simulator.py  the core and memory's policy in simulated time; simulated_cache.py has its KV
+simulator.py  the core and memory's policy in simulated time; simulated_clock.py, simulated_device.py,
+              simulated_memory.py (calls to memory) and simulated_cache.py (its KV) are parts of it
 """

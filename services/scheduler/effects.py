@@ -57,11 +57,11 @@ class MessageEffects(SwapMessages):
                     return
                 # What is in another tier is nearer than the file.
                 task.resume = None
-                self._server.core.reserved(
+                self._server.core.paging.reserved(
                     host, task, body.pages, body.cached, now(), body.transfer, body.low
                 )
             elif isinstance(answer.error, NoMemory):
-                self._server.core.refused(host, task, now(), answer.error)
+                self._server.core.paging.refused(host, task, now(), answer.error)
             elif isinstance(answer.error, HostDown):
                 self._server.after(RETRY_SECONDS, lambda: self.reserve(host, task, extra))
             else:
@@ -80,7 +80,7 @@ class MessageEffects(SwapMessages):
         def given(pages: list[int], cached: int) -> None:
             again = self._filling.pop(task.id)
             if again is None:
-                self._server.core.reserved(host, task, pages, cached, now())
+                self._server.core.paging.reserved(host, task, pages, cached, now())
             else:
                 # It left meanwhile, and came back, perhaps to another host.
                 self.free(host, [task])
@@ -96,11 +96,11 @@ class MessageEffects(SwapMessages):
                 # Memory is being started anew; ask again when it may be back.
                 for task, _ in wants:
                     task.growing = False
-                self._server.after(RETRY_SECONDS, lambda: self._server.core.grown(host, [], now()))
+                self._server.after(RETRY_SECONDS, lambda: self._server.core.paging.grown(host, [], now()))
                 return
             body = codec.decode(answer.body, Grown)
             gets = [(*asked[id], pages) for id, pages in body.gets]
-            self._server.core.grown(host, gets, now(), body.low)
+            self._server.core.paging.grown(host, gets, now(), body.low)
 
         self._server.call(
             "memory.grow", Grow(host.arena, [(task.id, pages) for task, pages in wants]), answered

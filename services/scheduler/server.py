@@ -155,7 +155,7 @@ class Scheduler(Server):
             waiting=len(core.tasks) + len(encoding.jobs) - running,
             running=running,
             finished=core.finished + encoding.finished,
-            displaced=core.displaced,
+            displaced=core.seating.displaced,
             tokens=sum(line.tokens for line in lines),
             served=dict(core.counters.served),
             hosts=lines,
@@ -219,7 +219,7 @@ class Scheduler(Server):
                 seated = self.core.swapping.memory_lost(host)
                 self.cast("memory.restore", holdings(self.core, host))
                 for task in seated:
-                    self.core.reserve(host, task)
+                    self.core.paging.reserve(host, task)
         self._memory = connection
 
     def on_kernel_restart(self) -> None:

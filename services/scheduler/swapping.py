@@ -50,7 +50,7 @@ class Swapping:
         rank = 2 if needy is None else needy.rank if needy.deadline else max(1, needy.rank)
         if not swap_pays(host.tiers, host.times, task, rank):
             return False
-        self._core.commit(host, [task])
+        self._core.paging.commit(host, [task])
         tiers = host.tiers
         host.keepers.pop(task.id, None)
         tiers.fetched.discard(task.id)
@@ -87,7 +87,7 @@ class Swapping:
         """All pages of a host are gone, in every tier."""
         for task in list(host.tiers.away.values()):
             self.forget(host, task)
-            self._core.strip(task)
+            self._core.paging.strip(task)
         host.tiers.journeys.clear()
 
     def park(self, host: Host, task: Task, lacking: int) -> None:
@@ -99,6 +99,10 @@ class Swapping:
         task.swap = Swap.IN
         host.tiers.away[task.id] = task
         self._begin(host, transfer, Journey(Kind.HIT, task, task.residence, pages, cached))
+
+    def abort(self, host: Host, transfer: Transfer) -> None:
+        """Nobody waits for a transfer that was not begun."""
+        self._effects.abort(host, transfer)
 
     def relieve(self, host: Host, low: bool) -> None:
         """Few pages are free: move cold ones away ahead of need."""
@@ -151,7 +155,7 @@ class Swapping:
         if task.place is not Place.RESERVING:
             return
         if isinstance(error, NoMemory):
-            self._core.refused(host, task, now, error)
+            self._core.paging.refused(host, task, now, error)
         elif isinstance(error, Busy) and host.tiers.journeys:
             self.park(host, task, 0)
         else:
@@ -207,7 +211,7 @@ class Swapping:
         for task in list(host.tiers.away.values()):
             if task.swap in (Swap.OUT, Swap.AWAY) or task not in coming:
                 self.forget(host, task)
-                self._core.strip(task)
+                self._core.paging.strip(task)
                 again += [task] if task.place is Place.RESERVING else []
         return again
 
@@ -240,7 +244,7 @@ class Swapping:
         assert task is not None
         self.forget(host, task)
         if journey.kind is Kind.HIT:
-            self._core.received(host, task, journey.pages, journey.cached)
+            self._core.paging.received(host, task, journey.pages, journey.cached)
             return
         if task.place is Place.RESERVING:
             host.begin(task, journey.pages, min(journey.cached, len(task.tokens) - 1))
@@ -251,9 +255,9 @@ class Swapping:
 
     def _recompute(self, host: Host, task: Task) -> None:
         """A task gives up all it has, and starts again from its tokens."""
-        self._core.give_up(host, task)
+        self._core.paging.give_up(host, task)
         if task.place is Place.RESERVING:
-            self._core.reserve(host, task)
+            self._core.paging.reserve(host, task)
 
     def _go_on(self, host: Host, now: float) -> None:
         """Pages may be free now: for those who wait seated, for those who run, for those who queue."""
@@ -261,6 +265,7 @@ class Swapping:
         host.tiers.parked.clear()
         for task in parked:
             if task.place is Place.RESERVING:
-                self._core.reserve(host, task)
+                self._core.paging.reserve(host, task)
         host.short_of_pages = False
+        self._core.paging.uncap()
         self._core.pump(host.model.model, now)

@@ -50,7 +50,7 @@ def crowded() -> tuple[Core, Host, Effects]:
     running = [task(id, band=0) for id in range(RUNNING)]
     for each in running:
         core.submit(each, 0.0)
-        core.reserved(host, each, effects.take(1000), 0, 0.0)
+        core.paging.reserved(host, each, effects.take(1000), 0, 0.0)
     for id in range(RUNNING, RUNNING + WAITING):
         core.submit(task(id, band=1 + id % 2), 1.0)
     while len(effects.quanta) < 4 or effects.quanta[-1].start or effects.quanta[-1].chunks:

@@ -1,0 +1,136 @@
+"""Who gets a slot: waiting tasks are seated, less urgent ones give way. No I/O and no clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmos.services.scheduler.headroom import Presence
+from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.order import Order
+from llmos.services.scheduler.placing import Placing
+from llmos.services.scheduler.queue import REALTIME_LOOKAHEAD
+from llmos.services.scheduler.task import Place, Swap, Task
+
+if TYPE_CHECKING:
+    from llmos.services.scheduler.core import Core
+
+
+class Seating:
+    """The core's dealings with the slots of all of its hosts."""
+
+    def __init__(self, core: Core, order: Order, share: float) -> None:
+        self._core = core
+        self._order = order
+        self._share = share
+        self.placing = Placing(order.for_slot)
+        self.presence = Presence()
+        self.displaced = 0
+
+    # --- asked by the core ---
+
+    def admit(self, model: str, now: float) -> None:
+        """Seat waiting tasks while there are slots, or less urgent tasks in them."""
+        queue, hosts = self._core.queues[model], self._core.hosts_of(model)
+        passed: set[int] = set()
+        while hosts:
+            vacant = any(host.vacant for host in hosts)
+            task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task, now), vacant)
+            if task is None:
+                return
+            place = self.placing.place(task, hosts)
+            if place is None:
+                if (home := self._core.hosts.get(task.arena)) is not None:
+                    self._core.swapping.prefetch(home, task, self._core.paging.extra(home, task))
+                # Only a realtime task is bound to a host; the next may be bound to another.
+                if task.rank or len(passed) >= REALTIME_LOOKAHEAD:
+                    return
+                passed.add(task.id)
+                continue
+            host, victim = place
+            if self._order.waits and self._held_back(host, task):
+                continue
+            if victim is not None:
+                self.displace(host, victim)
+            queue.take(task, now)
+            self._seat(host, task, now)
+
+    def displace(self, host: Host, task: Task) -> None:
+        """A running task gives up its slot and keeps its pages. What is in flight for it is dropped: its
+        randomness is keyed by position, so it will produce the same tokens again."""
+        self.leave(host, task)
+        self.requeue(task)
+
+    def leave(self, host: Host, task: Task) -> None:
+        """Take a task out of its slot; those who waited for its prefix look for themselves."""
+        host.leave(task)
+        host.tiers.parked.pop(task.id, None)
+        if task.pages:
+            host.keepers[task.id] = task
+        self.release(host.computing.leave(task))
+
+    def requeue(self, task: Task) -> None:
+        """A task that had a slot waits for another, first of its tenant."""
+        self.displaced += 1
+        task.displaced += 1
+        self._core.queues[task.model].push(task, front=True)
+
+    def release(self, held: list[Task]) -> None:
+        """The prefix that these waited for is there, or will not come."""
+        for task in reversed(held):
+            if task.place is Place.HELD:
+                self._core.queues[task.model].push(task, front=True)
+
+    def unhold(self, task: Task) -> None:
+        """A task waits for no prefix any more."""
+        if (host := self._core.hosts.get(task.arena)) is not None:
+            host.computing.drop(task)
+
+    # --- what follows from them ---
+
+    def _seat(self, host: Host, task: Task, now: float) -> None:
+        host.seat(task)
+        task.started_at = task.started_at or now
+        if task.pages and task.arena == host.arena:
+            host.begin(task, task.pages, min(task.computed, len(task.tokens) - 1))
+            self._core.run(host, now)
+            return
+        if task.swap is not Swap.NONE and task.arena == host.arena:
+            self._core.paging.reserve(host, task)
+            return
+        if task.kept:
+            self._core.paging.free(self._core.hosts[task.arena], task)
+        task.arena = host.arena
+        # Charged before it is computed, so that one tenant does not take all slots at the same moment.
+        self._core.counters.charge(task, len(task.tokens), 0)
+        self.placing.note(host, task)
+        host.computing.begin(task, task.names or [])
+        self._core.paging.reserve(host, task)
+
+    def _held_back(self, host: Host, task: Task) -> bool:
+        """Whether a task waits for another to compute their common prefix; it leaves the queue meanwhile."""
+        if task.kept or not task.names:
+            return False
+        found = host.computing.leader(task, task.names)
+        if found is None:
+            return False
+        self._core.queues[task.model].remove(task, Place.HELD)
+        task.arena = host.arena
+        host.computing.hold(task, *found)
+        return True
+
+    def _eligible(self, task: Task, now: float) -> bool:
+        if self._core.paging.at_limit(task) or task.swap is Swap.OUT:
+            return False
+        if task.max_running and self._core.running_of(task.tenant) >= task.max_running:
+            return False
+        return task.rank != 1 or not (self._order.shares and self._floods(task, now))
+
+    def _floods(self, task: Task, now: float) -> bool:
+        """Whether a tenant has its share of the slots while another is here that asks for little."""
+        hosts = self._core.hosts_of(task.model)
+        most = max(1, int(self._share * task.weight * sum(host.model.slots for host in hosts)))
+        if sum(host.tenants[task.tenant] for host in hosts) < most:
+            return False
+        held = sum(t.rank == 1 and t.tenant == task.tenant for host in hosts for t in host.running)
+        waits = self._core.queues[task.model].interactive
+        return held >= most and self.presence.light(task.tenant, waits, now)
