@@ -4,7 +4,8 @@
         [--json FILE]
 
 Decode is measured in quanta with two steps pending, as the SDK runs them, after a prompt of ``--context``
-tokens; prefill is the time of one prompt of ``--prompt`` tokens to its first token.
+tokens; prefill is the time of one prompt of ``--prompt`` tokens to its first token. A step's floor is the
+time to read the weights and the batch's pages once, at the bandwidth of a plain copy in the same run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.sdk.messages import (
@@ -81,6 +85,26 @@ def measure_decode(session: Session, batch: int, context: int, repeats: int) -> 
     return batch * DECODE_STEPS / statistics.median(times)
 
 
+def bandwidth(cells: int) -> float:
+    """Bytes read and written in a second by a plain copy of ``cells`` float32 numbers, the best of three."""
+    x = jnp.zeros(cells, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    copy(x).block_until_ready()
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        results = [copy(x) for _ in range(4)]
+        results[-1].block_until_ready()
+        times.append((time.perf_counter() - begun) / len(results))
+    return 2 * x.nbytes / min(times)
+
+
+def floor(loaded: LoadedModel, batch: int, context: int, repeats: int, rate: float) -> float:
+    """Seconds of the shortest decode step that memory of a bandwidth of ``rate`` allows."""
+    held = context + WARM_STEPS + DECODE_STEPS * repeats / 2
+    return (loaded.weight_bytes + batch * held / loaded.page_tokens * loaded.page_bytes) / rate
+
+
 def measure_prefill(session: Session, prompt: int, repeats: int) -> float:
     """Median prompt tokens per second of one prompt."""
     times = []
@@ -109,6 +133,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     driver = JaxDriver(attention=options.attention)
+    rate = bandwidth(1 << (28 if driver.describe().devices[0].kind == "gpu" else 25))
     slots = max(options.batch)
     total = max(options.prompt, options.context + WARM_STEPS + DECODE_STEPS * options.repeats) + 16
     request = LoadRequest(
@@ -129,14 +154,17 @@ def main() -> None:
     session = Session(driver, loaded)
     figures = {"load_s": round(time.perf_counter() - begun, 2)}
     figures["prefill_tokens_per_s"] = round(measure_prefill(session, options.prompt, options.repeats), 1)
+    ratios: dict[str, float] = {}
     for batch in options.batch:
-        rate = measure_decode(session, batch, options.context, options.repeats)
-        figures[f"decode_{batch}_tokens_per_s"] = round(rate, 1)
+        speed = measure_decode(session, batch, options.context, options.repeats)
+        figures[f"decode_{batch}_tokens_per_s"] = round(speed, 1)
+        least = floor(loaded, batch, options.context, options.repeats, rate)
+        ratios[f"decode_{batch}_step_over_floor"] = round(batch / speed / least, 2)
     report = {
         "name": "engine",
         "figures": figures,
         "peers": {},
-        "ratios": {},
+        "ratios": ratios,
         "environment": {
             "device": driver.describe().devices[0].name,
             "processor": platform.processor() or platform.machine(),
@@ -147,6 +175,7 @@ def main() -> None:
             "kv_dtype": options.kv_dtype or options.dtype,
             "weight_bytes": loaded.weight_bytes,
             "page_bytes": loaded.page_bytes,
+            "copy_gb_per_s": round(rate / 1e9),
             "attention": loaded.attention,
             "load_phases": loaded.phases,
         },
