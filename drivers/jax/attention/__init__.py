@@ -70,6 +70,7 @@ class Scoring:
 
 PLAIN = Scoring()
 _NATIVE_KV = ("float32", "bfloat16")
+_GPUS = ("gpu", "cuda")
 
 
 class AttentionBackend(Protocol):
@@ -138,12 +139,10 @@ def select(
 ) -> AttentionBackend:
     """The backend called ``name``, or with "auto" the fastest that this device and these shapes allow.
 
-    ``kernels``: the CPU's native kernels are there.
+    ``kernels``: the CPU's native kernels are there. Where a GPU gets XLA's attention, its name says why.
     """
     from llmos.drivers.jax.attention.xla import XlaAttention
 
-    tileable = all(size & (size - 1) == 0 and size >= 16 for size in (config.head_dim, request.page_tokens))
-    suits = platform in ("gpu", "cuda") and request.dtype == "bfloat16" and tileable
     if name in ("auto", "native") and platform == "cpu" and kernels and request.kv_dtype in _NATIVE_KV:
         from llmos.drivers.jax.attention.native import HEAD_MULTIPLE, NativeAttention
 
@@ -154,15 +153,26 @@ def select(
             "attention backend native needs a CPU, a compiler, pages in float32 or bfloat16, and head_dim a "
             "multiple of 16"
         )
-    if name == "xla" or (name == "auto" and not suits):
-        return XlaAttention(tokens_in_flight=2048 if platform == "cpu" else 8192)
-    if name not in ("auto", "pallas"):
+    if name not in ("auto", "pallas", "xla"):
         raise InvalidArgument(f"no attention backend {name!r}; there is: auto, native, pallas, xla")
-    if not suits:
-        raise InvalidArgument(
-            "attention backend pallas needs a GPU, bfloat16, and head_dim and page_tokens that are powers of "
-            f"two from 16 on; here: {platform}, {request.dtype}, {config.head_dim}, {request.page_tokens}"
-        )
+    wanted = wants(platform, request)
+    if name == "pallas" and wanted:
+        raise InvalidArgument(f"attention backend pallas needs {wanted}")
+    if name == "xla" or wanted:
+        why = f"xla (pallas needs {wanted})" if name == "auto" and platform in _GPUS else "xla"
+        return XlaAttention(tokens_in_flight=2048 if platform == "cpu" else 8192, name=why)
     from llmos.drivers.jax.attention.pallas import PallasAttention
 
     return PallasAttention()
+
+
+def wants(platform: str, request: LoadRequest) -> str:
+    """What the kernels for GPUs would need and do not find, in words; nothing if they can be used."""
+    tokens = request.page_tokens
+    if platform not in _GPUS:
+        return f"a GPU, here is {platform}"
+    if request.dtype != "bfloat16":
+        return f"dtype bfloat16, asked for is {request.dtype}"
+    if tokens & (tokens - 1) or tokens < 16:
+        return f"page_tokens that are a power of two from 16 on, asked for is {tokens}"
+    return ""

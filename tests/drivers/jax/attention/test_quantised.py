@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +11,8 @@ import pytest
 
 from llmos.drivers.jax import quant
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring, page_bytes
-from llmos.drivers.jax.attention.pallas import PallasAttention, paged_decode
+from llmos.drivers.jax.attention.paged import paged_attention
+from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, packed
 from llmos.drivers.jax.config import DecoderConfig
 
@@ -61,8 +61,7 @@ def test_xla_attends_to_8_bit_pages_as_to_float_ones(kind: str, scoring: Scoring
 def test_the_kernel_equals_xla_on_8_bit_pages(kind: str, splits: int) -> None:
     _, small, tables = pages(kind)
     q, lengths = normal(4, 4, SIZE, seed=5), jnp.asarray([1, 16, 17, 128], jnp.int32)
-    run = partial(paged_decode, splits=splits, interpret=True, k_scale=small.k_scale, v_scale=small.v_scale)
-    out = run(q[:, None], small.k, small.v, tables, lengths)[:, 0]
+    out = paged_attention(q[:, None], small, tables, lengths, splits=splits, interpret=True)[:, 0]
     expected = XlaAttention().attend(tables, lengths[:, None], lengths, small, q[:, None])[:, 0]
     np.testing.assert_allclose(out, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
@@ -72,12 +71,11 @@ def test_the_kernel_can_be_lowered_for_a_gpu(kind: str) -> None:
     _, small, tables = pages(kind)
 
     def run(q: jax.Array, cache: PagedCache) -> jax.Array:
-        lengths, scales = jnp.ones(4, jnp.int32), {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
-        return paged_decode(q, cache.k, cache.v, tables, lengths, splits=2, **scales)
+        return paged_attention(q, cache, tables, jnp.ones(4, jnp.int32), splits=2)
 
     traced = jax.jit(run).trace(normal(4, 1, 4, SIZE).astype(jnp.bfloat16), small)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "paged_decode" in text
+    assert "paged_attention" in text
     assert {"int8": "xi8>", "float8": "xf8E4M3FN>"}[kind] in text
 
 

@@ -1,0 +1,253 @@
+"""One Pallas (Triton) kernel for attention over pages: one new token of each row, a few guesses, or a chunk.
+
+Flash decoding (Dao et al., 2023) over pages. A program takes one row, one KV head, one block of the row's
+queries and one split of its pages. It reads the pages that its queries can see, each key and value byte once
+for all query heads of the group; a row's splits are joined by their log-sum-exp. Splits keep all
+multiprocessors busy when rows are few. What Triton's matrix products are larger than the work (a group has
+fewer query heads than they have rows at least; a head may not have a power of two of values) is masked in
+registers, so that nothing is padded in memory. 8-bit pages are converted in registers; the scales of keys
+multiply scores, those of values the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from llmos.drivers.jax.attention import PLAIN, Scoring
+from llmos.drivers.jax.attention.xla import PagedCache
+from llmos.drivers.jax.modules import struct
+
+LEAST = 16  # rows and columns of a matrix product in Triton
+MOST_VALUES = 1 << 14  # of the queries that one program holds: their sums fill a quarter of its registers
+PROGRAMS = 528  # four for each multiprocessor of an H100 or H200
+_MASKED = -1e30
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut: ``queries`` tokens of a row for each program, its pages in ``splits``.
+
+    A program's matrix products have ``rows``, queries times ``group`` (the query heads of a KV head), and
+    are ``size``, the values of a head, wide: each with what makes it a power of two.
+    """
+
+    queries: int
+    group: int
+    rows: int
+    size: int
+    splits: int
+    scoring: Scoring
+
+
+def split_count(rows: int, kv_heads: int, pages: int) -> int:
+    """Into how many parts each row's pages are split: a power of two, so that ``PROGRAMS`` run at once."""
+    wanted = max(1, PROGRAMS // (rows * kv_heads))
+    return min(1 << (wanted - 1).bit_length() if wanted > 1 else 1, max(1, pages))
+
+
+def tiling(queries: int, group: int, head_dim: int, splits: int, scoring: Scoring) -> Tiling:
+    """As many queries to a program as fit into its registers."""
+    size = _power(head_dim)
+    rows = min(_power(queries * group), max(_power(group), MOST_VALUES // size))
+    return Tiling(min(queries, rows // group), group, rows, size, splits, scoring)
+
+
+def _power(count: int) -> int:
+    """The power of two from ``LEAST`` on that ``count`` fits into."""
+    return max(LEAST, 1 << (count - 1).bit_length())
+
+
+def paged_attention(
+    q: jax.Array,
+    cache: PagedCache,
+    tables: jax.Array,
+    lengths: jax.Array,
+    visible: jax.Array | None = None,
+    *,
+    scoring: Scoring = PLAIN,
+    splits: int = 1,
+    warps: int = 4,
+    stages: int = 2,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attend from q [B, C, heads, head_dim] over the first ``lengths`` [B] tokens of each row's pages.
+
+    ``tables`` [B, width] are page ids. The first query of a row sees the first ``visible`` [B] tokens (by
+    default all), each later one a token more, and of these the last ``scoring.window``.
+
+    Raises ValueError where the shapes do not fit together.
+    """
+    visible = lengths if visible is None else visible
+    _check(q, cache, tables, lengths, visible)
+    rows, queries, heads, head_dim = q.shape
+    kv_heads = cache.k.shape[1]
+    tile = tiling(queries, heads // kv_heads, head_dim, splits, scoring)
+    specs, shapes = _results(q, splits)
+    parts = [part for part in cache if part is not None]
+    results = pl.pallas_call(
+        partial(_kernel, tile=tile),
+        grid=(rows, kv_heads, pl.cdiv(queries, tile.queries) * splits),
+        in_specs=[
+            pl.BlockSpec((None, tables.shape[1]), lambda b, h, s: (b, 0)),
+            pl.BlockSpec((1,), lambda b, h, s: (b,)),
+            pl.BlockSpec((1,), lambda b, h, s: (b,)),
+            pl.BlockSpec((None, *q.shape[1:]), lambda b, h, s: (b, 0, 0, 0)),
+            *(_whole(part) for part in parts),
+        ],
+        out_specs=specs,
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name="paged_attention",
+    )(tables, lengths, visible, q, *parts)
+    return results[0] if splits == 1 else _join(*results).astype(q.dtype)
+
+
+def _check(
+    q: jax.Array, cache: PagedCache, tables: jax.Array, lengths: jax.Array, visible: jax.Array
+) -> None:
+    rows, _, heads, head_dim = q.shape
+    _, kv_heads, _, cached_dim = cache.k.shape
+    fits = lengths.shape == visible.shape == (rows,) and tables.shape[0] == rows
+    if heads % kv_heads or cached_dim != head_dim or not fits:
+        raise ValueError(
+            f"q {q.shape}, pages {cache.k.shape}, tables {tables.shape}, lengths {lengths.shape}, "
+            f"visible {visible.shape}"
+        )
+
+
+def _whole(part: jax.Array) -> pl.BlockSpec:
+    """All of an array, for every program."""
+    return pl.BlockSpec(part.shape, lambda b, h, s: (0,) * part.ndim)
+
+
+def _results(q: jax.Array, splits: int) -> tuple[list[pl.BlockSpec], list[Any]]:
+    """What the kernel writes: the output, or for each split its mixed values, their maxima and their sums."""
+    if splits == 1:
+        return [pl.BlockSpec((None, *q.shape[1:]), lambda b, h, s: (b, 0, 0, 0))], [struct(q.shape, q.dtype)]
+    spec = pl.BlockSpec((None, None, *q.shape[1:3]), lambda b, h, s: (s % splits, b, 0, 0))
+    wide = pl.BlockSpec((None, None, *q.shape[1:]), lambda b, h, s: (s % splits, b, 0, 0, 0))
+    part = struct((splits, *q.shape[:3]), jnp.float32)
+    return [wide, spec, spec], [struct((splits, *q.shape), jnp.float32), part, part]
+
+
+def _kernel(
+    tables: Any,  # [width]
+    lengths: Any,  # [1]
+    visible: Any,  # [1]
+    q_ref: Any,  # [queries, heads, head_dim]
+    k_pages: Any,  # [pages, kv_heads, page_tokens, head_dim]
+    v_pages: Any,
+    *rest: Any,  # of 8-bit pages k_scale and v_scale [pages, kv_heads, page_tokens]; then the results
+    tile: Tiling,
+) -> None:
+    count = 1 if tile.splits == 1 else 3
+    scales, results = rest[:-count], rest[-count:]
+    head, split = pl.program_id(1), pl.program_id(2) % tile.splits
+    row = jnp.arange(tile.rows)
+    offset = row // tile.group
+    query = pl.program_id(2) // tile.splits * tile.queries + offset
+    where = (query, head * tile.group + row % tile.group)
+    real = (offset < tile.queries) & (query < q_ref.shape[0])
+    wide, mask = _wide(where, tile.size), real[:, None] & (jnp.arange(tile.size) < q_ref.shape[2])[None, :]
+    q = plgpu.load(q_ref.at[wide], mask=mask, other=0.0)
+    limit = jnp.minimum(visible[0] + query, lengths[0])
+    first, last = _span(lengths[0], visible[0], tile, k_pages.shape[2])
+    share = pl.cdiv(last - first, tile.splits)
+    begin = first + split * share
+    top, total, acc = jax.lax.fori_loop(
+        begin,
+        jnp.minimum(begin + share, last),
+        partial(_page, tables, q, (k_pages, v_pages), scales, head, limit, tile.scoring),
+        (
+            jnp.full((tile.rows,), _MASKED, jnp.float32),
+            jnp.zeros((tile.rows,), jnp.float32),
+            jnp.zeros((tile.rows, q.shape[1]), jnp.float32),
+        ),
+    )
+    if tile.splits == 1:
+        acc = (acc / jnp.maximum(total, 1e-30)[:, None]).astype(results[0].dtype)
+    else:
+        plgpu.store(results[1].at[where], top, mask=real)
+        plgpu.store(results[2].at[where], total, mask=real)
+    plgpu.store(results[0].at[wide], acc, mask=mask)
+
+
+def _wide(where: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """Indices [rows] of the first axes as indices [rows, size] of all."""
+    shape = (where[0].shape[0], size)
+    parts = (*(part[:, None] for part in where), jnp.arange(size)[None, :])
+    return tuple(jnp.broadcast_to(part, shape) for part in parts)
+
+
+def _span(length: Any, visible: Any, tile: Tiling, page_tokens: int) -> tuple[Any, Any]:
+    """The pages, from the first to before the last, that the queries of a program can see."""
+    before = pl.program_id(2) // tile.splits * tile.queries
+    end = jnp.minimum(visible + before + tile.queries - 1, length)
+    begin = jnp.maximum(visible + before - tile.scoring.window, 0) if tile.scoring.window else 0
+    return jnp.minimum(begin, end) // page_tokens, pl.cdiv(end, page_tokens)
+
+
+def _page(
+    tables: Any,
+    q: Any,  # [rows, head_dim]
+    pages: tuple[Any, Any],
+    scales: tuple[Any, ...],
+    head: Any,
+    limit: Any,  # [rows], how many tokens each sees
+    scoring: Scoring,
+    index: Any,
+    carry: Any,
+) -> Any:
+    """One page more of a running softmax, its maxima and sums to the base of 2."""
+    top, total, acc = carry
+    page = tables[index]
+    scores = plgpu.dot(q, _read(pages[0], page, head, q).T)
+    factor = scoring.scale or pages[0].shape[3] ** -0.5
+    if scales:
+        scores = scores * scales[0][page, head][None, :]
+    if scoring.cap:
+        scores = jnp.tanh(scores * (factor / scoring.cap)) * (scoring.cap * _LOG2E)
+    else:
+        scores = scores * (factor * _LOG2E)
+    place = (index * scores.shape[1] + jnp.arange(scores.shape[1]))[None, :]
+    seen = place < limit[:, None]
+    if scoring.window:
+        seen &= place >= limit[:, None] - scoring.window
+    # What sees nothing yet counts a page of zeros, which weighs nothing once it sees something.
+    scores = jnp.where(seen, scores, _MASKED)
+    peak = jnp.maximum(top, scores.max(axis=-1))
+    weights = jnp.exp2(scores - peak[:, None])
+    decay = jnp.exp2(top - peak)
+    total = total * decay + weights.sum(axis=-1)
+    if scales:
+        weights = weights * scales[1][page, head][None, :]
+    mixed = plgpu.dot(weights.astype(q.dtype), _read(pages[1], page, head, q))
+    return peak, total, acc * decay[:, None] + mixed
+
+
+def _read(pages: Any, page: Any, head: Any, q: Any) -> Any:
+    """A page of one head [page_tokens, size], as wide as ``q`` and of its dtype."""
+    (tokens, head_dim), size = pages.shape[2:], q.shape[1]
+    if head_dim == size:
+        return pages[page, head].astype(q.dtype)
+    zero = jnp.zeros((tokens,), jnp.int32)
+    where = _wide((zero + page, zero + head, jnp.arange(tokens)), size)
+    mask = jnp.broadcast_to((jnp.arange(size) < head_dim)[None, :], (tokens, size))
+    return plgpu.load(pages.at[where], mask=mask, other=jnp.zeros((), pages.dtype)).astype(q.dtype)
+
+
+def _join(acc: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
+    """Join the splits, axis 0, by their running maxima (in log2) and sums."""
+    share = jnp.exp2(top - top.max(axis=0))
+    total = (total * share).sum(axis=0)
+    return (acc * share[..., None]).sum(axis=0) / jnp.maximum(total, 1e-30)[..., None]
