@@ -70,7 +70,6 @@ class Scoring:
 
 PLAIN = Scoring()
 _NATIVE_KV = ("float32", "bfloat16")
-_GPUS = ("gpu", "cuda")
 
 
 class AttentionBackend(Protocol):
@@ -139,7 +138,8 @@ def select(
 ) -> AttentionBackend:
     """The backend called ``name``, or with "auto" the fastest that this device and these shapes allow.
 
-    ``kernels``: the CPU's native kernels are there. Where a GPU gets XLA's attention, its name says why.
+    ``kernels``: the CPU's native kernels are there. Where a GPU or TPU gets XLA's attention, the name says
+    why.
     """
     from llmos.drivers.jax.attention.xla import XlaAttention
 
@@ -153,26 +153,43 @@ def select(
             "attention backend native needs a CPU, a compiler, pages in float32 or bfloat16, and head_dim a "
             "multiple of 16"
         )
-    if name not in ("auto", "pallas", "xla"):
-        raise InvalidArgument(f"no attention backend {name!r}; there is: auto, native, pallas, xla")
-    wanted = wants(platform, request)
-    if name == "pallas" and wanted:
-        raise InvalidArgument(f"attention backend pallas needs {wanted}")
-    if name == "xla" or wanted:
-        why = f"xla (pallas needs {wanted})" if name == "auto" and platform in _GPUS else "xla"
-        return XlaAttention(tokens_in_flight=2048 if platform == "cpu" else 8192, name=why)
+    if name not in ("auto", "pallas", "tpu", "xla"):
+        raise InvalidArgument(f"no attention backend {name!r}; there is: auto, native, pallas, tpu, xla")
+    best = {"gpu": "pallas", "cuda": "pallas", "tpu": "tpu"}.get(platform, "xla") if name == "auto" else name
+    if best == "xla":
+        return XlaAttention(tokens_in_flight=2048 if platform == "cpu" else 8192)
+    wanted = _pallas_wants(platform, request) if best == "pallas" else _tpu_wants(platform, config, request)
+    if wanted and name != "auto":
+        raise InvalidArgument(f"attention backend {name} needs {wanted}")
+    if wanted:
+        return XlaAttention(tokens_in_flight=8192, name=f"xla ({best} needs {wanted})")
+    if best == "tpu":
+        from llmos.drivers.jax.attention.tpu import TpuAttention
+
+        return TpuAttention()
     from llmos.drivers.jax.attention.pallas import PallasAttention
 
     return PallasAttention()
 
 
-def wants(platform: str, request: LoadRequest) -> str:
+def _pallas_wants(platform: str, request: LoadRequest) -> str:
     """What the kernels for GPUs would need and do not find, in words; nothing if they can be used."""
     tokens = request.page_tokens
-    if platform not in _GPUS:
+    if platform not in ("gpu", "cuda"):
         return f"a GPU, here is {platform}"
     if request.dtype != "bfloat16":
         return f"dtype bfloat16, asked for is {request.dtype}"
     if tokens & (tokens - 1) or tokens < 16:
         return f"page_tokens that are a power of two from 16 on, asked for is {tokens}"
     return ""
+
+
+def _tpu_wants(platform: str, config: DecoderConfig, request: LoadRequest) -> str:
+    """As ``_pallas_wants``, of the kernel for TPUs."""
+    if platform != "tpu":
+        return f"a TPU, here is {platform}"
+    if request.mesh:
+        return "a model on one device"
+    from llmos.drivers.jax.attention import tpu
+
+    return tpu.wants(config, request.dtype, request.kv_dtype)

@@ -230,7 +230,7 @@ def test_the_backend_follows_device_and_shape() -> None:
     assert select("xla", "gpu", config(), request).name == "xla"
     with pytest.raises(InvalidArgument, match="needs a GPU, here is cpu"):
         select("pallas", "cpu", config(), request)
-    with pytest.raises(InvalidArgument, match="there is: auto, native, pallas, xla"):
+    with pytest.raises(InvalidArgument, match="there is: auto, native, pallas, tpu, xla"):
         select("magic", "gpu", config(), request)
 
 
