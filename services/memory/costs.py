@@ -49,8 +49,10 @@ class Costs:
         return (returned + 1.0) / (returned + dropped + 1.0)
 
     def proven(self, node: Node) -> bool:
-        """Whether most such pages were needed again, so that it is worth to wait for them to be saved."""
-        return self.returned[_class(node.uses)] >= EVIDENCE and self.likely(node) >= 0.5
+        """Whether most such pages were needed again, so that it is worth to wait for them to be saved. What
+        is known of pages that were used less often holds for this one all the more."""
+        kinds = range(_class(node.uses) + 1)
+        return any(self.returned[k] >= EVIDENCE and self.returned[k] >= self.dropped[k] for k in kinds)
 
     def note_dropped(self, node: Node) -> None:
         """A page left another tier, and was not needed there."""

@@ -4,6 +4,7 @@ messages.py   the link
 task.py       one task, as plain state
 steptime.py   how long a step takes, fitted from measured steps (pure)
 admission.py  can a deadline be kept? realtime tasks run ahead of time (pure)
+crowding.py   how many deadlines are promised at once, and how near (pure)
 pacing.py     prompts wait for those whose deadlines are near (pure)
 promises.py   the deadlines that a host has promised, and when lower bands hold still for them (pure)
 limits.py     tokens per minute (pure)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
-PROBES = 6
+PROBES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Job:
 class Machine:
     """What the forecast knows of a host: ``step(rows, context, prefilled)`` in seconds, ``chunk(rows,
     context, seconds)`` the prompt tokens that fit in a step of so many seconds, its slots and pages;
-    ``others`` are rows and context of lower bands in each step, ``turnover`` the seconds until a slot that
-    was given up is taken, ``share`` the part of the time to a deadline that prompts may use up."""
+    ``others`` are rows and context of lower bands in each step, ``turnover`` the steps until a slot that was
+    given up is taken, ``share`` the part of the time to a deadline that prompts may use up."""
 
     step: Callable[[float, float, float], float]
     chunk: Callable[[float, float, float], int]
@@ -45,7 +45,7 @@ class Machine:
     pages: int
     share: float = 1.0
     others: tuple[int, int] = (0, 0)
-    turnover: float = 0.0
+    turnover: int = 0
 
 
 def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[int, float]:
@@ -53,12 +53,15 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
     waiting = deque(sorted(jobs, key=lambda job: (job.deadline, job.id)))
     prefilling: deque[list[int]] = deque()
     decoding: list[tuple[int, float, int]] = []
+    leaving: deque[tuple[int, int]] = deque()  # in which step a slot is free again, with how many pages
     known = {job.id: job for job in jobs}
     done: dict[int, float] = {}
     clock, step, rows, context, unfed = start, 0, 0, 0, 0
     slots, pages = machine.slots, machine.pages
     extra_rows, extra_context = machine.others
     while waiting or prefilling or decoding:
+        while leaving and leaving[0][0] <= step:
+            slots, pages = slots + 1, pages + leaving.popleft()[1]
         while waiting and slots and (waiting[0].pages <= pages or slots == machine.slots):
             job = waiting.popleft()
             slots, pages = slots - 1, pages - job.pages
@@ -69,6 +72,8 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
                 heapq.heappush(decoding, (step + max(1, job.decode), job.deadline, job.id))
                 rows, context = rows + 1, context + job.context
         count = decoding[0][0] - step if decoding else 1 << 30
+        if waiting and leaving:
+            count = min(count, leaving[0][0] - step)
         room, fed = 0, 0
         if prefilling:
             last = known[prefilling[0][1]].deadline
@@ -95,8 +100,7 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
             job = known[heapq.heappop(decoding)[2]]
             done[job.id] = clock
             rows, context = rows - 1, context - job.context - job.decode
-            slots, pages = slots + 1, pages + job.pages
-            clock += machine.turnover if waiting else 0.0
+            leaving.append((step + machine.turnover, job.pages))
     return done
 
 
@@ -106,18 +110,37 @@ def all_in_time(jobs: Sequence[Job], machine: Machine, start: float) -> bool:
     return all(done[job.id] <= job.deadline for job in jobs)
 
 
-def earliest(candidate: Job, admitted: Sequence[Job], machine: Machine, start: float) -> float:
-    """A deadline for the candidate that could be promised now, close to the earliest such; on the clock.
+def does_no_harm(candidate: Job, admitted: Sequence[Job], machine: Machine, start: float) -> bool:
+    """Whether the candidate's deadline is kept, and nobody is late who would not be as late without it: the
+    forecast is cautious, and one whom it sees late by a little is no reason to refuse all others."""
+    done = finish_times([*admitted, candidate], machine, start)
+    if done[candidate.id] > candidate.deadline:
+        return False
+    late = [job for job in admitted if done[job.id] > job.deadline]
+    if not late:
+        return True
+    without = finish_times(admitted, machine, start)
+    return all(done[job.id] <= without[job.id] for job in late)
+
+
+def earliest(
+    candidate: Job, admitted: Sequence[Job], machine: Machine, start: float, soonest: float = 0.0
+) -> float:
+    """A deadline for the candidate that could be promised now, close to the earliest such but not before
+    ``soonest``; on the clock.
 
     The last of all deadlines is always possible, since nobody is behind it; below that by bisection.
     """
 
     def possible(deadline: float) -> bool:
-        return all_in_time([*admitted, _due(candidate, deadline)], machine, start)
+        return does_no_harm(_due(candidate, deadline), admitted, machine, start)
 
+    if soonest and possible(soonest):
+        return soonest
     alone = finish_times([candidate], machine, start)[candidate.id]
-    behind = finish_times([*admitted, _due(candidate, float("inf"))], machine, start)[candidate.id]
+    behind = finish_times([*admitted, _due(candidate, inf)], machine, start)[candidate.id]
     low, high = alone, max(behind, max((job.deadline for job in admitted), default=0.0))
+    low, high = max(low, soonest), max(high, soonest)
     for _ in range(PROBES):
         middle = (low + high) / 2
         low, high = (low, middle) if possible(middle) else (middle, high)

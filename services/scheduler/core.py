@@ -33,6 +33,12 @@ class Effects(PageEffects, SwapEffects, Protocol):
     def execute(self, host: Host, quantum: Quantum) -> None: ...
     def preempt(self, host: Host, quantum: int) -> None: ...
     def emit(self, produced: list[Produced]) -> None: ...
+    def take_back(self, host: Host) -> None:
+        """Have what was sent end at the next step, if it is more than what is on the device already."""
+        if not host.draining and sum(f.quantum.steps - f.received for f in host.flight) > 2:
+            host.draining = True
+            self._effects.preempt(host, host.flight[-1].quantum.id)
+
     def finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None: ...
 
 
@@ -208,18 +214,24 @@ class Core:
         """Keep a quantum queued behind the running one; take the device back for who should not wait."""
         crunch = bool(host.promised) and promises.in_crunch(host, now, self._max_steps)
         hurry, host.crunch = crunch and not host.crunch, crunch
-        if _worth_preempting(host, hurry):
-            host.draining = True
-            self._effects.preempt(host, host.flight[-1].quantum.id)
+        if hurry or _urgent_waits(host):
+            self.take_back(host)
         # Who is urgent and waits for its pages comes with the next quantum: this one must not be long.
         coming = any(t is not None and t.place is Place.RESERVING and t.rank < 2 for t in host.slots)
+        steps = 1 if coming else min(self._max_steps, host.tiers.patience)
         while host.can_compose:
-            quantum = compose(host, next(self._quanta), 1 if coming else self._max_steps, now)
+            quantum = compose(host, next(self._quanta), steps, now)
             if quantum is None:
                 break
             host.sent(quantum)
             self._effects.execute(host, quantum)
         self.paging.grow(host)
+
+    def take_back(self, host: Host) -> None:
+        """Have what was sent end at the next step, if it is more than what is on the device already."""
+        if not host.draining and sum(f.quantum.steps - f.received for f in host.flight) > 2:
+            host.draining = True
+            self._effects.preempt(host, host.flight[-1].quantum.id)
 
     def finish(self, task: Task, reason: Reason | None, error: LLMOSError | None, now: float) -> None:
         """End a task, and give back what it has."""
@@ -265,8 +277,5 @@ class Core:
                 task.bound = host.arena
 
 
-def _worth_preempting(host: Host, hurry: bool) -> bool:
-    urgent = hurry or any(
-        t is not None and t.rank < 2 and t.place in (Place.READY, Place.RESERVING) for t in host.slots
-    )
-    return urgent and not host.draining and sum(f.quantum.steps - f.received for f in host.flight) > 2
+def _urgent_waits(host: Host) -> bool:
+    return any(t is not None and t.rank < 2 and t.place in (Place.READY, Place.RESERVING) for t in host.slots)

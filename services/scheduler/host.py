@@ -35,12 +35,12 @@ class InFlight:
         task, stay = self.seats.get(slot, (None, 0))
         return task if task is not None and task.stay == stay and task.place is Place.RUNNING else None
 
-    def coming(self, task: Task) -> int:
-        """How many tokens of a task are on their way, at one a step."""
+    def coming(self, task: Task, steps: int = 1 << 30) -> int:
+        """How many tokens of a task are on their way in the next ``steps``, at one a step."""
         if self.sitter(task.slot) is not task or task.slot not in self.gaining:
             return 0
         first, last = self.gaining[task.slot]
-        return max(0, last + 1 - max(first, self.received))
+        return max(0, min(last + 1, self.received + steps) - max(first, self.received))
 
     @property
     def tasks(self) -> list[Task]:

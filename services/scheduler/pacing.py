@@ -16,6 +16,7 @@ from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.task import Task
 
 SHARE = 0.95  # of the time to a deadline that may be used up
+HOPELESS = 0.9  # of the steps without prompts: who needs shorter ones will be late
 SAFETY = 1.02  # a promise assumes steps this much slower than the cautious estimate
 MESSAGES = 2.0e-3  # seconds for the messages between two quanta
 FINEST = 16  # a chunk is no smaller than this fraction of the largest, or than a page
@@ -27,11 +28,14 @@ class Paces:
     def __init__(self, host: Host, decoding: list[Task], now: float) -> None:
         self._host = host
         self._load = len(decoding), sum(len(task.tokens) for task in decoding)
-        due = sorted((task for task in decoding if task.id in host.promised), key=lambda t: t.deadline)
         clock = now + _in_flight(host, *self._load)
-        steps = (SHARE * (task.deadline - clock) / max(1, task.limit - task.planned) for task in due)
-        self._deadlines = [task.deadline for task in due]
-        self._shortest = [inf, *accumulate(steps, min)]
+        promised = sorted((task for task in decoding if task.id in host.promised), key=lambda t: t.deadline)
+        steps = [(task.deadline, _step_of(task, clock)) for task in promised]
+        # Nobody waits for the sake of one who will be late all the same.
+        hopeless = HOPELESS * host.times.seconds(*self._load, 0)
+        steps = [(deadline, step) for deadline, step in steps if step > hopeless]
+        self._deadlines = [deadline for deadline, _ in steps]
+        self._shortest = [inf, *accumulate((SHARE * step for _, step in steps), min)]
 
     def room(self, task: Task) -> int:
         """Tokens of this task's prompt that each step may compute."""
@@ -52,6 +56,11 @@ def finest(host: Host) -> int:
     """The smallest chunk worth a step."""
     full = host.model.chunk_tokens
     return max(1, min(full, max(host.model.page_tokens, full // FINEST)))
+
+
+def _step_of(task: Task, clock: float) -> float:
+    """Seconds that each step may take so that a task ends in time."""
+    return (task.deadline - clock) / max(1, task.limit - task.planned)
 
 
 def _in_flight(host: Host, rows: int, context: int) -> float:

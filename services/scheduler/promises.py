@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from llmos.drivers.sdk.messages import Chunk
 from llmos.ipc.errors import NoMemory, TimedOut
 from llmos.services.scheduler import pacing
-from llmos.services.scheduler.admission import Job, Machine, all_in_time, earliest
-from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, Host
+from llmos.services.scheduler.admission import Job, Machine, all_in_time, does_no_harm, earliest
+from llmos.services.scheduler.crowding import crowd
+from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, Host, InFlight
 from llmos.services.scheduler.pacing import MESSAGES, SAFETY
 from llmos.services.scheduler.task import Place, Task
 
 STEPS_IN_FLIGHT = 2  # what a preempt cannot take back
+TURNOVER = 1 + STEPS_IN_FLIGHT  # steps until a slot that was given up is taken
 
 
 def check(hosts: list[Host], task: Task, now: float) -> Host | None:
@@ -27,11 +31,13 @@ def check(hosts: list[Host], task: Task, now: float) -> Host | None:
             return None
         candidate, admitted = _job(host, task), [_job(host, each) for each in host.promised.values()]
         start, machine = now + _lag(host), _machine(host, SAFETY)
-        if all_in_time([*admitted, candidate], machine, start):
-            return host
-        roomy = replace(machine, pages=1 << 40)
-        crowded = crowded or all_in_time([*admitted, candidate], roomy, start)
-        best = min(best, earliest(candidate, admitted, machine, start) - now)
+        soonest = crowd(host, task).soonest(candidate, start)
+        if task.deadline >= soonest:
+            if does_no_harm(candidate, admitted, machine, start):
+                return host
+            roomy = replace(machine, pages=1 << 40)
+            crowded = crowded or does_no_harm(candidate, admitted, roomy, start)
+        best = min(best, earliest(candidate, admitted, machine, start, soonest) - now)
     if not hosts:
         return None
     message = f"the deadline in {task.deadline - now:.3f} s cannot be kept; one in {best:.3f} s could"
@@ -56,15 +62,16 @@ def _machine(host: Host, safety: float, others: tuple[int, int] = (0, 0)) -> Mac
     def step(rows: float, context: float, prefilled: float) -> float:
         return safety * host.times.seconds(rows, context, prefilled, cautious=True)
 
-    turnover = (1 + STEPS_IN_FLIGHT) * _full_step(host) + MESSAGES
     slots, pages = host.model.slots, host.model.pages
-    return Machine(step, partial(pacing.room, host), slots, pages, pacing.SHARE, others, turnover)
+    return Machine(step, partial(pacing.room, host), slots, pages, pacing.SHARE, others, TURNOVER)
 
 
 def _lag(host: Host) -> float:
-    """Until a quantum composed now begins: the steps that are on the device, and messages."""
-    prefilled = max((c.length for flight in host.flight for c in flight.quantum.chunks), default=0)
-    return STEPS_IN_FLIGHT * _full_step(host, prefilled) + MESSAGES
+    """Until a quantum composed now begins: the steps that no preempt can take back, and messages."""
+    certain = list(_certain(host))
+    steps = sum(count for _, count in certain)
+    prefilled = max((c.length for flight, count in certain for c in _chunks(flight, count)), default=0)
+    return steps * _full_step(host, prefilled) + MESSAGES
 
 
 def _full_step(host: Host, prefilled: int = 0) -> float:
@@ -72,10 +79,30 @@ def _full_step(host: Host, prefilled: int = 0) -> float:
     return host.times.seconds(host.seated, context, prefilled, cautious=True)
 
 
+def _certain(host: Host) -> Iterator[tuple[InFlight, int]]:
+    """The quanta in flight, with how many of their next steps will be computed whatever comes."""
+    left = STEPS_IN_FLIGHT
+    for flight in host.flight:
+        count = min(left, flight.quantum.steps - flight.received)
+        left -= count
+        if count > 0:
+            yield flight, count
+
+
+def _chunks(flight: InFlight, count: int) -> Iterator[Chunk]:
+    return (c for c in flight.quantum.chunks if flight.received <= c.step < flight.received + count)
+
+
 def _job(host: Host, task: Task) -> Job:
-    """What is left of a task, assuming that no prefix of it is cached."""
+    """What is left of a task once the steps under way are done, assuming that no prefix of it is cached."""
+    gained = computed = 0
+    for flight, count in _certain(host) if task.slot >= 0 else ():
+        if flight.sitter(task.slot) is task:
+            gained += flight.coming(task, count)
+            computed += sum(c.length for c in _chunks(flight, count) if c.slot == task.slot)
     # Seated or keeping its pages: what was computed stays; else it has to be computed again.
     left = len(task.tokens) - task.computed
-    prefill = 0 if left <= 1 and task.produced else left
-    decode = task.limit - len(task.tokens) - (1 if prefill else 0)
-    return Job(task.id, task.deadline, prefill, max(0, decode), len(task.tokens), host.pages_for(task.limit))
+    prefill = 0 if left <= 1 and task.produced else max(0, left - computed)
+    decode = task.limit - len(task.tokens) - gained - (1 if prefill else 0)
+    context = len(task.tokens) + gained
+    return Job(task.id, task.deadline, prefill, max(0, decode), context, host.pages_for(task.limit))

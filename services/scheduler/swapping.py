@@ -227,6 +227,8 @@ class Swapping:
 
     def _begin(self, host: Host, transfer: Transfer, journey: Journey) -> None:
         host.tiers.journeys[transfer.id] = journey
+        # Pages are copied between quanta: whoever waits for them does not wait for long ones.
+        self._core.take_back(host)
         self._effects.transfer(host, transfer)
 
     def _is(self, host: Host, task: Task, residence: int, swap: Swap) -> bool:

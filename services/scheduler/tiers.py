@@ -18,6 +18,7 @@ GUESS = {"host": 3e10, "disk": 3e9}  # bytes per second of a link that was never
 FADE = 0.9  # what is left of older moves when one is seen
 TRANSFER = 1.0e-3  # seconds of messages that a transfer costs, however small
 PATIENCE = (0.02, 1.0, float("inf"))  # seconds that a task of each band waits for another's pages to leave
+SHORT = 1  # step of a quantum while pages are to be moved
 TEACH = 1.25  # memory is told when a cost has changed by this factor
 
 
@@ -93,6 +94,11 @@ class HostTiers:
     def exist(self) -> bool:
         """Whether there is any tier beside the device that may be written now."""
         return bool(self.model.host_pages or self.model.disk_pages) and not self.stale
+
+    @property
+    def patience(self) -> int:
+        """Steps that a quantum may have: pages are moved between quanta, and someone waits for them."""
+        return SHORT if self.journeys else 1 << 30
 
     @property
     def coming(self) -> int:
