@@ -156,7 +156,7 @@ class Engine:
             if not rows and index > last:
                 break
             begun = self._clock()
-            outputs = [self._decode(rows)] if rows else []
+            outputs = [self._decode(part) for part in self.programs.microbatches(rows)]
             outputs += self._prefill(chunks.get(index, []))
             for _, packed, _ in outputs:
                 packed.copy_to_host_async()
@@ -292,7 +292,7 @@ class Engine:
         if padded not in self._rows:
             if len(self._rows) >= 4 * self.limits.slots + 16:
                 self._rows.clear()
-            self._rows[padded] = jax.device_put(np.asarray(padded, np.int32), self._common)
+            self._rows[padded] = self.programs.place_rows(np.asarray(padded, np.int32))
         return self._rows[padded]
 
     def _admit(self) -> None:
