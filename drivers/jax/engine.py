@@ -253,7 +253,8 @@ class Engine:
             return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))
 
         arrays: list[Any] = [packed for _, packed, _ in outputs]
-        return Pending(resolve, lambda: all(array.is_ready() for array in arrays))
+        ready = lambda: all(array.is_ready() for array in arrays)  # noqa: E731
+        return Pending(resolve, ready, overlaps=self.programs.spec.place.stages > 1)
 
     def _resolved(self, served: Served, packed: np.ndarray, guesses: int, seconds: float) -> None:
         """Learn from a step that may have verified guesses how many tokens each slot really gained."""
