@@ -19,7 +19,7 @@ from llmos.drivers.jax.attention import AttentionBackend
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.modules import Decoder
 from llmos.drivers.jax.sharding.mesh import Axes, replicas
-from llmos.drivers.jax.sharding.placement import Placement, Program, place
+from llmos.drivers.jax.sharding.placement import Options, Placement, Program, place
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _ENTRY = re.compile(r"embedding|positions")
@@ -100,8 +100,10 @@ class Stage:
     def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
         return self.inner.caches(lambda whole: make(whole)[self.layers.start : self.layers.stop], config)
 
-    def compile(self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any) -> Program:
-        return self.inner.compile(program, donated, arguments, outputs)
+    def compile(
+        self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any, options: Options
+    ) -> Program:
+        return self.inner.compile(program, donated, arguments, outputs, options)
 
     def _holds(self, path: str) -> bool:
         """Whether a parameter belongs to this stage."""
