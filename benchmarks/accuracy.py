@@ -93,7 +93,7 @@ def _score(shape: forward.Shape, weights: Any, caches: Any, tokens: jax.Array) -
     pages = jnp.take_along_axis(tables, place // PAGE, axis=1)
     starts = jnp.zeros(ROWS, jnp.int32)
     plan = PrefillPlan(tables, starts, starts + LENGTH, pages, place % PAGE)
-    logits = forward._run(shape, weights, caches, tokens, place, plan)[1][:, :-1]
+    logits = forward.run(shape, weights, caches, tokens, place, plan)[1][:, :-1]
     each = jax.nn.log_softmax(logits, axis=-1)
     return jnp.take_along_axis(each, tokens[:, 1:, None], axis=-1)[..., 0], logits.argmax(axis=-1)
 

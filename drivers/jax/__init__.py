@@ -5,5 +5,6 @@ knows of every slot; all validation), ``programs`` (what is compiled ahead, for 
 ``forward`` (the two model steps), ``state`` and ``sampling`` (the batch on the device), ``modules`` (the
 decoder in nnx, of ``layers`` and ``experts``), ``attention`` (backends), ``families`` (one file per model
 family) and ``weights``. ``encoder`` and ``families.bert`` embed and classify texts, without any cache;
-``encoder_loader`` and ``encoder_engine`` serve them.
+``encoder_loader`` and ``encoder_engine`` serve them. ``sharding`` cuts a model over devices, and
+``pipeline`` runs its layers in stages.
 """

@@ -156,7 +156,7 @@ class Engine:
             if not rows and index > last:
                 break
             begun = self._clock()
-            outputs = [self._decode(rows)] if rows else []
+            outputs = [self._decode(part) for part in self.programs.microbatches(rows)]
             outputs += self._prefill(chunks.get(index, []))
             for _, packed, _ in outputs:
                 packed.copy_to_host_async()
@@ -253,7 +253,8 @@ class Engine:
             return Step(quantum, index, slots, tokens, finished, round((now - since) * 1e6))
 
         arrays: list[Any] = [packed for _, packed, _ in outputs]
-        return Pending(resolve, lambda: all(array.is_ready() for array in arrays))
+        ready = lambda: all(array.is_ready() for array in arrays)  # noqa: E731
+        return Pending(resolve, ready, overlaps=self.programs.spec.place.stages > 1)
 
     def _resolved(self, served: Served, packed: np.ndarray, guesses: int, seconds: float) -> None:
         """Learn from a step that may have verified guesses how many tokens each slot really gained."""
@@ -292,7 +293,7 @@ class Engine:
         if padded not in self._rows:
             if len(self._rows) >= 4 * self.limits.slots + 16:
                 self._rows.clear()
-            self._rows[padded] = jax.device_put(np.asarray(padded, np.int32), self._common)
+            self._rows[padded] = self.programs.place_rows(np.asarray(padded, np.int32))
         return self._rows[padded]
 
     def _admit(self) -> None:

@@ -41,18 +41,22 @@ def decode(
     shape: Shape, weights: Any, caches: list[Any], state: BatchState, rows: jax.Array
 ) -> tuple[list[Any], jax.Array]:
     """Feed the last token of the slots ``rows`` [B]; returns the caches and float32 logits [B, vocab]."""
+    return run(shape, weights, caches, state.token[rows], *decode_plan(shape, state, rows))
+
+
+def decode_plan(shape: Shape, state: BatchState, rows: jax.Array) -> tuple[jax.Array, DecodePlan]:
+    """Positions [B] of the last tokens of the slots ``rows`` [B], and where their KV goes."""
     live = state.live[rows]
     position = jnp.maximum(state.length[rows] - 1, 0)
     tables = state.tables[rows]
     column = position // shape.page_tokens
     page = jnp.take_along_axis(tables, column[:, None], axis=1)[:, 0]
-    plan = DecodePlan(
+    return position, DecodePlan(
         tables=tables,
         lengths=jnp.where(live, position + 1, 0),
         pages=jnp.where(live, page, shape.pages),
         offsets=position % shape.page_tokens,
     )
-    return _run(shape, weights, caches, state.token[rows], position, plan)
 
 
 def prefill(
@@ -62,12 +66,13 @@ def prefill(
     weights: Any,
     caches: list[Any],
     chunk: jax.Array,
+    x: jax.Array | None = None,
 ) -> tuple[list[Any], jax.Array]:
     """Feed prompt tokens to R sequences; nothing of the batch is read, so a prompt need not be in it yet.
 
     ``chunk`` [R, 2 + width + C] holds for each row the position of its first token, how many tokens count,
     its block table and the C tokens. With ``fresh`` all rows start at position 0, and attend to nothing that
-    is in the cache.
+    is in the cache. ``x`` [R, C, hidden] is what the pipeline stage before made of them, if there is one.
 
     Returns the caches and the float32 logits [R, vocab] after each row's last new token.
     """
@@ -75,7 +80,7 @@ def prefill(
     starts, counts = starts[:, 0], counts[:, 0]
     position, plan = _plan(shape, tables, starts, counts, tokens.shape[1])
     last = jnp.maximum(counts - 1, 0)
-    return _run(shape, weights, caches, tokens, position, plan, last, fresh)
+    return run(shape, weights, caches, tokens if x is None else x, position, plan, last, fresh)
 
 
 def verify(
@@ -97,7 +102,7 @@ def verify(
     position, plan = _plan(shape, state.tables[rows], starts, counts, tokens.shape[1])
     # A row of which nothing counts must not be taken for the longest.
     plan = plan._replace(lengths=jnp.where(counts > 0, plan.lengths, 0))
-    return _run(shape, weights, caches, tokens, position, VerifyPlan(*plan))
+    return run(shape, weights, caches, tokens, position, VerifyPlan(*plan))
 
 
 def _plan(
@@ -117,24 +122,31 @@ def _plan(
     )
 
 
-def _run(
+def run(
     shape: Shape,
     weights: Any,
     caches: list[Any],
-    tokens: jax.Array,
+    fed: jax.Array,
     position: jax.Array,
     plan: DecodePlan | PrefillPlan | VerifyPlan,
     last: jax.Array | None = None,
     fresh: bool = False,
 ) -> tuple[list[Any], jax.Array]:
+    """Feed token ids, or the activations of the pipeline stage before, at their positions.
+
+    Returns the caches and float32 logits, of the tokens ``last`` [R] of each row where it is given; or, of a
+    stage that is not the last, the activations of all.
+    """
     model = nnx.merge(shape.graph, jax.tree.unflatten(shape.tree, weights))
     turns = model.turns(position)
-    x = model.embed(tokens, position)
+    x = model.embed(fed, position) if model.first else fed
     updated = []
     for layer, cache in zip(model.layers, caches, strict=True):
         graph, own = nnx.split(layer)
         x, cache = _layer(graph, shape.backend, fresh, shape.native, own, cache, x, *turns[layer.rope], plan)
         updated.append(cache)
+    if not model.last:
+        return updated, x
     if last is not None:
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     with kernels.use(shape.native):

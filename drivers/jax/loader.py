@@ -37,9 +37,10 @@ from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.modules import Decoder, abstract, struct
 from llmos.drivers.jax.native import kernels
+from llmos.drivers.jax.pipeline.parts import Pipeline
 from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec, Speculating
-from llmos.drivers.jax.sharding import mesh
-from llmos.drivers.jax.sharding.placement import OneDevice, Placement, places
+from llmos.drivers.jax.sharding import mesh, stages
+from llmos.drivers.jax.sharding.placement import OneDevice, Placement
 from llmos.drivers.jax.speculating import Speculation
 from llmos.drivers.jax.speculation import Policy
 from llmos.drivers.jax.weights import checkpoint
@@ -88,6 +89,10 @@ class Parts:
     make: Callable[[], tuple[list[Any], state.BatchState]]
     draft: Draft | None
 
+    def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Loaded parameters as programs take them; what changes is given up."""
+        return self.place.arrange(config, weights)
+
     def engine(self, weights: dict[str, jax.Array], caches: list[Any], batch: state.BatchState) -> Engine:
         """An engine of this replica."""
         ordered = [weights[path] for path in self.shapes]
@@ -133,6 +138,8 @@ class Load:
                 "pages of a model that is cut over several devices cannot leave them: "
                 "leave host_pages and disk_pages 0, or use the data axis only"
             )
+        if axes.pipeline > 1:
+            self.request = request = unguessed(request)
         check_device(request, self.devices[0])
         self.report(self._latest)
         if request.cache:
@@ -144,7 +151,7 @@ class Load:
         page_bytes = page_size(plan.config, request) * request.mesh.get("data", 1)
         self.request = request = with_tiers(request, page_bytes, no_host=no_tiers)
         mesh.check_model(axes, plan.config)
-        first, *others = places(self.devices, axes)
+        first, *others = stages.places(self.devices, axes, plan.config)
         parts = self._parts(plan, first)
         with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
             placing = pool.submit(self._timed, "place", lambda: _placed(parts.make()))
@@ -155,12 +162,24 @@ class Load:
         if others:
             # Replicas are alike to the scheduler, whatever is free on their devices.
             self.request = msgspec.structs.replace(request, pages=parts.limits.pages)
-            copies = lambda: [self._replica(plan, place, weights) for place in others]  # noqa: E731
+            copies = lambda: [self._replica(plan, each, weights) for each in others]  # noqa: E731
             engines += self._timed("replicate", copies)
         return engines, self._loaded(plan, parts, len(engines))
 
-    def _parts(self, plan: Plan, place: Placement) -> Parts:
+    def _parts(self, plan: Plan, places: list[Placement]) -> Parts | Pipeline:
         """One replica's sizes and programs; nothing is on its devices yet."""
+        made = [self._stage(plan, place) for place in places]
+        if len(made) == 1:
+            return made[0]
+        pages = [part.limits.pages for part in made]
+        if len(set(pages)) > 1:
+            # Block tables are the same in all stages, so the one with the least room decides.
+            self.request = msgspec.structs.replace(self.request, pages=min(pages))
+            made = [self._stage(plan, place) for place in places]
+        return Pipeline.join(made, struct((plan.config.hidden,), DTYPES[self.request.dtype]))
+
+    def _stage(self, plan: Plan, place: Placement) -> Parts:
+        """As ``_parts``, of one pipeline stage of a replica, or of all of it."""
         request = self.request
         config = rope.for_context(plan.config, request.max_context)
         graph, tree, kept = parameters(config, DTYPES[request.dtype], place, request.weights)
@@ -208,9 +227,9 @@ class Load:
         local, device = place.local(config), place.device.platform
         return place.attention(attention.select(self.attention, device, local, self.request, self._native))
 
-    def _replica(self, plan: Plan, place: Placement, weights: dict[str, jax.Array]) -> Engine:
+    def _replica(self, plan: Plan, places: list[Placement], weights: dict[str, jax.Array]) -> Engine:
         """Another replica, with a copy of the first one's weights."""
-        parts = self._parts(plan, place)
+        parts = self._parts(plan, places)
         parts.programs.compile_ahead(self._compiling(None))
         own = {path: jax.device_put(weights[path], x.sharding) for path, x in parts.shapes.items()}
         return parts.engine(_placed(own), *_placed(parts.make()))
@@ -251,9 +270,9 @@ class Load:
             except TimeoutError:
                 self.report(self._latest)
 
-    def _weights(self, plan: Plan, parts: Parts) -> dict[str, jax.Array]:
+    def _weights(self, plan: Plan, parts: Parts | Pipeline) -> dict[str, jax.Array]:
         """Parameters as programs take them."""
-        return parts.place.arrange(plan.config, self._kept_weights(plan, parts.kept))
+        return parts.arrange(plan.config, self._kept_weights(plan, parts.kept))
 
     def _kept_weights(self, plan: Plan, shapes: dict[str, Any]) -> dict[str, jax.Array]:
         if plan.kept and plan.folder:
@@ -316,7 +335,9 @@ class Load:
         # Padding a chunk to four times its length is cheaper on a CPU than compiling, and dear elsewhere.
         on_cpu = place.device.platform == "cpu"
         tiers = self.request.host_pages or self.request.disk_pages
-        longest = min(limits.chunk_tokens, limits.max_context)
+        # Pipeline stages work on as many parts of a step.
+        slots, chunk = (-(-size // place.stages) for size in (limits.slots, limits.chunk_tokens))
+        longest = min(chunk, limits.max_context)
         return Spec(
             shape=shape,
             place=place,
@@ -325,8 +346,8 @@ class Load:
             batch=batch,
             vocab=limits.vocab_size,
             max_context=limits.max_context,
-            decode_sizes=self._decode_sizes(limits.slots, on_cpu),
-            chunk_tokens=limits.chunk_tokens,
+            decode_sizes=self._decode_sizes(slots, on_cpu),
+            chunk_tokens=chunk,
             chunk_sizes=buckets.chunk_buckets(longest) if on_cpu else buckets.doubling_buckets(longest),
             prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
             # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
@@ -356,7 +377,7 @@ class Load:
             return [size for size in buckets.decode_buckets(slots, factor=2) if size != 2 or slots == 2]
         return buckets.decode_buckets(slots, smallest=2 if self.request.dtype == "bfloat16" else 1)
 
-    def _loaded(self, plan: Plan, parts: Parts, replicas: int) -> LoadedModel:
+    def _loaded(self, plan: Plan, parts: Parts | Pipeline, replicas: int) -> LoadedModel:
         limits = parts.limits
         return LoadedModel(
             model=self.request.model,
@@ -400,6 +421,16 @@ def check_request(request: LoadRequest) -> None:
         raise InvalidArgument(f"speculation_tokens is {request.speculation_tokens}, not in 0..32")
     if not 0.0 < request.memory_fraction <= 1.0:
         raise InvalidArgument(f"memory_fraction is {request.memory_fraction}, not in 0..1")
+
+
+def unguessed(request: LoadRequest) -> LoadRequest:
+    """The request for a model in pipeline stages, which do not guess; refused if guesses were asked for."""
+    if request.speculation in ("ngram", "draft"):
+        raise InvalidArgument(
+            f'a model in pipeline stages does not speculate: set speculation = "off" instead of '
+            f'"{request.speculation}", or use another axis of the mesh'
+        )
+    return msgspec.structs.replace(request, speculation="off", draft="")
 
 
 def check_device(request: LoadRequest, device: Any) -> None:

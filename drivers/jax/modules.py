@@ -118,11 +118,16 @@ class Block(nnx.Module):  # type: ignore[misc]
 
 
 class Decoder(nnx.Module):  # type: ignore[misc]
-    """Embedding, layers, final norm and output head; the steps in ``forward`` string them together."""
+    """Embedding, layers, final norm and output head; the steps in ``forward`` string them together.
+
+    ``first`` and ``last`` say whether it begins with the embedding and ends with the head: a whole one does,
+    and a pipeline stage may not.
+    """
 
     def __init__(self, config: DecoderConfig, init: Init) -> None:
         self.embedding = nnx.Param(init((config.vocab_size, config.hidden)))
         self.split, self.vocab = WHOLE, config.vocab_size
+        self.first = self.last = True
         self.learned = config.learned_positions
         if config.learned_positions:
             self.positions = nnx.Param(init((config.max_positions, config.hidden)))

@@ -171,6 +171,14 @@ class Programs:
         size = bucket(rows, self.spec.decode_sizes)
         return size, self.get(("decode", size))
 
+    def microbatches(self, rows: list[int]) -> list[list[int]]:
+        """The rows of a decode step as programs take them: one after another, in one piece on one device."""
+        return [rows] if rows else []
+
+    def place_rows(self, rows: np.ndarray) -> Any:
+        """Slot numbers [B] as the programs take them."""
+        return jax.device_put(rows, self.spec.place.common)
+
     def rows_for(self, size: int) -> list[int]:
         """How many rows prefill programs of this chunk length come with: together no more than a chunk."""
         return [rows for rows in self.spec.prefill_rows if rows == 1 or rows * size <= self.spec.chunk_tokens]

@@ -42,10 +42,15 @@ Get = Callable[[int], Bytes]
 
 @dataclass(frozen=True)
 class Pending:
-    """A ``PendingStep`` that tells, without waiting, whether it is done: replicas are waited for by turns."""
+    """A ``PendingStep`` that tells, without waiting, whether it is done: replicas are waited for by turns.
+
+    ``overlaps`` says that the next step begins on the device before this one ends, as in a pipeline: then it
+    is dispatched at once, and not shortly before the end.
+    """
 
     resolve: Callable[[], Step]
     ready: Callable[[], bool]
+    overlaps: bool = False
 
     def __call__(self) -> Step:
         return self.resolve()

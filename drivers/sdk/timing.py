@@ -89,7 +89,7 @@ class Timed:
 
     def pause(self) -> float:
         """Seconds until the step behind this one is due, if this is the only one on the device."""
-        if isinstance(self._result, Pending) and self._result.ready():
+        if isinstance(self._result, Pending) and (self._result.overlaps or self._result.ready()):
             return 0.0
         running = self._clock() - max(self._at, self._timing.completed)
         pause = self._timing.pause(self._kind, running)

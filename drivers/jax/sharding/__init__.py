@@ -5,6 +5,7 @@ rules.py        which axis of a parameter lies on which axes of the mesh, and th
 collectives.py  what modules do where their parameters are one part of several
 sequence.py     attention over pages that are spread over devices
 placement.py    where arrays are put and how programs are compiled: on one device, or over a mesh
+stages.py       which layers a pipeline stage has, and its place (its programs are in ../pipeline/)
 
 A program over a mesh is the one-device program of a smaller model (fewer heads, a slice of each MLP, some
 of the experts), run by every device under ``jax.shard_map``, with a sum over the mesh after each

@@ -84,9 +84,10 @@ def check_devices(axes: Axes, available: int) -> None:
 
 def check_model(axes: Axes, config: DecoderConfig) -> None:
     """Refuse a mesh that this model cannot be cut by, with the numbers that do not divide."""
-    if axes.pipeline > 1:
+    if axes.pipeline > config.layers:
         raise InvalidArgument(
-            f"mesh axis pipeline is {axes.pipeline}, but this driver has no pipeline stages: use tensor"
+            f"mesh axis pipeline is {axes.pipeline}, but the model has {config.layers} layers, "
+            "and a stage holds at least one"
         )
     cut = _product(axes, "expert", "tensor")
     _divides(config.heads, axes.parts, "heads", cut)

@@ -16,7 +16,7 @@ from llmos.drivers.jax.attention import AttentionBackend
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.modules import Decoder, struct
 from llmos.drivers.jax.sharding import rules
-from llmos.drivers.jax.sharding.mesh import Axes, make_mesh, replicas
+from llmos.drivers.jax.sharding.mesh import Axes, make_mesh
 from llmos.drivers.jax.sharding.sequence import SequenceAttention
 
 Program = Callable[..., Any]
@@ -45,8 +45,13 @@ class Placement(Protocol):
         ...
 
     @property
-    def page_parts(self) -> int:
-        """Over how many devices pages are spread, so that each has fewer."""
+    def page_parts(self) -> float:
+        """How many times more pages there is room for than if a device held all of them, of all layers."""
+        ...
+
+    @property
+    def stages(self) -> int:
+        """How many pipeline stages work on a batch at the same time."""
         ...
 
     def attention(self, backend: AttentionBackend) -> AttentionBackend:
@@ -77,12 +82,9 @@ class Placement(Protocol):
         ...
 
 
-def places(devices: Sequence[Any], axes: Axes) -> list[Placement]:
-    """The place of each replica."""
-    groups = replicas(devices, axes)
-    if len(groups[0]) == 1:
-        return [OneDevice(group[0]) for group in groups]
-    return [Sharded(make_mesh(group, axes), axes) for group in groups]
+def place(devices: Sequence[Any], axes: Axes) -> Placement:
+    """The place of what one program runs: a replica, or a pipeline stage of it."""
+    return OneDevice(devices[0]) if len(devices) == 1 else Sharded(make_mesh(devices, axes), axes)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,11 @@ class OneDevice:
         return
 
     @property
-    def page_parts(self) -> int:
+    def page_parts(self) -> float:
+        return 1
+
+    @property
+    def stages(self) -> int:
         return 1
 
     def attention(self, backend: AttentionBackend) -> AttentionBackend:
@@ -151,8 +157,12 @@ class Sharded:
         rules.cut(decoder, self.axes)
 
     @property
-    def page_parts(self) -> int:
+    def page_parts(self) -> float:
         return self.axes.sequence
+
+    @property
+    def stages(self) -> int:
+        return 1
 
     def attention(self, backend: AttentionBackend) -> AttentionBackend:
         return SequenceAttention(parts=self.axes.sequence) if self.axes.sequence > 1 else backend

@@ -307,20 +307,32 @@ def fresh_cache(tmp_path: Path, programs_folder: Path) -> Path:
     return make_cache(tmp_path / "cache", programs_folder)
 
 
-@pytest.fixture(scope="session")
-def tiny_driver(tiny_folder: Path, cache_folder: Path) -> tuple[JaxDriver, LoadedModel]:
+def load_tiny(folder: Path, cache: Path, mesh: dict[str, int]) -> tuple[JaxDriver, LoadedModel]:
+    """A driver with the tiny model on a mesh."""
     driver = JaxDriver("cpu")
     request = LoadRequest(
         model="tiny",
-        source=str(tiny_folder),
-        cache=str(cache_folder),
+        source=str(folder),
+        cache=str(cache),
         page_tokens=8,
         pages=256,
         slots=8,
         max_context=256,
         chunk_tokens=64,
+        mesh=mesh,
     )
     return driver, driver.load(request, ignore)
+
+
+@pytest.fixture(scope="session")
+def tiny_driver(tiny_folder: Path, cache_folder: Path) -> tuple[JaxDriver, LoadedModel]:
+    return load_tiny(tiny_folder, cache_folder, {})
+
+
+@pytest.fixture(scope="session")
+def staged_driver(tiny_folder: Path, cache_folder: Path) -> tuple[JaxDriver, LoadedModel]:
+    """The tiny model in two pipeline stages."""
+    return load_tiny(tiny_folder, cache_folder, {"pipeline": 2})
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""One model's batch: tokens do not depend on company, chunks, pages or interruptions."""
+"""One model's batch: tokens do not depend on company, chunks, pages or interruptions, nor on stages."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,6 +22,13 @@ PENALISED = Sampling(
     seed=7,
     logit_bias={9: 2.0},
 )
+
+
+@pytest.fixture(params=["tiny_driver", "staged_driver"], ids=["one-device", "two-stages"])
+def runner(request: pytest.FixtureRequest, helpers: Any) -> Iterator[Any]:
+    runner = helpers.Runner(*request.getfixturevalue(request.param))
+    yield runner
+    runner.clear()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:4], ids=["short", "pages", "repeats", "chunks"])
@@ -158,16 +167,14 @@ def test_a_step_may_have_chunks_of_several_slots_and_decode(runner: Any, helpers
     assert [helpers.tokens_of(done, slot) for slot in range(3)] == alone
 
 
-def test_a_failed_sequence_ends_with_error_and_harms_no_other(
-    runner: Any, helpers: Any, tiny_driver: Any
-) -> None:
+def test_a_failed_sequence_ends_with_error_and_harms_no_other(runner: Any, helpers: Any) -> None:
     tasks = [helpers.Task(PROMPTS[0], 10), helpers.Task(PROMPTS[2], 10)]
     alone = [runner.run(task)[0] for task in tasks]
     starts = [runner.start(slot, task) for slot, task in enumerate(tasks)]
     runner.steps(1, start=starts, chunks=[Chunk(0, 0, 0, 4), Chunk(0, 1, 0, 17)])
-    engine = tiny_driver[0]._engines["tiny"][0]
+    engine = runner.driver._engines["tiny"][0]
     broken = runner.pages(0, 8)[0]
-    engine._caches = [type(c)(c.k, c.v.at[broken].set(np.nan)) for c in engine._caches]
+    engine._caches = jax.tree.map(lambda part: part.at[broken].set(np.nan), engine._caches)
     done = runner.steps(12, decode=[0, 1])
     assert done[0].finished == [(0, "error")]
     assert helpers.tokens_of(done, 0) == []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llmos.drivers.sdk.driver import Driver, PendingStep
+from llmos.drivers.sdk.driver import Driver, Pending, PendingStep
 from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.messages import Quantum, QuantumDone, Step
 from llmos.drivers.sdk.timing import FIRST_MARGIN, MAX_MARGIN, MIN_MARGIN, Timing
@@ -19,11 +19,11 @@ STEP, HOST = 0.012, 0.0015
 class Device(Driver):
     """A device in simulated time; a synchronous one computes a step while it is dispatched."""
 
-    def __init__(self, synchronous: bool = False) -> None:
+    def __init__(self, synchronous: bool = False, overlaps: bool = False) -> None:
         self.now = self.free_at = 1.0
         self.idle = 0.0
         self.dispatched: list[tuple[int, float]] = []  # quantum, seconds until the step before it ends
-        self._synchronous = synchronous
+        self._synchronous, self._overlaps = synchronous, overlaps
         self._random = random.Random(1)
 
     def clock(self) -> float:
@@ -37,7 +37,8 @@ class Device(Driver):
             self.free_at = max(self.now, self.free_at)
             if not self._synchronous:
                 self.free_at += STEP * self._random.uniform(1.0, 1.1)
-            yield lambda index=index, ends=self.free_at: self._result(quantum.id, index, ends)  # type: ignore[misc]
+            result = lambda index=index, ends=self.free_at: self._result(quantum.id, index, ends)  # noqa: E731
+            yield Pending(result, lambda: False, overlaps=True) if self._overlaps else result
 
     def _result(self, quantum: int, index: int, ends: float) -> Step:
         self.now = max(self.now, ends) + 1e-5
@@ -75,6 +76,13 @@ def test_the_next_step_is_dispatched_in_the_last_quarter_of_the_running_one() ->
     run(device, 300)
     late = [left for _, left in device.dispatched[50:]]
     assert sorted(late)[len(late) // 2] < STEP / 4
+
+
+def test_steps_that_overlap_on_the_device_are_dispatched_at_once() -> None:
+    device = Device(overlaps=True)
+    run(device, 50)
+    early = [left for _, left in device.dispatched[1:]]
+    assert min(early) > STEP - 2 * HOST
 
 
 def test_what_arrives_while_a_step_runs_is_the_next_step() -> None:

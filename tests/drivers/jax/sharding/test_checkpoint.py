@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax import loader
-from llmos.drivers.jax.sharding import mesh
+from llmos.drivers.jax.sharding import mesh, stages
 from llmos.drivers.jax.sharding.mesh import Axes
 from llmos.drivers.jax.sharding.placement import OneDevice, Placement, Sharded
 from llmos.drivers.jax.weights import checkpoint
@@ -40,3 +40,33 @@ def test_weights_saved_on_one_mesh_are_restored_on_another(
         np.testing.assert_array_equal(value, cut[path], err_msg=path)
     down = cut["layers.0.mlp.down.weight"]
     assert {shard.data.shape for shard in down.addressable_shards} == {(32, 48 // 8)}
+
+
+def test_stages_restore_what_they_hold_straight_to_their_devices(
+    on_mesh: Callable[..., Any], fresh_cache: Path
+) -> None:
+    on_mesh("llama", {"tensor": 2})
+    (kept,) = (fresh_cache / "weights").iterdir()
+    config = checkpoint.read_manifest(kept)[1]
+    axes, devices = Axes(pipeline=2, tensor=2), jax.devices()
+    (places,) = stages.places(devices[:4], axes, config)
+    wanted = [loader.parameters(config, jnp.float32, place)[-1] for place in places]
+    held = checkpoint.restore(kept, wanted[0] | wanted[1])
+    for shapes, own in zip(wanted, (devices[:2], devices[2:4]), strict=True):
+        assert {device for path in shapes for device in held[path].devices()} == set(own)
+    for layer in range(2):
+        down = held[f"layers.{layer}.mlp.down.weight"]
+        assert {shard.data.shape for shard in down.addressable_shards} == {(32, 48 // 2)}
+    staged = on_mesh("llama", {"pipeline": 2, "tensor": 2})
+    assert "restore" in staged.loaded.phases
+
+
+def test_weights_saved_by_stages_are_restored_on_one_device(
+    on_mesh: Callable[..., Any], fresh_cache: Path
+) -> None:
+    saved = on_mesh("gemma2", {"pipeline": 2})
+    assert "save" in saved.loaded.phases
+    other = on_mesh("gemma2", {})
+    assert "restore" in other.loaded.phases
+    assert other.loaded.parameters == saved.loaded.parameters
+    other.check()

@@ -65,7 +65,11 @@ def test_a_mesh_takes_the_product_of_its_axes() -> None:
             {"intermediate": 12},
             "intermediate 12 cannot be cut by sequence 4 x tensor 2",
         ),
-        (Axes(pipeline=2), {}, "mesh axis pipeline is 2, but this driver has no pipeline stages: use tensor"),
+        (
+            Axes(pipeline=3),
+            {},
+            "mesh axis pipeline is 3, but the model has 2 layers, and a stage holds at least one",
+        ),
         (Axes(expert=2), {}, "mesh axis expert is 2, but the model has no experts: use tensor"),
         (
             Axes(expert=4),
@@ -91,7 +95,7 @@ def test_a_mesh_that_the_model_cannot_be_cut_by_is_refused(
         mesh.check_model(axes, config(**fields))
 
 
-@pytest.mark.parametrize("axes", [Axes(), Axes(tensor=2), Axes(tensor=8), Axes(data=7, tensor=4)])
+@pytest.mark.parametrize("axes", [Axes(), Axes(tensor=2), Axes(tensor=8), Axes(data=7, tensor=4, pipeline=2)])
 def test_a_mesh_that_fits_is_accepted(axes: Axes) -> None:
     mesh.check_model(axes, config())
 

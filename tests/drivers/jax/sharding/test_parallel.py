@@ -21,6 +21,13 @@ CASES = {
     "mixtral-tensor": ("mixtral", {"tensor": 2}),
     "gemma2-sequence-and-tensor": ("gemma2", {"sequence": 2, "tensor": 2}),
     "qwen3_moe-expert-and-tensor": ("qwen3_moe", {"expert": 2, "tensor": 2}),
+    "gemma2-pipeline-tied-embedding": ("gemma2", {"pipeline": 2}),
+    "gpt2-pipeline-learned-positions": ("gpt2", {"pipeline": 2}),
+    "gemma3-pipeline-uneven": ("gemma3", {"pipeline": 4}),
+    "qwen3_moe-pipeline-of-unlike-layers": ("qwen3_moe", {"pipeline": 2}),
+    "llama-pipeline-and-tensor": ("llama", {"pipeline": 2, "tensor": 2}),
+    "mixtral-pipeline-and-expert": ("mixtral", {"pipeline": 2, "expert": 2}),
+    "mistral-pipeline-and-sequence": ("mistral", {"pipeline": 2, "sequence": 2}),
 }
 
 
@@ -36,11 +43,13 @@ def test_a_context_is_longer_than_one_device_holds(on_mesh: OnMesh) -> None:
     model.check()
 
 
-def test_replicas_have_slots_and_pages_of_their_own(on_mesh: OnMesh) -> None:
-    model = on_mesh("llama", {"data": 2, "tensor": 2})
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_replicas_have_slots_and_pages_of_their_own(on_mesh: OnMesh, axis: str) -> None:
+    model = on_mesh("llama", {"data": 2, axis: 2})
     assert model.loaded.replicas == 2
     assert model.engines[0].limits == model.engines[1].limits
-    devices = [{d for w in engine._weights for d in w.devices()} for engine in model.engines]
+    weights = [jax.tree.leaves(engine._weights) for engine in model.engines]
+    devices = [{d for w in held for d in w.devices()} for held in weights]
     assert [len(each) for each in devices] == [2, 2]
     assert not devices[0] & devices[1]
     model.check(replica=1)
