@@ -159,7 +159,8 @@ class PipelinePrograms(Programs):
 
     def _absorb(self, batch: Batch, slots: Iterable[int]) -> None:
         """Dispatch to the first stage what it is owed for any of ``slots``, and no more: it would wait."""
-        due = [not rows.slots.isdisjoint(slots) for rows, _ in batch.owed]
+        # What was sampled for nobody, in a rehearsal, goes with the next.
+        due = [not rows.slots or not rows.slots.isdisjoint(slots) for rows, _ in batch.owed]
         for now, (rows, packed) in zip(due, batch.owed):
             if now:
                 program = self.stages[0].get(("absorb", rows.shape[0]))

@@ -106,6 +106,15 @@ def test_a_slot_that_is_taken_again_has_entered_what_it_was_owed() -> None:
     assert [sorted(rows.slots) for rows, _ in batch.owed] == [[0, 1]]
 
 
+def test_a_rehearsal_leaves_nothing_owed() -> None:
+    devices: list[Any] = [Device(), Later()]
+    programs, batch = PipelinePrograms(devices), new_batch()
+    nobody = programs.place_rows(np.full(2, SLOTS, np.int32))
+    programs.get(("sample", "greedy", 2))(np.float32(0), nobody, batch)
+    programs.get(("decode", 2))([[], []], [[], []], batch, nobody)
+    assert not batch.owed
+
+
 @pytest.mark.parametrize(
     ("rows", "parts"), [([], []), ([3], [[3]]), ([1, 2], [[1], [2]]), ([0, 1, 2], [[0], [1, 2]])]
 )
