@@ -120,7 +120,11 @@ def load(driver: JaxDriver, chosen: argparse.Namespace, arena: Arena) -> Side:
         arena=arena,
         arena_bytes=int(chosen.arena_gib * 2**30) if arena == "shared" else 0,
     )
-    return Side(driver, driver.load(request, lambda _: None))
+    loaded = driver.load(request, lambda _: None)
+    (engine,) = driver._engines[arena]
+    for key in engine.programs.ahead():  # none is being compiled while another is measured
+        engine.programs.get(key)
+    return Side(driver, loaded)
 
 
 def main() -> None:
