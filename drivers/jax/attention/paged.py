@@ -115,9 +115,7 @@ def paged_attention(
     return results[0] if splits == 1 else _join(*results).astype(q.dtype)
 
 
-def _check(
-    q: jax.Array, cache: Cache, tables: jax.Array, lengths: jax.Array, visible: jax.Array
-) -> None:
+def _check(q: jax.Array, cache: Cache, tables: jax.Array, lengths: jax.Array, visible: jax.Array) -> None:
     rows, _, heads, head_dim = q.shape
     _, kv_heads, _, cached_dim = cache.k.shape
     fits = lengths.shape == visible.shape == (rows,) and tables.shape[0] == rows
