@@ -116,6 +116,11 @@ def fill(driver: JaxDriver, value: float) -> None:
         each.array = each.array.at[:-1].set(numbers)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_program_copies_the_pool(runners: dict[str, Any], name: str) -> None:
+    check_programs(runners[name].driver, name)
+
+
 def test_models_of_any_shape_compute_in_slabs_that_change_hands_what_they_compute_alone(
     runners: dict[str, Any], models: Models, alone: dict[str, list[list[int]]]
 ) -> None:
@@ -154,11 +159,6 @@ def test_bfloat16_has_a_pool_of_its_own(runners: dict[str, Any], models: Models)
     check_programs(driver, "halves")
     driver.unload("halves")
     assert [each.name for each in driver._pools._pools.values()] == ["float32"]
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_no_program_copies_the_pool(runners: dict[str, Any], name: str) -> None:
-    check_programs(runners[name].driver, name)
 
 
 def check_programs(driver: JaxDriver, name: str) -> None:
