@@ -52,7 +52,9 @@ class Session:
         begun = time.perf_counter()
         pending: list[Callable[[], Step]] = []
         done: list[Step] = []
-        for step in self.driver.execute(Quantum(id=self.quanta, model="bench", steps=steps, **fields)):
+        for step in self.driver.execute(
+            Quantum(id=self.quanta, model=self.loaded.model, steps=steps, **fields)
+        ):
             pending.append(step)
             if len(pending) == 2:
                 done.append(pending.pop(0)())

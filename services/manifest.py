@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-from llmos.drivers.sdk.messages import DType, Precision, Speculation
+from llmos.drivers.sdk.messages import Arena, DType, Precision, Speculation
 from llmos.ipc import codec, paths
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -37,8 +37,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ``host_cache`` and ``disk_cache`` say the latter in bytes or with a unit ("8GiB"); "auto" is half of the
     RAM that is free, and none where the device is a CPU.
     ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
-    smaller model. Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step,
-    matter.
+    smaller model. ``arena`` "shared" takes pages from a pool that models of the driver share; the first of
+    them makes it ``arena_size`` large, in bytes or with a unit (0: as large as ``pages`` says).
+    Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step, matter.
     """
 
     name: str
@@ -60,6 +61,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     speculation: Speculation = "off"
     speculation_tokens: int = 0
     draft: str = ""
+    arena: Arena = "own"
+    arena_size: str | int = 0
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,10 +141,11 @@ def check(manifest: Manifest) -> None:
                 raise InvalidArgument(f"two {what}s are named {name!r}")
     for model in manifest.models:
         size(model.host_cache)
-        if size(model.disk_cache) < 0:
-            raise InvalidArgument(
-                f"model {model.name!r}: say how many bytes of disk_cache, there is no default"
-            )
+        for name, given in (("disk_cache", model.disk_cache), ("arena_size", model.arena_size)):
+            if size(given) < 0:
+                raise InvalidArgument(
+                    f"model {model.name!r}: say how many bytes of {name}, there is no default"
+                )
         if model.driver not in drivers:
             raise InvalidArgument(f"model {model.name!r} wants driver {model.driver!r}; there is: {drivers}")
 

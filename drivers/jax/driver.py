@@ -48,6 +48,7 @@ class JaxDriver(Driver):
         self._engines: dict[str, list[Any]] = {}
         self._movers: dict[str, list[Any]] = {}
         self._encoders: dict[str, Any] = {}
+        self._pools: Any = None
 
     def describe(self) -> DriverInfo:
         return DriverInfo(
@@ -62,14 +63,23 @@ class JaxDriver(Driver):
         if request.model in self._engines or request.model in self._encoders:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
         from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
-        from llmos.drivers.jax.loader import Load
-        from llmos.drivers.jax.moves import open_movers
+        from llmos.drivers.jax.pool import Pools
 
         if is_encoder(request.source):
             encoder, loaded = EncoderLoad(request, self._devices(), progress).run()
             self._encoders[request.model] = encoder
             return loaded
-        engines, loaded = Load(request, self._devices(), progress, self._attention).run()
+        self._pools = self._pools or Pools()
+        try:
+            return self._load_decoder(request, progress)
+        finally:
+            self._pools.keep(self._engines)
+
+    def _load_decoder(self, request: LoadRequest, progress: Progress) -> LoadedModel:
+        from llmos.drivers.jax.loader import Load
+        from llmos.drivers.jax.moves import open_movers
+
+        engines, loaded = Load(request, self._devices(), progress, self._attention, self._pools).run()
         try:
             self._movers[request.model] = open_movers(engines, loaded)
         except LLMOSError:
@@ -129,6 +139,8 @@ class JaxDriver(Driver):
             engine.close()
         for mover in self._movers.pop(model, []):
             mover.close()
+        if self._pools is not None:
+            self._pools.keep(self._engines)
 
     def _mover(self, model: str, replica: int) -> Any:
         movers = self._movers[model]

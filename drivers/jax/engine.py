@@ -15,6 +15,7 @@ import numpy as np
 
 from llmos.drivers.jax.buckets import group
 from llmos.drivers.jax.ledger import Ledger, Limits, Slot
+from llmos.drivers.jax.pool import Own, Share
 from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Key, Programs
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
 from llmos.drivers.jax.speculating import Speculation
@@ -50,7 +51,7 @@ class Engine:
         limits: Limits,
         programs: Programs,
         weights: Any,
-        caches: list[Any],
+        caches: Own | Share,
         batch: BatchState,
         common: Any = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -61,7 +62,7 @@ class Engine:
         self.unrehearsed: list[Key] = []
         self.programs = programs
         self._weights = weights
-        self._caches = caches
+        self._held = caches
         self._batch = batch
         self._common = common
         self._tallies: Tallies | None = None
@@ -72,6 +73,16 @@ class Engine:
         self._clock = clock
         self.speculation = speculation
         self._completed = 0.0
+        caches.cleaners.append(self._scrub)
+
+    @property
+    def _caches(self) -> Any:
+        """What programs take, and give back."""
+        return self._held.caches
+
+    @_caches.setter
+    def _caches(self, caches: Any) -> None:
+        self._held.caches = caches
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
         """Check a quantum and apply its release, start and grow now; the iterator dispatches its steps.
@@ -79,7 +90,8 @@ class Engine:
         Starts reach the device behind the first prompts, which need nothing of the batch and are waited for.
         """
         self.ledger.check(quantum)
-        self._scrub()
+        for scrub in self._held.cleaners:
+            scrub()
         self.ledger.enter(quantum)
         self._entering = quantum.start
         if quantum.grow:
@@ -138,8 +150,10 @@ class Engine:
             self._batch, speculation.history, *_ = program(logits, guess, *rest)
 
     def close(self) -> None:
-        """Stop what still runs in the background."""
+        """Stop what still runs in the background, and leave pages behind that others can use."""
         self.programs.close()
+        self._scrub()
+        self._held.cleaners.remove(self._scrub)
 
     def reset(self) -> None:
         """Empty all slots; what is on the device is overwritten when a slot is taken again."""

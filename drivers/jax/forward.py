@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention import (
+    AttentionBackend,
+    DecodePlan,
+    PrefillPlan,
+    Scoring,
+    VerifyPlan,
+    shared,
+)
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.state import BatchState
 
@@ -140,17 +147,17 @@ def run(
     model = nnx.merge(shape.graph, jax.tree.unflatten(shape.tree, weights))
     turns = model.turns(position)
     x = model.embed(fed, position) if model.first else fed
-    updated = []
-    for layer, cache in zip(model.layers, caches, strict=True):
+    for number, layer in enumerate(model.layers):
         graph, own = nnx.split(layer)
+        cache = shared.layer(caches, number)
         x, cache = _layer(graph, shape.backend, fresh, shape.native, own, cache, x, *turns[layer.rope], plan)
-        updated.append(cache)
+        caches = shared.with_layer(caches, number, cache)
     if not model.last:
-        return updated, x
+        return caches, x
     if last is not None:
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     with kernels.use(shape.native):
-        return updated, model.logits(x)
+        return caches, model.logits(x)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

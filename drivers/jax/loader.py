@@ -26,10 +26,12 @@ from llmos.drivers.jax import (
     platform,
     quant,
     rope,
+    sharing,
     state,
     verification,
 )
 from llmos.drivers.jax.attention import AttentionBackend
+from llmos.drivers.jax.attention.shared import SharedAttention
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.drafts import Draft, check_draft
 from llmos.drivers.jax.engine import Engine
@@ -38,9 +40,11 @@ from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.modules import Decoder, abstract, struct
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.pipeline.parts import Pipeline
+from llmos.drivers.jax.pool import Own, Pools, Share
 from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec, Speculating
 from llmos.drivers.jax.sharding import mesh, stages
 from llmos.drivers.jax.sharding.placement import OneDevice, Placement
+from llmos.drivers.jax.sharing import HOST_CACHE_BYTES, Member
 from llmos.drivers.jax.speculating import Speculation
 from llmos.drivers.jax.speculation import Policy
 from llmos.drivers.jax.weights import checkpoint
@@ -62,7 +66,6 @@ _FIRST_ON_CPU = 7
 # rows already take longer than one.
 _GUESSES = (7, 3)
 _VERIFIED = (256, 32)
-_HOST_CACHE_BYTES = 512 << 20
 
 
 @dataclass
@@ -86,14 +89,15 @@ class Parts:
     kept: dict[str, Any]
     shapes: dict[str, Any]
     programs: Programs
-    make: Callable[[], tuple[list[Any], state.BatchState]]
+    make: Callable[[], tuple[Own | Share, state.BatchState]]
     draft: Draft | None
+    member: Member | None
 
     def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Loaded parameters as programs take them; what changes is given up."""
         return self.place.arrange(config, weights)
 
-    def engine(self, weights: dict[str, jax.Array], caches: list[Any], batch: state.BatchState) -> Engine:
+    def engine(self, weights: dict[str, jax.Array], caches: Own | Share, batch: state.BatchState) -> Engine:
         """An engine of this replica."""
         ordered = [weights[path] for path in self.shapes]
         common, speculation = self.place.common, self._speculation()
@@ -121,6 +125,7 @@ class Load:
     devices: list[Any]
     report: Progress
     attention: str = "auto"
+    pools: Pools = field(default_factory=Pools)
     phases: dict[str, float] = field(default_factory=dict)
     _native: bool = False
     _latest: LoadProgress = field(default_factory=lambda: LoadProgress("read", 0, 0))
@@ -154,7 +159,7 @@ class Load:
         first, *others = stages.places(self.devices, axes, plan.config)
         parts = self._parts(plan, first)
         with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
-            placing = pool.submit(self._timed, "place", lambda: _placed(parts.make()))
+            placing = pool.submit(self._timed, "place", parts.make)
             loading = pool.submit(self._weights, plan, parts)
             self._timed("compile", lambda: parts.programs.compile_ahead(self._compiling(loading)))
             weights = self._timed("wait", lambda: self._attend(loading))
@@ -186,24 +191,34 @@ class Load:
         shapes = place.arranged(config, kept)
         self._native = self._timed("kernels", lambda: self._kernels(place))
         draft = self._draft(plan.config, place)
-        limits, width = self._limits(plan.config, place, shapes, draft)
+        member = self._member(plan.config, place, shapes)
+        limits, width = self._limits(plan.config, place, shapes, draft, member)
         backend = self._backend(plan.config, place)
+        if member is not None:
+            backend = SharedAttention(backend, member.geometry)
         shape = Shape(
             graph=graph,
             tree=tree,
             backend=backend,
             page_tokens=limits.page_tokens,
-            pages=limits.pages + 1,
+            pages=limits.pages + (member.geometry.slab_pages if member is not None else 1),
             native=self._native,
         )
-        kv = KV_DTYPES[request.kv_dtype]
+        kv = member.pool.dtype if member is not None else KV_DTYPES[request.kv_dtype]
         allocate = lambda config: backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
         batch = lambda: state.empty_state(limits.slots, width, limits.pages)  # noqa: E731
         cache_shapes, caches = place.caches(allocate, plan.config)
         spec = self._spec(shape, place, list(shapes.values()), cache_shapes, jax.eval_shape(batch), limits)
         spec = replace(spec, speculating=self._speculating(limits, draft, spec.decode_sizes))
-        make = lambda: (caches(), jax.jit(batch, out_shardings=place.common)())  # noqa: E731
-        return Parts(place, limits, kept, shapes, Programs(spec), make, draft)
+        hold = member.caches if member is not None else lambda: Own(_placed(caches()))
+        make = lambda: (hold(), _placed(jax.jit(batch, out_shardings=place.common)()))  # noqa: E731
+        return Parts(place, limits, kept, shapes, Programs(spec), make, draft, member)
+
+    def _member(self, config: DecoderConfig, place: Placement, shapes: dict[str, Any]) -> Member | None:
+        if self.request.arena == "own":
+            return None
+        weights = sum(_bytes_on_one(x) for x in shapes.values())
+        return sharing.join(self.pools, self.request, config, place.device, weights)
 
     def _draft(self, config: DecoderConfig, place: Placement) -> Draft | None:
         """The draft model, if there is to be one; refused if it cannot guess for a model of ``config``."""
@@ -232,7 +247,7 @@ class Load:
         parts = self._parts(plan, places)
         parts.programs.compile_ahead(self._compiling(None))
         own = {path: jax.device_put(weights[path], x.sharding) for path, x in parts.shapes.items()}
-        return parts.engine(_placed(own), *_placed(parts.make()))
+        return parts.engine(_placed(own), *parts.make())
 
     def _kernels(self, place: Placement) -> bool:
         """Whether this model runs on the CPU's own kernels, which know one device only."""
@@ -298,7 +313,12 @@ class Load:
         return dict(weights)
 
     def _limits(
-        self, config: DecoderConfig, place: Placement, shapes: dict[str, Any], draft: Draft | None
+        self,
+        config: DecoderConfig,
+        place: Placement,
+        shapes: dict[str, Any],
+        draft: Draft | None,
+        member: Member | None,
     ) -> tuple[Limits, int]:
         """Sizes of a replica whose parameters are ``shapes``, and the width of its block tables."""
         request, device = self.request, place.device
@@ -312,11 +332,14 @@ class Load:
         page_bytes = sum(page_size(place.local(each), request) for each in configs) / place.page_parts
         pages = request.pages or int(free // page_bytes)
         if not request.pages and device.platform == "cpu":
-            pages = min(pages, request.slots * needed, max(int(_HOST_CACHE_BYTES // page_bytes), needed))
-        if pages < needed or (free and pages * page_bytes > free / request.memory_fraction):
+            pages = min(pages, request.slots * needed, max(int(HOST_CACHE_BYTES // page_bytes), needed))
+        fits = not free or pages * page_bytes <= free / request.memory_fraction
+        if member is not None:
+            pages, fits = member.pages, True
+        if pages < needed or not fits:
             raise NoMemory(
                 f"{pages} pages of {page_bytes:.0f} bytes do not fit or hold less than one context of "
-                f"{context}; lower max_context or pages, or raise memory_fraction"
+                f"{context}; lower max_context or pages, or raise memory_fraction or arena_bytes"
             )
         limits = Limits(
             slots=request.slots,
@@ -399,11 +422,13 @@ class Load:
             disk_pages=self.request.disk_pages,
             replicas=replicas,
             phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
+            **(parts.member.described() if parts.member is not None else {}),
         )
 
 
 def check_request(request: LoadRequest) -> None:
     """Refuse what this driver cannot do, before anything is read."""
+    sharing.check_request(request)
     if request.dtype not in DTYPES:
         raise InvalidArgument(
             f"dtype {request.dtype} is not one of {', '.join(DTYPES)}: it is what is computed in; "

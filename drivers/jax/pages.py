@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmos.drivers.jax.attention.shared import SharedCaches
 from llmos.drivers.jax.modules import struct
 
 BLOCK_BYTES = 64 << 20
@@ -26,7 +27,9 @@ def unit(caches: Any) -> Any:
 
 
 def page_bytes(caches: Any) -> int:
-    """Bytes of a page over all leaves; the page is the first axis of each."""
+    """Bytes of a page over all leaves; the page is the first axis of each, unless the caches are shared."""
+    if isinstance(caches, SharedCaches):
+        return caches.geometry.page * caches.pool.dtype.itemsize
     return sum(prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
 
@@ -60,6 +63,9 @@ def _bits(leaf: jax.Array) -> jax.Array:
 
 def gather(caches: Any, pages: jax.Array) -> jax.Array:
     """The block [n, width] of ``pages`` [n]."""
+    if isinstance(caches, SharedCaches):
+        blocks, own = caches.pages(pages)
+        return _bits(blocks).at[own].get(mode="promise_in_bounds").reshape(len(pages), -1)
     kind = unit(caches)
     taken = [_bits(leaf).at[pages].get(mode="promise_in_bounds") for leaf in jax.tree.leaves(caches)]
     rows = [jax.lax.bitcast_convert_type(x, kind).reshape(len(pages), -1) for x in taken]
@@ -68,6 +74,11 @@ def gather(caches: Any, pages: jax.Array) -> jax.Array:
 
 def scatter(caches: Any, rows: jax.Array, pages: jax.Array) -> Any:
     """The caches with a block [n, width] written to ``pages`` [n], which are all different."""
+    if isinstance(caches, SharedCaches):
+        blocks, own = caches.pages(pages)
+        value = jax.lax.bitcast_convert_type(rows.reshape(*own.shape, -1), blocks.dtype)
+        changed = blocks.at[own].set(value, mode="promise_in_bounds", unique_indices=True)
+        return caches.with_pages(changed)
     leaves, tree = jax.tree.flatten(caches)
     written, at = [], 0
     for leaf in leaves:

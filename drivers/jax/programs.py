@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax import drafting, forward, pages, platform, sampling, state, verification
+from llmos.drivers.jax.attention.shared import SharedCaches
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
@@ -273,7 +274,9 @@ class Programs:
         assert self.spec.speculating is not None
         return self.spec.speculating.history
 
-    def _scrub(self, caches: list[Any], pages: jax.Array) -> list[Any]:
+    def _scrub(self, caches: Any, pages: jax.Array) -> Any:
+        if isinstance(caches, SharedCaches):
+            return caches.scrubbed(pages)
         return [self.spec.shape.backend.scrub(cache, pages) for cache in caches]
 
     def _logits(self, rows: int) -> Any:

@@ -22,6 +22,7 @@ FinishReason = Literal["stop", "length", "error"]
 Tier = Literal["device", "host", "disk"]
 Kind = Literal["decoder", "encoder"]
 Speculation = Literal["off", "auto", "ngram", "draft"]
+Arena = Literal["own", "shared"]
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -63,6 +64,9 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     in one step, where that is measured to be faster: "ngram" takes guesses from the sequence's own past,
     "draft" from the smaller model at the source ``draft``, which has the same vocabulary, and "auto" from the
     draft model if there is one. The tokens are those of plain decoding.
+    ``arena`` "shared" takes pages from one pool of the device, which all models loaded so with this
+    ``kv_dtype`` share. The first of them decides how large it is: ``arena_bytes``, or where these are 0
+    ``pages``, or ``memory_fraction`` as above; it is given back when the last is unloaded.
     """
 
     model: str
@@ -85,6 +89,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     speculation: Speculation = "off"
     speculation_tokens: int = 0
     draft: str = ""
+    arena: Arena = "own"
+    arena_bytes: int = 0
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -106,6 +112,11 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     bounds the texts of one step, each counted as long as the longest. It makes ``width`` numbers of a text:
     a vector, or where it has ``labels`` a score for each, ``exclusive`` if only one of them can be true.
     ``token_types`` is how many types its tokens may be of.
+
+    A model that shares pages names the ``pool`` of each replica's device ("": they are its own). The pool
+    has ``slabs`` slabs of ``slab_bytes``, the same for all its models; in slab s this model's pages are
+    ``s * slab_pages`` to ``s * slab_pages + slab_pages - 1``, so ``pages`` is all that it could have. Whoever
+    hands out pages decides which model has which slab, and the driver is not told.
     """
 
     model: str
@@ -130,6 +141,10 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     exclusive: bool = True
     token_types: int = 1
     replicas: int = 1
+    pool: str = ""
+    slabs: int = 0
+    slab_pages: int = 0
+    slab_bytes: int = 0
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):

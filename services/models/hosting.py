@@ -138,4 +138,6 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         speculation=spec.speculation,
         speculation_tokens=spec.speculation_tokens,
         draft=str(Path(spec.draft).expanduser().absolute()) if spec.draft else "",
+        arena=spec.arena,
+        arena_bytes=manifest.size(spec.arena_size),
     )

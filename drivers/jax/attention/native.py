@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, Scoring
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.attention.xla import Cache, PagedCache, PairedCache, XlaAttention
 from llmos.drivers.jax.native import build
 
 HEAD_MULTIPLE = 16
@@ -29,24 +29,29 @@ class NativeAttention(XlaAttention):
     def decode(
         self,
         plan: DecodePlan,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, PagedCache]:
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache.k, cache.v)]  # type: ignore[no-untyped-call]
-        call = jax.ffi.ffi_call(build.target("attention"), shapes, input_output_aliases={3: 1, 4: 2})
+    ) -> tuple[jax.Array, Cache]:
+        paired = isinstance(cache, PairedCache)
+        # A pool as it is: a reshaped one would be copied before it is aliased.
+        given = [cache.pool, cache.first] if isinstance(cache, PairedCache) else [cache.k, cache.v]
+        written = given[:1] if paired else given
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *written)]  # type: ignore[no-untyped-call]
+        aliases = {3: 1} if paired else {3: 1, 4: 2}
+        call = jax.ffi.ffi_call(build.target("attention"), shapes, input_output_aliases=aliases)
         numbers = (plan.tables, plan.lengths, plan.pages, plan.offsets)
-        out, keys, values = call(
+        out, *written = call(
             q,
             k.astype(q.dtype),
             v.astype(q.dtype),
-            cache.k,
-            cache.v,
+            *given,
             *(x.astype(jnp.int32) for x in numbers),
             scale=np.float32(scoring.scale or q.shape[-1] ** -0.5),
             cap=np.float32(scoring.cap),
+            page_tokens=np.int32(cache.k.shape[2]),
             window=np.int32(scoring.window),
         )
-        return out, PagedCache(keys, values)
+        return out, cache.written(written[0]) if isinstance(cache, PairedCache) else PagedCache(*written)

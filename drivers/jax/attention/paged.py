@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llmos.drivers.jax.attention import PLAIN, Scoring
-from llmos.drivers.jax.attention.xla import PagedCache
+from llmos.drivers.jax.attention.xla import Cache, PairedCache
 from llmos.drivers.jax.modules import struct
 
 LEAST = 16  # rows and columns of a matrix product in Triton
@@ -68,7 +68,7 @@ def _power(count: int) -> int:
 
 def paged_attention(
     q: jax.Array,
-    cache: PagedCache,
+    cache: Cache,
     tables: jax.Array,
     lengths: jax.Array,
     visible: jax.Array | None = None,
@@ -92,9 +92,12 @@ def paged_attention(
     kv_heads = cache.k.shape[1]
     tile = tiling(queries, heads // kv_heads, head_dim, splits, scoring)
     specs, shapes = _results(q, splits)
-    parts = [part for part in cache if part is not None]
+    if isinstance(cache, PairedCache):
+        parts = [cache.blocks, cache.blocks, cache.first.reshape(1)]
+    else:
+        parts = [part for part in cache if part is not None]
     results = pl.pallas_call(
-        partial(_kernel, tile=tile),
+        partial(_kernel, tile=tile, paired=isinstance(cache, PairedCache)),
         grid=(rows, kv_heads, pl.cdiv(queries, tile.queries) * splits),
         in_specs=[
             pl.BlockSpec((None, tables.shape[1]), lambda b, h, s: (b, 0)),
@@ -112,9 +115,7 @@ def paged_attention(
     return results[0] if splits == 1 else _join(*results).astype(q.dtype)
 
 
-def _check(
-    q: jax.Array, cache: PagedCache, tables: jax.Array, lengths: jax.Array, visible: jax.Array
-) -> None:
+def _check(q: jax.Array, cache: Cache, tables: jax.Array, lengths: jax.Array, visible: jax.Array) -> None:
     rows, _, heads, head_dim = q.shape
     _, kv_heads, _, cached_dim = cache.k.shape
     fits = lengths.shape == visible.shape == (rows,) and tables.shape[0] == rows
@@ -147,11 +148,16 @@ def _kernel(
     q_ref: Any,  # [queries, heads, head_dim]
     k_pages: Any,  # [pages, kv_heads, page_tokens, head_dim]
     v_pages: Any,
-    *rest: Any,  # of 8-bit pages k_scale and v_scale [pages, kv_heads, page_tokens]; then the results
+    *rest: Any,  # ``first`` [1] if paired; of 8-bit pages k_scale and v_scale [pages, kv_heads, page_tokens];
+    # then the results
     tile: Tiling,
+    paired: bool,
 ) -> None:
     count = 1 if tile.splits == 1 else 3
     scales, results = rest[:-count], rest[-count:]
+    beside = (0, 0)
+    if paired:
+        beside, scales = (scales[0][0], scales[0][0] + 1), ()
     head, split = pl.program_id(1), pl.program_id(2) % tile.splits
     row = jnp.arange(tile.rows)
     offset = row // tile.group
@@ -167,7 +173,7 @@ def _kernel(
     top, total, acc = jax.lax.fori_loop(
         begin,
         jnp.minimum(begin + share, last),
-        partial(_page, tables, q, (k_pages, v_pages), scales, head, limit, tile.scoring),
+        partial(_page, tables, q, (k_pages, v_pages), beside, scales, head, limit, tile.scoring),
         (
             jnp.full((tile.rows,), _MASKED, jnp.float32),
             jnp.zeros((tile.rows,), jnp.float32),
@@ -201,6 +207,7 @@ def _page(
     tables: Any,
     q: Any,  # [rows, head_dim]
     pages: tuple[Any, Any],
+    beside: tuple[Any, Any],  # where keys and values are, from a page's number on
     scales: tuple[Any, ...],
     head: Any,
     limit: Any,  # [rows], how many tokens each sees
@@ -211,7 +218,7 @@ def _page(
     """One page more of a running softmax, its maxima and sums to the base of 2."""
     top, total, acc = carry
     page = tables[index]
-    scores = plgpu.dot(q, _read(pages[0], page, head, q).T)
+    scores = plgpu.dot(q, _read(pages[0], page + beside[0], head, q).T)
     factor = scoring.scale or pages[0].shape[3] ** -0.5
     if scales:
         scores = scores * scales[0][page, head][None, :]
@@ -231,7 +238,7 @@ def _page(
     total = total * decay + weights.sum(axis=-1)
     if scales:
         weights = weights * scales[1][page, head][None, :]
-    mixed = plgpu.dot(weights.astype(q.dtype), _read(pages[1], page, head, q))
+    mixed = plgpu.dot(weights.astype(q.dtype), _read(pages[1], page + beside[1], head, q))
     return peak, total, acc * decay[:, None] + mixed
 
 

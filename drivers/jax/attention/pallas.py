@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, packed, write
+from llmos.drivers.jax.attention.xla import Cache, PagedCache, PairedCache, XlaAttention, packed, write
 from llmos.drivers.jax.config import DecoderConfig
 
 TALL = 64  # rows of a program from which twice the warps share its sums
@@ -42,24 +42,24 @@ class PallasAttention:
     def decode(
         self,
         plan: DecodePlan,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, PagedCache]:
+    ) -> tuple[jax.Array, Cache]:
         cache = write(cache, plan.pages, plan.offsets, k, v)
         return self._attend(plan.tables, plan.lengths, plan.lengths, cache, q[:, None], scoring)[:, 0], cache
 
     def verify(
         self,
         plan: VerifyPlan,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, PagedCache]:
+    ) -> tuple[jax.Array, Cache]:
         flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), *flat)
         return self._attend(plan.tables, plan.lengths, plan.starts + 1, cache, q, scoring), cache
@@ -67,13 +67,13 @@ class PallasAttention:
     def prefill(
         self,
         plan: PrefillPlan,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         fresh: bool,
         scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, PagedCache]:
+    ) -> tuple[jax.Array, Cache]:
         if not fresh:
             return self.verify(VerifyPlan(*plan), cache, q, k, v, scoring)
         cache = write_pages(cache, plan, k, v)
@@ -96,7 +96,7 @@ class PallasAttention:
         tables: jax.Array,
         lengths: jax.Array,
         visible: jax.Array,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         scoring: Scoring,
     ) -> jax.Array:
@@ -117,24 +117,26 @@ class PallasAttention:
         )
 
 
-def write_pages(cache: PagedCache, plan: PrefillPlan, k: jax.Array, v: jax.Array) -> PagedCache:
+def write_pages(cache: Cache, plan: PrefillPlan, k: jax.Array, v: jax.Array) -> Any:
     """Put k and v [R, C, kv_heads, head_dim] of rows that start at position 0 into their pages, page by page.
 
     Token by token this costs ten times as much. What pads a row's last page is overwritten as it grows.
     """
-    rows, chunk, kv_heads = k.shape[:3]
+    _, chunk, kv_heads = k.shape[:3]
     page_tokens, pages = cache.k.shape[2], -(-chunk // cache.k.shape[2])
     padding = ((0, 0), (0, pages * page_tokens - chunk), (0, 0))
     width = min(pages, plan.tables.shape[1])
     used = jnp.arange(width) * page_tokens < plan.lengths[:, None]
     ids = jnp.where(used, plan.tables[:, :width], cache.k.shape[0]).reshape(-1)
 
-    def put(part: jax.Array, new: jax.Array) -> jax.Array:
+    def put(part: jax.Array, new: jax.Array, ids: jax.Array) -> jax.Array:
         rest = new.shape[3:]
         padded = jnp.pad(new, padding + ((0, 0),) * len(rest))
-        blocks = padded.reshape(rows, pages, page_tokens, kv_heads, *rest)[:, :width]
+        blocks = padded.reshape(-1, pages, page_tokens, kv_heads, *rest)[:, :width]
         blocks = blocks.swapaxes(2, 3).reshape(-1, kv_heads, page_tokens, *rest)
         return part.at[ids].set(blocks, mode="drop", unique_indices=True)
 
-    stored: PagedCache = jax.tree.map(put, cache, packed(cache, k, v))
-    return stored
+    new = packed(cache, k, v)
+    if isinstance(cache, PairedCache):
+        return cache.written(put(cache.blocks, jnp.concatenate([new.k, new.v]), cache.both(ids)))
+    return jax.tree.map(lambda part, new: put(part, new, ids), cache, new)

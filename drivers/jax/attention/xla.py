@@ -9,6 +9,7 @@ faster than gathering whole contexts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring,
 from llmos.drivers.jax.config import DecoderConfig
 
 _MASKED = -1e30
+
+BITS = jnp.dtype(jnp.uint16)
+"""What can hold bfloat16: to write a part of an array of bfloat16, XLA:CPU widens and narrows all of it."""
 
 
 class PagedCache(NamedTuple):
@@ -31,6 +35,66 @@ class PagedCache(NamedTuple):
     v: jax.Array
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
+
+    @property
+    def first(self) -> int:
+        """What is added to a page's number to find its keys in ``k``, and its values in ``v``."""
+        return 0
+
+    @property
+    def second(self) -> int:
+        return 0
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pool", "first"], meta_fields=["block"])
+@dataclass(frozen=True)
+class PairedCache:
+    """Keys and values of one layer among those of others: ``pool`` is made of blocks of the shape ``block``,
+    [kv_heads, page_tokens, head_dim].
+
+    A page's number is that of its first block; its keys in this layer lie ``first`` [] blocks behind that,
+    its values in the block after its keys.
+    """
+
+    pool: jax.Array
+    first: jax.Array
+    block: tuple[int, int, int]
+
+    @property
+    def blocks(self) -> jax.Array:
+        """The pool as [blocks, kv_heads, page_tokens, head_dim]."""
+        return self.pool.reshape(-1, *self.block)
+
+    @property
+    def k(self) -> jax.Array:
+        return self.blocks
+
+    @property
+    def v(self) -> jax.Array:
+        return self.blocks
+
+    @property
+    def k_scale(self) -> None:
+        return None
+
+    @property
+    def v_scale(self) -> None:
+        return None
+
+    @property
+    def second(self) -> jax.Array:
+        return self.first + 1
+
+    def both(self, pages: jax.Array) -> jax.Array:
+        """The blocks [2 n] of the keys of pages [n], and then those of their values."""
+        return jnp.concatenate([pages + self.first, pages + self.second])
+
+    def written(self, pool: jax.Array) -> PairedCache:
+        """This cache with other contents, in any shape."""
+        return PairedCache(pool.reshape(self.pool.shape), self.first, self.block)
+
+
+Cache = PagedCache | PairedCache
 
 
 @dataclass(frozen=True)
@@ -59,12 +123,12 @@ class XlaAttention:
     def decode(
         self,
         plan: DecodePlan,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, PagedCache]:
+    ) -> tuple[jax.Array, Cache]:
         cache = write(cache, self.own(cache, plan.pages), plan.offsets, k, v)
         visible = plan.lengths[:, None]
         out = self.attend(plan.tables, visible, plan.lengths, cache, q[:, None], scoring)
@@ -73,13 +137,13 @@ class XlaAttention:
     def prefill(
         self,
         plan: PrefillPlan,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         fresh: bool = False,
         scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, PagedCache]:
+    ) -> tuple[jax.Array, Cache]:
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         cache = write(cache, self.own(cache, plan.pages).reshape(-1), plan.offsets.reshape(-1), k, v)
         visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
@@ -88,15 +152,15 @@ class XlaAttention:
     def verify(
         self,
         plan: VerifyPlan,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, PagedCache]:
+    ) -> tuple[jax.Array, Cache]:
         return self.prefill(PrefillPlan(*plan), cache, q, k, v, scoring=scoring)
 
-    def own(self, cache: PagedCache, pages: jax.Array) -> jax.Array:
+    def own(self, cache: Cache, pages: jax.Array) -> jax.Array:
         """Where pages are in this device's cache; out of range for those that are not there."""
         return pages
 
@@ -105,7 +169,7 @@ class XlaAttention:
         tables: jax.Array,
         visible: jax.Array,
         lengths: jax.Array,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         scoring: Scoring = PLAIN,
     ) -> jax.Array:
@@ -122,7 +186,7 @@ class XlaAttention:
         tables: jax.Array,
         visible: jax.Array,
         lengths: jax.Array,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         scoring: Scoring,
         columns: jax.Array | None = None,
@@ -142,7 +206,8 @@ class XlaAttention:
         def body(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
             ids = jax.lax.dynamic_slice_in_dim(tables, index * block, block, axis=1)
-            scores = _scores(grouped, _gather(cache.k, ids)) * (scoring.scale or head_dim**-0.5)
+            scores = _scores(grouped, _gather(cache.k, ids + cache.first))
+            scores = scores * (scoring.scale or head_dim**-0.5)
             if cache.k_scale is not None:
                 scores = scores * _gather(cache.k_scale, ids)[:, :, None]
             if scoring.cap:
@@ -159,7 +224,7 @@ class XlaAttention:
             peak = jnp.maximum(top, scores.max(axis=-1))
             weights = jnp.exp(scores - peak[..., None])
             decay = jnp.exp(top - peak)
-            sums, v = weights.sum(axis=-1), _gather(cache.v, ids)
+            sums, v = weights.sum(axis=-1), _gather(cache.v, ids + cache.second)
             if cache.v_scale is not None:
                 weights, v = weights * _gather(cache.v_scale, ids)[:, :, None], v.astype(q.dtype)
             return peak, total * decay + sums, acc * decay[..., None] + _mix(weights, v)
@@ -190,30 +255,43 @@ def finish(total: jax.Array, acc: jax.Array, q: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
-def write(cache: PagedCache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> PagedCache:
+def write(cache: Cache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> Any:
     """Put k and v [n, kv_heads, head_dim] at (page, offset) [n]; pages out of range are dropped."""
-    where = (pages[:, None], jnp.arange(k.shape[1])[None], offsets[:, None])
+    new = packed(cache, k, v)
 
-    def put(part: jax.Array, new: jax.Array) -> jax.Array:
+    def put(part: jax.Array, new: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
+        where = (pages[:, None], jnp.arange(k.shape[1])[None], offsets[:, None])
         return part.at[where].set(new, mode="drop", unique_indices=True)
 
-    stored: PagedCache = jax.tree.map(put, cache, packed(cache, k, v))
-    return stored
+    if isinstance(cache, PairedCache):
+        both = jnp.concatenate([new.k, new.v])
+        return cache.written(put(cache.blocks, both, cache.both(pages), jnp.tile(offsets, 2)))
+    return jax.tree.map(lambda part, new: put(part, new, pages, offsets), cache, new)
 
 
-def packed(cache: PagedCache, k: jax.Array, v: jax.Array) -> PagedCache:
+def packed(cache: Cache, k: jax.Array, v: jax.Array) -> PagedCache:
     """k and v [..., head_dim] as ``cache`` holds them, with scales [...] if it has any."""
     if cache.k_scale is None:
-        return PagedCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+        return PagedCache(held(k, cache.k.dtype), held(v, cache.v.dtype))
     (keys, k_scale), (values, v_scale) = (quant.quantise(x, cache.k.dtype) for x in (k, v))
     return PagedCache(keys, values, k_scale, v_scale)
+
+
+def held(x: jax.Array, dtype: Any) -> jax.Array:
+    """Numbers as a cache of this type holds them; see ``BITS``."""
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), BITS) if dtype == BITS else x.astype(dtype)
+
+
+def numbers(x: jax.Array) -> jax.Array:
+    """The numbers that were ``held``."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == BITS else x
 
 
 def _gather(part: jax.Array, ids: jax.Array) -> jax.Array:
     """Pages ``ids`` [B, n] of a cache part [pages, ...] -> [B, kv_heads, n * page_tokens, ...]."""
     pages, kv_heads, *rest = part.shape
     flat = ids[:, None, :] * kv_heads + jnp.arange(kv_heads)[None, :, None]
-    blocks = part.reshape(pages * kv_heads, *rest)[flat]
+    blocks = numbers(part.reshape(pages * kv_heads, *rest)[flat])
     return blocks.reshape(ids.shape[0], kv_heads, -1, *rest[1:])
 
 

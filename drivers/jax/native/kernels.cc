@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -432,31 +433,40 @@ XLA_FFI_Error* product(const Call& call) {
 }
 
 template <typename X, typename T>
-void decode_call(const Call& call, const Paged& at) {
-  decode(call.pool(), call.arg(0).dims[0], call.data<X>(0), call.data<X>(1), call.data<X>(2), call.data<T>(3),
-         call.data<T>(4), call.data<int32_t>(5), call.data<int32_t>(6), call.data<int32_t>(7), call.data<int32_t>(8),
+void decode_call(const Call& call, const Paged& at, int64_t first, bool paired) {
+  int64_t block = at.kv_heads * at.page_tokens * at.head_dim;
+  T* keys = call.data<T>(3) + first * block;
+  T* values = paired ? keys + block : call.data<T>(4);
+  decode(call.pool(), call.arg(0).dims[0], call.data<X>(0), call.data<X>(1), call.data<X>(2), keys, values, call.data<int32_t>(5), call.data<int32_t>(6), call.data<int32_t>(7), call.data<int32_t>(8),
          static_cast<X*>(call.ret(0).data), at);
 }
 
 // q [B, heads, head_dim], k and v [B, kv_heads, head_dim]; keys and values [pages, kv_heads, page_tokens,
 // head_dim] are written in place; tables [B, width], lengths, pages and offsets [B] -> out like q, the cache.
+// A paired cache is one array of any shape and a number []: keys begin so many blocks on, values a block later.
 XLA_FFI_Error* attention(const Call& call) {
-  if (!call.has(9, 3, 3)) return call.invalid("attention takes 9 arguments and 3 attributes");
-  XLA_FFI_Buffer &q = call.arg(0), &keys = call.arg(3);
-  if (q.rank != 3 || keys.rank != 4 || keys.dims[3] % kLanes || q.dims[2] != keys.dims[3]) {
-    return call.invalid("attention takes q [B, heads, head_dim] and keys of the same head_dim");
+  bool paired = call.frame->rets.size == 2;
+  if (!call.has(9, paired ? 2 : 3, 4)) return call.invalid("attention takes 9 arguments and 4 attributes");
+  XLA_FFI_Buffer &q = call.arg(0), &k = call.arg(1), &keys = call.arg(3);
+  if (q.rank != 3 || k.rank != 3 || q.dims[2] % kLanes || q.dims[2] != k.dims[2]) {
+    return call.invalid("attention takes q [B, heads, head_dim] and k [B, kv_heads, head_dim]");
   }
-  if (call.ret(1).data != keys.data || call.ret(2).data != call.arg(4).data) {
+  if (call.ret(1).data != keys.data || (!paired && call.ret(2).data != call.arg(4).data)) {
     return call.invalid("the cache must be aliased to the result");
   }
-  if (!floating(q) || !floating(keys)) return call.invalid("queries and cache must be float32 or bfloat16");
-  Paged at{keys.dims[0],         keys.dims[1],        keys.dims[2], keys.dims[3], q.dims[1] / keys.dims[1],
-           call.arg(5).dims[1],  call.attr<float>(1), call.attr<float>(0), call.attr<int32_t>(2)};
+  int64_t page_tokens = call.attr<int32_t>(1), first = paired ? *call.data<int32_t>(4) : 0;
+  int64_t size = std::accumulate(keys.dims, keys.dims + keys.rank, int64_t{1}, std::multiplies<int64_t>());
+  int64_t pages = size / (k.dims[1] * page_tokens * k.dims[2]) - (paired ? first + 1 : 0);
+  if (first < 0 || pages <= 0) return call.invalid("the layer's blocks must be in the cache");
+  bool bits = keys.dtype == XLA_FFI_DataType_U16;  // of bfloat16
+  if (!floating(q) || !(floating(keys) || bits)) return call.invalid("q and cache must be float32 or bfloat16");
+  Paged at{pages,               k.dims[1],           page_tokens,         k.dims[2], q.dims[1] / k.dims[1],
+           call.arg(5).dims[1], call.attr<float>(2), call.attr<float>(0), call.attr<int32_t>(3)};
   bool wide = q.dtype == kFloat32, wide_cache = keys.dtype == kFloat32;
-  if (wide && wide_cache) decode_call<float, float>(call, at);
-  if (wide && !wide_cache) decode_call<float, bfloat16>(call, at);
-  if (!wide && wide_cache) decode_call<bfloat16, float>(call, at);
-  if (!wide && !wide_cache) decode_call<bfloat16, bfloat16>(call, at);
+  if (wide && wide_cache) decode_call<float, float>(call, at, first, paired);
+  if (wide && !wide_cache) decode_call<float, bfloat16>(call, at, first, paired);
+  if (!wide && wide_cache) decode_call<bfloat16, float>(call, at, first, paired);
+  if (!wide && !wide_cache) decode_call<bfloat16, bfloat16>(call, at, first, paired);
   return nullptr;
 }
 

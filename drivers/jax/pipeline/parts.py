@@ -11,6 +11,7 @@ from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.pipeline.programs import Batch, PipelinePrograms, StagePrograms
+from llmos.drivers.jax.pool import Own
 
 if TYPE_CHECKING:
     from llmos.drivers.jax.loader import Parts
@@ -51,12 +52,12 @@ class Pipeline:
                 made[_name(number, path)] = value
         return made
 
-    def make(self) -> tuple[list[Any], Batch]:
+    def make(self) -> tuple[Own, Batch]:
         """The caches of all stages, and the batch on the first and the last."""
         made = [part.make() for part in self.stages]
-        return [caches for caches, _ in made], Batch(made[0][1], made[-1][1])
+        return Own([held.caches for held, _ in made]), Batch(made[0][1], made[-1][1])
 
-    def engine(self, weights: dict[str, jax.Array], caches: list[Any], batch: Any) -> Engine:
+    def engine(self, weights: dict[str, jax.Array], caches: Own, batch: Any) -> Engine:
         """An engine of this replica."""
         ordered = [
             [weights[_name(number, path)] for path in part.shapes] for number, part in enumerate(self.stages)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax.attention import PLAIN, Scoring
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, finish
+from llmos.drivers.jax.attention.xla import Cache, PagedCache, XlaAttention, finish
 from llmos.drivers.jax.config import DecoderConfig
 
 AXIS = "sequence"
@@ -32,7 +32,7 @@ class SequenceAttention(XlaAttention):
     def allocate(self, config: DecoderConfig, pages: int, page_tokens: int, dtype: Any) -> list[PagedCache]:
         return super().allocate(config, -(-pages // self.parts) * self.parts, page_tokens, dtype)
 
-    def own(self, cache: PagedCache, pages: jax.Array) -> jax.Array:
+    def own(self, cache: Cache, pages: jax.Array) -> jax.Array:
         size = cache.k.shape[0]
         return jnp.where(pages % self.parts == jax.lax.axis_index(AXIS), pages // self.parts, size)
 
@@ -41,7 +41,7 @@ class SequenceAttention(XlaAttention):
         tables: jax.Array,
         visible: jax.Array,
         lengths: jax.Array,
-        cache: PagedCache,
+        cache: Cache,
         q: jax.Array,
         scoring: Scoring = PLAIN,
     ) -> jax.Array:

@@ -77,7 +77,8 @@ void try_product(int64_t rows, int64_t outer, int64_t inner) {
   }
 }
 
-void try_attention(int32_t window) {
+// Two arrays, or one in which the values of a page follow its keys, behind a block that is not this layer's.
+void try_attention(int32_t window, bool paired) {
   constexpr int64_t B = 3, H = 8, K = 2, D = 16, N = 4, P = 9, W = 4;
   auto q = randoms(B * H * D), k = randoms(B * K * D), v = k, keys = randoms(P * K * N * D), out = q;
   auto values = keys;
@@ -88,8 +89,32 @@ void try_attention(int32_t window) {
   auto tb = buffer(tables, td, XLA_FFI_DataType_S32), lb = buffer(lengths, bd, XLA_FFI_DataType_S32);
   auto pb = buffer(pages, bd, XLA_FFI_DataType_S32), fb = buffer(offsets, bd, XLA_FFI_DataType_S32);
   float scale = 0.25f, cap = 0;
+  int32_t page_tokens = N, first = 1;
+  int64_t size = K * N * D;
+  auto pool = randoms((2 * P + first) * size);
+  std::vector<int64_t> rd{(2 * P + first) * size}, none;
+  std::vector<int32_t> behind{first}, twice = tables, into = pages;
+  for (auto* list : {&twice, &into}) {
+    for (auto& page : *list) page *= 2;
+  }
+  for (int64_t i = 0; i < P * size; ++i) {
+    pool[(i / size * 2 + first) * size + i % size] = keys[i];
+    pool[(i / size * 2 + first + 1) * size + i % size] = values[i];
+  }
+  auto rb = buffer(pool, rd, kFloat32), hb = buffer(behind, none, XLA_FFI_DataType_S32);
+  auto wb = buffer(twice, td, XLA_FFI_DataType_S32), ib = buffer(into, bd, XLA_FFI_DataType_S32);
   XLA_FFI_Scalar capped{kFloat32, &cap}, scaled{kFloat32, &scale}, windowed{XLA_FFI_DataType_S32, &window};
-  call(llmos_attention, {&qb, &kb, &vb, &cb, &db, &tb, &lb, &pb, &fb}, {&ob, &cb, &db}, {&capped, &scaled, &windowed});
+  XLA_FFI_Scalar paged{XLA_FFI_DataType_S32, &page_tokens};
+  std::vector<XLA_FFI_Scalar*> attributes{&capped, &paged, &scaled, &windowed};
+  if (paired) {
+    call(llmos_attention, {&qb, &kb, &vb, &rb, &hb, &wb, &lb, &ib, &fb}, {&ob, &rb}, attributes);
+  } else {
+    call(llmos_attention, {&qb, &kb, &vb, &cb, &db, &tb, &lb, &pb, &fb}, {&ob, &cb, &db}, attributes);
+  }
+  for (int64_t i = 0; paired && i < P * size; ++i) {
+    keys[i] = pool[(i / size * 2 + first) * size + i % size];
+    values[i] = pool[(i / size * 2 + first + 1) * size + i % size];
+  }
   for (int64_t i = 0; i < B * H; ++i) {
     int64_t row = i / H, head = i % H / (H / K), first = window ? std::max(0, lengths[row] - window) : 0;
     auto at = [&](int64_t t) { return ((tables[row * W + t / N] * K + head) * N + t % N) * D; };
@@ -117,6 +142,8 @@ int main() {
     try_product(rows, 37, 83);
     try_product(rows, 600, 129);
   }
-  try_attention(0);
-  try_attention(5);
+  for (bool paired : {false, true}) {
+    try_attention(0, paired);
+    try_attention(5, paired);
+  }
 }

@@ -1,0 +1,128 @@
+"""Every backend over blocks of a pool gives and writes what it does over caches of a model alone."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmos.drivers.jax import pages as blocks
+from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention.native import NativeAttention
+from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches, storage
+from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, numbers
+from llmos.drivers.jax.config import DecoderConfig
+
+LAYERS, HEADS, KV, TOKENS, SIZE = 3, 4, 2, 16, 32
+CONFIG = DecoderConfig(100, 64, LAYERS, HEADS, KV, SIZE, 64, 1e-5, 1e4, 256)
+PAGE = 2 * LAYERS * KV * TOKENS * SIZE
+GEOMETRY = Geometry(LAYERS, (KV, TOKENS, SIZE), 4 * PAGE + 2 * KV * TOKENS * SIZE)
+SLABS = 4
+PAGES = SLABS * GEOMETRY.slab_pages
+NOWHERE = PAGES
+TABLES = jnp.asarray([[1, 6, 11, 12], [0, 2, 12, 12], [12, 12, 12, 12]], jnp.int32)
+BACKENDS: dict[str, Any] = {
+    "xla": XlaAttention(),
+    "pallas": PallasAttention(interpret=True, fresh="xla"),
+    "native": NativeAttention(),
+}
+
+gather, scatter = jax.jit(blocks.gather), jax.jit(blocks.scatter)
+
+
+def random(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@cache
+def caches(dtype: Any, on_cpu: bool) -> tuple[list[PagedCache], SharedCaches]:
+    """The same contents in caches of a model alone, and in a pool that is full of something else."""
+    shape = PAGES, KV, TOKENS, SIZE
+    own = [PagedCache(*(random(*shape, dtype=dtype, seed=10 * n + i) for i in (1, 2))) for n in range(LAYERS)]
+    pool = random(SLABS, GEOMETRY.slab, seed=7).astype(dtype)
+    if storage(dtype, on_cpu) != dtype:
+        pool = jax.lax.bitcast_convert_type(pool, storage(dtype, on_cpu))
+    every = jnp.arange(PAGES)
+    return own, scatter(SharedCaches(pool, GEOMETRY), gather(own, every), every)
+
+
+def plans() -> dict[str, tuple[Any, int]]:
+    """Plans, and how many tokens they feed to a row; the last row writes nothing and reads nothing."""
+    lengths, starts = jnp.asarray([35, 17, 0], jnp.int32), jnp.asarray([30, 14, 0], jnp.int32)
+    counts = jnp.asarray([5, 3, 0], jnp.int32)
+    at = jnp.maximum(lengths - 1, 0)
+    last = jnp.take_along_axis(TABLES, at[:, None] // TOKENS, axis=1)[:, 0]
+    fed = starts[:, None] + jnp.arange(5)
+    into = jnp.take_along_axis(TABLES, fed // TOKENS, axis=1)
+    into = jnp.where(jnp.arange(5) < counts[:, None], into, NOWHERE)
+    first = jnp.arange(20)
+    fresh = jnp.where(first < jnp.asarray([[20], [16], [0]]), TABLES[:, first // TOKENS], NOWHERE)
+    zeros = jnp.zeros(3, jnp.int32)
+    filled = jnp.asarray([20, 16, 0], jnp.int32)
+    return {
+        "decode": (DecodePlan(TABLES, lengths, jnp.where(lengths > 0, last, NOWHERE), at % TOKENS), 0),
+        "verify": (VerifyPlan(TABLES, starts, lengths, into, fed % TOKENS), 5),
+        "prefill": (PrefillPlan(TABLES, starts, lengths, into, fed % TOKENS), 5),
+        "fresh": (PrefillPlan(TABLES, zeros, filled, fresh, jnp.tile(first % TOKENS, (3, 1))), 20),
+    }
+
+
+def step(backend: AttentionBackend, kind: str, cache: Any, dtype: Any, scoring: Scoring) -> tuple[Any, Any]:
+    plan, fed = plans()[kind]
+    shape = (3, fed) if fed else (3,)
+    q, k, v = (random(*shape, n, SIZE, dtype=dtype, seed=s) for s, n in enumerate((HEADS, KV, KV), 20))
+    if kind in ("decode", "verify"):
+        return getattr(backend, kind)(plan, cache, q, k, v, scoring)  # type: ignore[no-any-return]
+    return backend.prefill(plan, cache, q, k, v, kind == "fresh", scoring)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("decode", "float32"),
+        ("decode", "bfloat16"),
+        ("prefill", "float32"),
+        ("fresh", "bfloat16"),
+        ("verify", "float32"),
+    ],
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_pool_is_read_and_written_as_caches_are(
+    native_kernels: bool, name: str, kind: str, dtype: str
+) -> None:
+    if name == "native" and not native_kernels:
+        pytest.skip("no native kernels")
+    backend, kept = BACKENDS[name], jnp.dtype(dtype)
+    held, shared = caches(kept, on_cpu=name != "pallas")
+    own = list(held)
+    scoring = Scoring(window=9)
+    untouched = np.asarray(shared.pool)
+    alone = jax.jit(partial(step, backend, kind, dtype=kept, scoring=scoring))
+    among = jax.jit(partial(step, SharedAttention(backend, GEOMETRY), kind, dtype=kept, scoring=scoring))
+    for number in (1, 2):
+        expected, own[number] = alone(own[number])
+        found, layer = among(shared.layer(number))
+        shared = shared.with_layer(layer)
+        np.testing.assert_array_equal(np.asarray(found)[:2], np.asarray(expected)[:2])
+    every = jnp.arange(PAGES)
+    np.testing.assert_array_equal(gather(shared, every), gather(own, every))
+    rest = GEOMETRY.slab_pages * GEOMETRY.page
+    np.testing.assert_array_equal(np.asarray(shared.pool)[:, rest:], untouched[:, rest:])
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_only_what_is_not_finite_is_scrubbed(on_cpu: bool) -> None:
+    _, shared = caches(jnp.bfloat16, on_cpu)
+    broken = gather(shared, jnp.asarray([3, 9]))
+    bad = jax.lax.bitcast_convert_type(jnp.asarray([jnp.nan, jnp.inf], jnp.bfloat16), jnp.uint16)
+    broken = broken.at[0, :2].set(bad).at[1, -1].set(bad[0])
+    shared = scatter(shared, broken, jnp.asarray([3, 9]))
+    cleared = shared.scrubbed(jnp.asarray([3, PAGES + 5, PAGES + 5]))
+    expected = broken.at[0, :2].set(0)
+    np.testing.assert_array_equal(gather(cleared, jnp.asarray([3, 9])), expected)
+    assert int((~jnp.isfinite(numbers(cleared.pool))).sum()) == 1
