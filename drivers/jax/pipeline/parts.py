@@ -26,6 +26,7 @@ class Pipeline:
     kept: dict[str, Any]
     shapes: dict[str, Any]
     programs: PipelinePrograms
+    member: None = None  # stages have pages of their own
 
     @classmethod
     def join(cls, stages: list[Parts], x: Any) -> Pipeline:
