@@ -240,7 +240,9 @@ class Load:
 
     def _backend(self, config: DecoderConfig, place: Placement) -> AttentionBackend:
         local, device = place.local(config), place.device.platform
-        return place.attention(attention.select(self.attention, device, local, self.request, self._native))
+        # The TPU's kernel wants keys and values of a token side by side, which a pool has not.
+        name = "xla" if device == "tpu" and self.request.arena == "shared" else self.attention
+        return place.attention(attention.select(name, device, local, self.request, self._native))
 
     def _replica(self, plan: Plan, places: list[Placement], weights: dict[str, jax.Array]) -> Engine:
         """Another replica, with a copy of the first one's weights."""

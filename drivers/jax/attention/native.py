@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, Scoring
-from llmos.drivers.jax.attention.xla import Cache, PagedCache, PairedCache, XlaAttention
+from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache, XlaAttention
 from llmos.drivers.jax.native import build
 
 HEAD_MULTIPLE = 16
@@ -35,9 +35,9 @@ class NativeAttention(XlaAttention):
         v: jax.Array,
         scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, Cache]:
-        paired = isinstance(cache, PairedCache)
+        paired = isinstance(cache, PooledCache)
         # A pool as it is: a reshaped one would be copied before it is aliased.
-        given = [cache.pool, cache.first] if isinstance(cache, PairedCache) else [cache.k, cache.v]
+        given = [cache.pool, cache.first] if isinstance(cache, PooledCache) else [cache.k, cache.v]
         written = given[:1] if paired else given
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *written)]  # type: ignore[no-untyped-call]
         aliases = {3: 1} if paired else {3: 1, 4: 2}
@@ -54,4 +54,4 @@ class NativeAttention(XlaAttention):
             page_tokens=np.int32(cache.k.shape[2]),
             window=np.int32(scoring.window),
         )
-        return out, cache.written(written[0]) if isinstance(cache, PairedCache) else PagedCache(*written)
+        return out, cache.written(written[0]) if isinstance(cache, PooledCache) else PagedCache(*written)

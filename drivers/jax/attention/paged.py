@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llmos.drivers.jax.attention import PLAIN, Scoring
-from llmos.drivers.jax.attention.xla import Cache, PairedCache
+from llmos.drivers.jax.attention.xla import Cache, PooledCache
 from llmos.drivers.jax.modules import struct
 
 LEAST = 16  # rows and columns of a matrix product in Triton
@@ -92,12 +92,12 @@ def paged_attention(
     kv_heads = cache.k.shape[1]
     tile = tiling(queries, heads // kv_heads, head_dim, splits, scoring)
     specs, shapes = _results(q, splits)
-    if isinstance(cache, PairedCache):
+    if isinstance(cache, PooledCache):
         parts = [cache.blocks, cache.blocks, cache.first.reshape(1)]
     else:
         parts = [part for part in cache if part is not None]
     results = pl.pallas_call(
-        partial(_kernel, tile=tile, paired=isinstance(cache, PairedCache)),
+        partial(_kernel, tile=tile, paired=isinstance(cache, PooledCache)),
         grid=(rows, kv_heads, pl.cdiv(queries, tile.queries) * splits),
         in_specs=[
             pl.BlockSpec((None, tables.shape[1]), lambda b, h, s: (b, 0)),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
-from llmos.drivers.jax.attention.xla import Cache, PagedCache, PairedCache, XlaAttention, packed, write
+from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache, XlaAttention, packed, write
 from llmos.drivers.jax.config import DecoderConfig
 
 TALL = 64  # rows of a program from which twice the warps share its sums
@@ -137,6 +137,6 @@ def write_pages(cache: Cache, plan: PrefillPlan, k: jax.Array, v: jax.Array) -> 
         return part.at[ids].set(blocks, mode="drop", unique_indices=True)
 
     new = packed(cache, k, v)
-    if isinstance(cache, PairedCache):
+    if isinstance(cache, PooledCache):
         return cache.written(put(cache.blocks, jnp.concatenate([new.k, new.v]), cache.both(ids)))
     return jax.tree.map(lambda part, new: put(part, new, ids), cache, new)

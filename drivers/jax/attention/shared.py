@@ -23,7 +23,7 @@ from llmos.drivers.jax.attention import (
     Scoring,
     VerifyPlan,
 )
-from llmos.drivers.jax.attention.xla import BITS, PairedCache, held, numbers
+from llmos.drivers.jax.attention.xla import BITS, PooledCache, held, numbers
 from llmos.drivers.jax.config import DecoderConfig
 
 
@@ -66,11 +66,11 @@ class SharedCaches:
     pool: jax.Array
     geometry: Geometry
 
-    def layer(self, number: int) -> PairedCache:
+    def layer(self, number: int) -> PooledCache:
         """The cache of one layer."""
-        return PairedCache(self.pool, np.int32(2 * number), self.geometry.block)  # type: ignore[arg-type]
+        return PooledCache(self.pool, np.int32(2 * number), self.geometry.block)  # type: ignore[arg-type]
 
-    def with_layer(self, cache: PairedCache) -> SharedCaches:
+    def with_layer(self, cache: PooledCache) -> SharedCaches:
         """These caches as ``cache`` leaves them, which is all that follows may read."""
         return SharedCaches(cache.pool, self.geometry)
 

@@ -48,7 +48,7 @@ class PagedCache(NamedTuple):
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pool", "first"], meta_fields=["block"])
 @dataclass(frozen=True)
-class PairedCache:
+class PooledCache:
     """Keys and values of one layer among those of others: ``pool`` is made of blocks of the shape ``block``,
     [kv_heads, page_tokens, head_dim].
 
@@ -89,12 +89,12 @@ class PairedCache:
         """The blocks [2 n] of the keys of pages [n], and then those of their values."""
         return jnp.concatenate([pages + self.first, pages + self.second])
 
-    def written(self, pool: jax.Array) -> PairedCache:
+    def written(self, pool: jax.Array) -> PooledCache:
         """This cache with other contents, in any shape."""
-        return PairedCache(pool.reshape(self.pool.shape), self.first, self.block)
+        return PooledCache(pool.reshape(self.pool.shape), self.first, self.block)
 
 
-Cache = PagedCache | PairedCache
+Cache = PagedCache | PooledCache
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def write(cache: Cache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: j
         where = (pages[:, None], jnp.arange(k.shape[1])[None], offsets[:, None])
         return part.at[where].set(new, mode="drop", unique_indices=True)
 
-    if isinstance(cache, PairedCache):
+    if isinstance(cache, PooledCache):
         both = jnp.concatenate([new.k, new.v])
         return cache.written(put(cache.blocks, both, cache.both(pages), jnp.tile(offsets, 2)))
     return jax.tree.map(lambda part, new: put(part, new, pages, offsets), cache, new)
