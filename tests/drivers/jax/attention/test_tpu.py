@@ -27,7 +27,7 @@ PAGE, PAGES, WIDTH, SIZE = 8, 25, 6, 128
 BACKEND = TpuAttention(blocks=(2, 4))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     def store(ref: Any, value: Any, *, mask: Any) -> None:
         ref[...] = jnp.where(mask, value, ref[...])
@@ -54,6 +54,7 @@ def paired(cache: PagedCache) -> jax.Array:
     return jnp.stack([cache.k, cache.v], axis=2).reshape(PAGES, 4, PAGE, SIZE).swapaxes(1, 2)
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=11, cap=2.0, scale=0.2)])
 def test_decode_equals_the_other_backend(scoring: Scoring) -> None:
     whole, pairs, tables = pages()
@@ -69,6 +70,7 @@ def test_decode_equals_the_other_backend(scoring: Scoring) -> None:
     np.testing.assert_array_equal(cache.kv, paired(reference))
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_a_later_chunk_of_padded_rows_equals_the_other_backend() -> None:
     whole, pairs, tables = pages()
     starts, counts, chunk = jnp.asarray([5, 0, 30]), jnp.asarray([6, 0, 3]), 6
@@ -83,6 +85,18 @@ def test_a_later_chunk_of_padded_rows_equals_the_other_backend() -> None:
     for row, count in enumerate(counts.tolist()):
         np.testing.assert_allclose(out[row, :count], expected[row, :count], atol=2e-6)
     np.testing.assert_array_equal(cache.kv, paired(reference))
+
+
+@pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=1024, cap=30.0)])
+def test_the_kernel_can_be_lowered_for_a_tpu(scoring: Scoring, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax._src.pallas.mosaic.tpu_info.get_device_kind", lambda: "TPU v5")
+    monkeypatch.setattr("jax._src.pallas.mosaic.tpu_info.get_num_device_cores", lambda: 1)
+    tables, (lengths, where, offsets) = jnp.zeros((16, 32), jnp.int32), jnp.zeros((3, 16), jnp.int32)
+    shapes = [(64, 64, 16, SIZE), (16, 32, SIZE), (16, 8, SIZE), (16, 8, SIZE)]
+    cache, q, k, v = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes)
+    run = partial(TpuAttention(blocks=(8, 32)).decode, scoring=scoring)
+    traced = jax.jit(run).trace(DecodePlan(tables, lengths, where, offsets), PairedCache(cache), q, k, v)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_scrub_clears_only_what_is_not_finite() -> None:
