@@ -51,7 +51,8 @@ def check(request: LoadRequest) -> None:
         raise InvalidArgument(f"adapter_rank is {request.adapter_rank}, not in 1..{WIDEST}")
     if request.adapters and any(size > 1 for axis, size in request.mesh.items() if axis != "data"):
         raise InvalidArgument(
-            "a model that is cut over several devices has no adapters: leave adapters 0, or use the data axis only"
+            "a model that is cut over several devices has no adapters: leave adapters 0, or use only "
+            "the data axis"
         )
 
 
@@ -114,7 +115,7 @@ def put(stacks: list[Pair], own: list[Pair], index: jax.Array) -> list[Pair]:
 
 
 class Table:
-    """Which adapters of a model are loaded, and their numbers from 1 on; ``numbers`` is shared with ledgers."""
+    """Which adapters of a model are loaded: ``numbers`` from 1 on, which ledgers see."""
 
     def __init__(self, adapters: int) -> None:
         self._free = list(range(adapters, 0, -1))
@@ -125,10 +126,10 @@ class Table:
         """Busy where no number is free, InvalidArgument where there never is."""
         if not self.size:
             raise InvalidArgument(
-                "this model was loaded without room for adapters: set adapters in the manifest"
+                "the model was loaded without room for adapters: set max_adapters in the manifest"
             )
         if name not in self.numbers and not self._free:
-            raise Busy(f"all {self.size} adapters that fit are loaded: unload one, or raise adapters")
+            raise Busy(f"all {self.size} adapters that fit are loaded: unload one, or raise max_adapters")
 
     def take(self, name: str) -> int:
         """The number of an adapter that has arrived; the old one if it is here already."""

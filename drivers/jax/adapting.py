@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+
 import jax
 
 from llmos.drivers.jax.adapters import Table

@@ -62,7 +62,7 @@ def delta(x: jax.Array, a: jax.Array, b: jax.Array, parts: tuple[int, ...], dens
     rows = _rows.get()
     assert rows is not None, "a product with adapters is traced outside of lora.serving"
     wide = x.reshape(x.shape[0], -1, x.shape[-1])
-    way = choose(*wide.shape[:2], a.shape[0], jax.default_backend())
+    way = choose(wide.shape[0], wide.shape[1], a.shape[0], jax.default_backend())
     run = _own if way == "own" else _all
     added = run(wide, rows, a, b, parts, dense)
     return added.reshape(*x.shape[:-1], b.shape[0])

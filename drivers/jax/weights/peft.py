@@ -88,7 +88,7 @@ def _config(config: dict[str, Any], most: int) -> tuple[int, float, set[str]]:
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not 0 < rank:
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
         raise InvalidArgument(f"the adapter's r is {rank!r} and its lora_alpha {alpha!r}: they are numbers")
     if rank > most:
         raise InvalidArgument(f"the adapter's rank is {rank}, over {most}: raise adapter_rank of the model")

@@ -20,8 +20,9 @@ def make_adapter(config: dict[str, Any], rank: int, modules: list[str], seed: in
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {
-        "q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden),
-        "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+        "q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden),
+        "o_proj": (hidden, hidden), "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden), "down_proj": (hidden, inner),
     }  # fmt: skip
     made = {}
     for layer in range(config["num_hidden_layers"]):

@@ -88,7 +88,9 @@ def test_each_row_of_a_mixed_batch_is_as_with_weights_merged(
 def test_a_mixed_batch_gives_each_what_it_gets_alone(loaded: Any, helpers: Any) -> None:
     alone = [run(loaded, helpers, [name], [prompt])[0] for name, prompt in zip(NAMES, PROMPTS, strict=True)]
     assert run(loaded, helpers, NAMES, PROMPTS) == alone
-    assert run(loaded, helpers, ["all", ""], [PROMPTS[0]] * 2)[0] != run(loaded, helpers, [""], PROMPTS[:1])[0]
+    assert (
+        run(loaded, helpers, ["all", ""], [PROMPTS[0]] * 2)[0] != run(loaded, helpers, [""], PROMPTS[:1])[0]
+    )
 
 
 def test_a_model_with_room_computes_without_an_adapter_exactly_what_it_did(
@@ -98,7 +100,9 @@ def test_a_model_with_room_computes_without_an_adapter_exactly_what_it_did(
     assert run(loaded, helpers, [""] * 4, PROMPTS) == run(plain, helpers, [""] * 4, PROMPTS)
 
 
-def test_the_two_ways_of_multiplying_agree(loaded: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_two_ways_of_multiplying_agree(
+    loaded: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((4, 3, 16)).astype(np.float32)
     a = rng.standard_normal((2, 2 * 4, 16)).astype(np.float32)
@@ -148,7 +152,9 @@ def test_speculation_gives_the_tokens_of_plain_decoding(
     loaded: Any, request_of: LoadRequest, helpers: Any, adapters: Any, fresh_cache: Path
 ) -> None:
     driver = JaxDriver("cpu")
-    wanted = msgspec.structs.replace(request_of, cache=str(fresh_cache), speculation="ngram", speculation_tokens=3)
+    wanted = msgspec.structs.replace(
+        request_of, cache=str(fresh_cache), speculation="ngram", speculation_tokens=3
+    )
     runner = helpers.Runner(driver, driver.load(wanted, helpers.ignore))
     for engine in driver._engines["tiny"]:
         engine.speculation.policy.always = True
@@ -167,7 +173,9 @@ def test_every_replica_has_the_adapter(
     runner = helpers.Runner(driver, driver.load(wanted, helpers.ignore))
     load_adapter(driver, "all", adapters["all"][0])
     expected = run(loaded, helpers, ["all"], PROMPTS[:1])
-    assert [run(runner, helpers, ["all"], PROMPTS[:1], replica=number) for number in range(2)] == [expected] * 2
+    assert [run(runner, helpers, ["all"], PROMPTS[:1], replica=number) for number in range(2)] == [
+        expected
+    ] * 2
     driver.unload("tiny")
 
 
@@ -202,7 +210,9 @@ def test_a_sequence_with_an_unknown_adapter_is_refused_before_any_effect(loaded:
     start: Start = loaded.start(0, helpers.Task(PROMPTS[0], COUNT))
     with pytest.raises(InvalidArgument, match="adapter gone is not loaded"):
         loaded.driver.execute(
-            helpers.Quantum(id=99, model="tiny", steps=1, start=[msgspec.structs.replace(start, adapter="gone")])
+            helpers.Quantum(
+                id=99, model="tiny", steps=1, start=[msgspec.structs.replace(start, adapter="gone")]
+            )
         )
     with pytest.raises(NotFound, match="not loaded here"):
         loaded.driver.unload_adapter("tiny", "gone")
@@ -213,7 +223,7 @@ def test_a_model_without_room_has_the_programs_it_always_had(
 ) -> None:
     driver, _ = tiny_driver
     spec = driver._engines["tiny"][0].programs.spec
-    assert spec.room is None and spec.batch.adapter is None and spec.shape.heading == 2
+    assert (spec.room, spec.batch.adapter, spec.shape.heading) == (None, None, 2)
     assert ("adapt",) not in driver._engines["tiny"][0].programs.ahead()
     with pytest.raises(InvalidArgument, match="without room for adapters"):
         load_adapter(driver, "all", adapters["all"][0])
