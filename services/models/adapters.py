@@ -74,15 +74,23 @@ class Adapters:
             self._tell(model, lambda error: hosted(before, error))
 
         def hosted(before: Adapter | None, error: LLMOSError | None) -> None:
+            unused, same = adapter, before is not None and before.identity == adapter.identity
             if error is None:
                 log.info("%s has the adapter %s", model.spec.name, adapter.identity)
-                call.reply(model.adapter_line(adapter))
-                return
-            # Tasks run with the weights that had this name before.
-            del model.adapters[name]
-            if before is not None:
+                unused = before or adapter
+            elif before is not None:
+                # Tasks run with the weights that had this name before.
                 model.adapters[name] = before
-            self._drop(model, adapter.identity, lambda _: call.fail(error))
+            else:
+                del model.adapters[name]
+
+            def answer(_: LLMOSError | None) -> None:
+                call.reply(model.adapter_line(adapter)) if error is None else call.fail(error)
+
+            if same or unused.loaded is None or unused is model.adapters.get(name):
+                answer(None)
+            else:
+                self._drop(model, unused.identity, answer)
 
         self._load(model, adapter, told)
 
