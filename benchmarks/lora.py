@@ -5,8 +5,8 @@
 
 Row i of a batch has adapter i modulo their number, so that a batch mixes all of them. ``--model`` may be
 ``random:CONFIG_JSON``; of an 8B shape each takes 16 GB and its own KV, so lower ``--batch`` or name fewer.
-The adapter is one random file for all seven kinds of products, loaded under as many names: what is in it does not
-matter to the time. ``idle`` is the model with the most room and no row that has an adapter.
+The adapter is one random file for all seven kinds of products, loaded under as many names: what is in it does
+not matter to the time. ``idle`` is the model with the most room and no row that has an adapter.
 """
 
 from __future__ import annotations
