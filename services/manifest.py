@@ -39,6 +39,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ``speculation`` and ``speculation_tokens`` are those of ``LoadRequest``; ``draft`` is the path of a
     smaller model. ``arena`` "shared" takes pages from a pool that models of the driver share; the first of
     them makes it ``arena_size`` large, in bytes or with a unit (0: as large as ``pages`` says).
+    ``adapters`` maps names to folders of LoRA adapters as PEFT saves them, which are asked for as MODEL:NAME;
+    ``max_adapters`` of them (0: as many as are named), of ranks up to ``adapter_rank``, can be loaded at once.
     Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step, matter.
     """
 
@@ -63,6 +65,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     draft: str = ""
     arena: Arena = "own"
     arena_size: str | int = 0
+    adapters: dict[str, str] = {}
+    max_adapters: int = 0
+    adapter_rank: int = 16
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -146,6 +151,13 @@ def check(manifest: Manifest) -> None:
                 raise InvalidArgument(
                     f"model {model.name!r}: say how many bytes of {name}, there is no default"
                 )
+        for adapter in model.adapters:
+            if not NAME.fullmatch(adapter):
+                raise InvalidArgument(f"adapter name {adapter!r}: use letters, digits, '-', '_' and '.'")
+        if 0 < model.max_adapters < len(model.adapters):
+            raise InvalidArgument(
+                f"model {model.name!r} names {len(model.adapters)} adapters: raise max_adapters"
+            )
         if model.driver not in drivers:
             raise InvalidArgument(f"model {model.name!r} wants driver {model.driver!r}; there is: {drivers}")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from llmos.drivers.sdk.messages import LoadProgress
 from llmos.ipc import paths
 from llmos.ipc.client import Client
-from llmos.ipc.errors import HostDown
+from llmos.ipc.errors import HostDown, InvalidArgument
+from llmos.services.adapters import split
 from llmos.services.models import catalog, store
-from llmos.services.models.messages import Load, ModelLine, ModelList, Unload
+from llmos.services.models.messages import Load, LoadAdapter, ModelLine, ModelList, Unload, UnloadAdapter
 from llmos.services.models.store import PullProgress
 from llmos.shell import session
 from llmos.shell.output import count, mesh_words, say, table
@@ -59,11 +61,24 @@ def _served(line: ModelLine) -> tuple[str, ...]:
 
 
 def load(options: argparse.Namespace) -> int:
-    """Load a model of the manifest onto its driver, and wait until it is ready."""
+    """Load a model of the manifest onto its driver, or an adapter beside it, and wait until it is ready."""
+    if split(options.model)[1]:
+        return _load_adapter(options)
+    if options.path:
+        raise InvalidArgument("only an adapter, MODEL:NAME, has a path here; models are in the manifest")
     began = time.monotonic()
     with session.connect() as client:
         line = load_with_bar(client, options.model)
     say(f"model {line.name} is ready on {line.driver} after {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def _load_adapter(options: argparse.Namespace) -> int:
+    source = str(Path(options.path).expanduser().absolute()) if options.path else ""
+    with session.connect() as client:
+        request = LoadAdapter(options.model, source)
+        line = client.call("models.load_adapter", request, ModelLine, timeout=LOAD_SECONDS)
+    say(f"adapter {line.name} is ready; ask for it as a model of that name")
     return 0
 
 
@@ -79,8 +94,12 @@ def load_with_bar(client: Client, model: str) -> ModelLine:
 
 
 def unload(options: argparse.Namespace) -> int:
-    """Take a model from its driver; its memory is free when this returns."""
+    """Take a model, or an adapter, from its driver; its memory is free when this returns."""
     with session.connect() as client:
+        if split(options.model)[1]:
+            client.call("models.unload_adapter", UnloadAdapter(options.model), timeout=UNLOAD_SECONDS)
+            say(f"adapter {options.model} is unloaded")
+            return 0
         client.call("models.unload", Unload(options.model), timeout=UNLOAD_SECONDS)
     say(f"model {options.model} is unloaded; again by: llmos load {options.model}")
     return 0

@@ -177,16 +177,20 @@ def _model_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "Those the running system serves and their state, and those that were pulled.",
     )  # fmt: skip
     load = _verb(
-        verbs, "load", "catalogue:load", "load a model onto its driver",
-        "One of the manifest that was unloaded, that failed, or whose files were pulled since; shows how far "
+        verbs, "load", "catalogue:load", "load a model onto its driver, or an adapter beside it",
+        "A LoRA adapter is loaded while its model runs, from a folder as PEFT saves it, and asked for as "
+        "MODEL:NAME; the model needs room for it (max_adapters in the manifest). A model is one of the "
+        "manifest that was unloaded, that failed, or whose files were pulled since; shows how far "
         "it is, and returns when it is ready.",
     )  # fmt: skip
-    load.add_argument("model", metavar="MODEL", help="a name from: llmos models")
+    load.add_argument("model", metavar="MODEL[:NAME]", help="a name from: llmos models, or a new adapter's")
+    load.add_argument("path", metavar="PATH", nargs="?", default="", help="the adapter's folder")
     unload = _verb(
-        verbs, "unload", "catalogue:unload", "take a model from its driver",
-        "Requests for it are refused from then on; its memory is free when the command returns.",
+        verbs, "unload", "catalogue:unload", "take a model, or an adapter, from its driver",
+        "An adapter must not be in use. Requests for it are refused from then on; its memory is free when "
+        "the command returns.",
     )  # fmt: skip
-    unload.add_argument("model", metavar="MODEL", help="a name from: llmos models")
+    unload.add_argument("model", metavar="MODEL[:NAME]", help="a name from: llmos models")
     pull = _verb(verbs, "pull", "catalogue:pull", "fetch a model into the cache")
     pull.add_argument("reference", metavar="MODEL", help="a known name, hf:OWNER/NAME[@REVISION], or "
                       "file:PATH of a GGUF file or of a folder of safetensors")  # fmt: skip

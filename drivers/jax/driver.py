@@ -11,13 +11,22 @@ from llmos.drivers.jax import platform
 from llmos.drivers.sdk.driver import (
     Driver,
     Get,
+    PendingAdapter,
     PendingEncoding,
     PendingMove,
     PendingStep,
     Progress,
     Put,
 )
-from llmos.drivers.sdk.messages import DriverInfo, EncodeStep, LoadedModel, LoadRequest, Move, Quantum
+from llmos.drivers.sdk.messages import (
+    DriverInfo,
+    EncodeStep,
+    LoadAdapter,
+    LoadedModel,
+    LoadRequest,
+    Move,
+    Quantum,
+)
 from llmos.ipc.errors import InvalidArgument, LLMOSError, NotFound, NotSupported
 
 VERSION = "1"
@@ -29,6 +38,7 @@ FEATURES = [
     "seeded-sampling",
     "prefix-pages",
     "page-moves",
+    "adapters",
 ]
 
 
@@ -49,6 +59,7 @@ class JaxDriver(Driver):
         self._movers: dict[str, list[Any]] = {}
         self._encoders: dict[str, Any] = {}
         self._pools: Any = None
+        self._adapters: dict[str, Any] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo(
@@ -62,6 +73,7 @@ class JaxDriver(Driver):
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         if request.model in self._engines or request.model in self._encoders:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
+        from llmos.drivers.jax.adapting import Adapters
         from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
         from llmos.drivers.jax.pool import Pools
 
@@ -87,6 +99,7 @@ class JaxDriver(Driver):
                 engine.close()
             raise
         self._engines[request.model] = engines
+        self._adapters[request.model] = Adapters(engines, loaded.adapters)
         return loaded
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
@@ -122,6 +135,13 @@ class JaxDriver(Driver):
         pending: PendingEncoding = encoder.encode(request)
         return pending
 
+    def load_adapter(self, request: LoadAdapter) -> PendingAdapter:
+        pending: PendingAdapter = self._adapting(request.model).load(request)
+        return pending
+
+    def unload_adapter(self, model: str, adapter: str) -> None:
+        self._adapting(model).unload(adapter)
+
     def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._engines:
             raise NotFound(f"model {model} is not loaded")
@@ -137,10 +157,16 @@ class JaxDriver(Driver):
             raise NotFound(f"model {model} is not loaded")
         for engine in engines:
             engine.close()
+        self._adapters.pop(model, None)
         for mover in self._movers.pop(model, []):
             mover.close()
         if self._pools is not None:
             self._pools.keep(self._engines)
+
+    def _adapting(self, model: str) -> Any:
+        if model not in self._adapters:
+            raise NotFound(f"no decoder {model} is loaded here")
+        return self._adapters[model]
 
     def _mover(self, model: str, replica: int) -> Any:
         movers = self._movers[model]

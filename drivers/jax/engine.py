@@ -149,6 +149,22 @@ class Engine:
             rest = (self._row_index([], size), self._batch, speculation.history)
             self._batch, speculation.history, *_ = program(logits, guess, *rest)
 
+    def place_adapter(self, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        """The (A, B) of an adapter for each product, on this replica's device; on any thread."""
+        placed: list[tuple[Any, Any]] = jax.device_put(pairs, self._common)
+        return placed
+
+    def adapt(self, number: int, pairs: list[tuple[Any, Any]]) -> None:
+        """Put an adapter at its number: the steps dispatched from now on have it."""
+        room = self.programs.spec.room
+        assert room is not None
+        stacks = [(self._weights[a], self._weights[b]) for a, b in room.places]
+        program = self.programs.get(("adapt",))
+        weights = list(self._weights)
+        for (a, b), pair in zip(room.places, program(stacks, pairs, np.int32(number - 1)), strict=True):
+            weights[a], weights[b] = pair
+        self._weights = weights
+
     def close(self) -> None:
         """Stop what still runs in the background, and leave pages behind that others can use."""
         self.programs.close()
@@ -157,7 +173,7 @@ class Engine:
 
     def reset(self) -> None:
         """Empty all slots; what is on the device is overwritten when a slot is taken again."""
-        self.ledger = Ledger(self.limits)
+        self.ledger = Ledger(self.limits, adapters=self.ledger.adapters)
         self._entering = []
 
     def _steps(self, quantum: Quantum) -> Iterator[PendingStep]:
@@ -225,16 +241,19 @@ class Engine:
         return [self._sample(complete, self._row_index(complete, height), logits)]
 
     def _chunk(self, calls: list[Chunk], height: int, size: int) -> np.ndarray:
-        """What ``forward.prefill`` takes: [height, 2 + width + size], padded with empty rows."""
-        width = self._batch.tables.shape[1]
-        chunk = np.zeros((height, 2 + width + size), np.int32)
-        chunk[:, 2 : 2 + width] = self.limits.pages
+        """What ``forward.prefill`` takes: [height, heading + width + size], padded with empty rows."""
+        shape, width = self.programs.spec.shape, self._batch.tables.shape[1]
+        table, tokens = shape.heading, shape.heading + width
+        chunk = np.zeros((height, tokens + size), np.int32)
+        chunk[:, table:tokens] = self.limits.pages
         for row, call in enumerate(calls):
             slot = self.ledger.slots[call.slot]
             chunk[row, :2] = call.start, call.length
-            chunk[row, 2 : 2 + slot.held] = slot.table
+            if shape.adapters:
+                chunk[row, 2] = slot.adapter
+            chunk[row, table : table + slot.held] = slot.table
             part = slot.tokens[call.start : call.start + call.length]
-            chunk[row, 2 + width : 2 + width + call.length] = part
+            chunk[row, tokens : tokens + call.length] = part
         return chunk
 
     def _sample(self, rows: list[int], index: jax.Array, logits: jax.Array) -> Output:
@@ -327,7 +346,9 @@ class Engine:
         width, spare = self._batch.tables.shape[1], self.limits.pages
         tables = [start.pages + [spare] * (width - len(start.pages)) for start in starts]
         tables += [[spare] * width] * (ADMIT_ROWS - len(starts))
-        packed: tuple[Any, Any] = pack_admission(starts, ADMIT_ROWS, self.limits.slots, tables)
+        adapters = [self.ledger.slots[start.slot].adapter for start in starts]
+        own = adapters if self.programs.spec.shape.adapters else None
+        packed: tuple[Any, Any] = pack_admission(starts, ADMIT_ROWS, self.limits.slots, tables, own)
         return packed
 
     def _tally(self, start: Start) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmos.drivers.jax import lora
 from llmos.drivers.jax.attention import (
     AttentionBackend,
     DecodePlan,
@@ -33,7 +34,7 @@ class Shape:
 
     Weights are passed as a flat list: ``graph`` and ``tree`` make the decoder of it while tracing, since
     flattening nnx variables in Python at every call would cost a millisecond. ``native`` lets products
-    use the CPU's own kernels.
+    use the CPU's own kernels. With ``adapters`` every row has the number of one, or 0.
     """
 
     graph: Any
@@ -42,13 +43,20 @@ class Shape:
     page_tokens: int
     pages: int
     native: bool = False
+    adapters: bool = False
+
+    @property
+    def heading(self) -> int:
+        """Columns of a chunk before the block table."""
+        return 3 if self.adapters else 2
 
 
 def decode(
     shape: Shape, weights: Any, caches: list[Any], state: BatchState, rows: jax.Array
 ) -> tuple[list[Any], jax.Array]:
     """Feed the last token of the slots ``rows`` [B]; returns the caches and float32 logits [B, vocab]."""
-    return run(shape, weights, caches, state.token[rows], *decode_plan(shape, state, rows))
+    adapter = _adapters(shape, state, rows)
+    return run(shape, weights, caches, state.token[rows], *decode_plan(shape, state, rows), adapter=adapter)
 
 
 def decode_plan(shape: Shape, state: BatchState, rows: jax.Array) -> tuple[jax.Array, DecodePlan]:
@@ -77,17 +85,19 @@ def prefill(
 ) -> tuple[list[Any], jax.Array]:
     """Feed prompt tokens to R sequences; nothing of the batch is read, so a prompt need not be in it yet.
 
-    ``chunk`` [R, 2 + width + C] holds for each row the position of its first token, how many tokens count,
-    its block table and the C tokens. With ``fresh`` all rows start at position 0, and attend to nothing that
-    is in the cache. ``x`` [R, C, hidden] is what the pipeline stage before made of them, if there is one.
+    ``chunk`` [R, heading + width + C] holds for each row the position of its first token, how many tokens
+    count, its adapter if there are any, its block table and the C tokens. With ``fresh`` all rows start at
+    position 0, and attend to nothing that is in the cache. ``x`` [R, C, hidden] is what the pipeline stage
+    before made of them, if there is one.
 
     Returns the caches and the float32 logits [R, vocab] after each row's last new token.
     """
-    starts, counts, tables, tokens = jnp.split(chunk, [1, 2, 2 + width], axis=1)
-    starts, counts = starts[:, 0], counts[:, 0]
+    heading, tables, tokens = jnp.split(chunk, [shape.heading, shape.heading + width], axis=1)
+    starts, counts = heading[:, 0], heading[:, 1]
+    adapter = heading[:, 2] if shape.adapters else None
     position, plan = _plan(shape, tables, starts, counts, tokens.shape[1])
     last = jnp.maximum(counts - 1, 0)
-    return run(shape, weights, caches, tokens if x is None else x, position, plan, last, fresh)
+    return run(shape, weights, caches, tokens if x is None else x, position, plan, last, fresh, adapter)
 
 
 def verify(
@@ -109,7 +119,12 @@ def verify(
     position, plan = _plan(shape, state.tables[rows], starts, counts, tokens.shape[1])
     # A row of which nothing counts must not be taken for the longest.
     plan = plan._replace(lengths=jnp.where(counts > 0, plan.lengths, 0))
-    return run(shape, weights, caches, tokens, position, VerifyPlan(*plan))
+    adapter = _adapters(shape, state, rows)
+    return run(shape, weights, caches, tokens, position, VerifyPlan(*plan), adapter=adapter)
+
+
+def _adapters(shape: Shape, state: BatchState, rows: jax.Array) -> jax.Array | None:
+    return state.adapter[rows] if shape.adapters and state.adapter is not None else None
 
 
 def _plan(
@@ -138,6 +153,7 @@ def run(
     plan: DecodePlan | PrefillPlan | VerifyPlan,
     last: jax.Array | None = None,
     fresh: bool = False,
+    adapter: jax.Array | None = None,
 ) -> tuple[list[Any], jax.Array]:
     """Feed token ids, or the activations of the pipeline stage before, at their positions.
 
@@ -150,7 +166,8 @@ def run(
     for number, layer in enumerate(model.layers):
         graph, own = nnx.split(layer)
         cache = shared.layer(caches, number)
-        x, cache = _layer(graph, shape.backend, fresh, shape.native, own, cache, x, *turns[layer.rope], plan)
+        static, given = (graph, shape.backend, fresh, shape.native), (*turns[layer.rope], plan, adapter)
+        x, cache = _layer(*static, own, cache, x, *given)
         caches = shared.with_layer(caches, number, cache)
     if not model.last:
         return caches, x
@@ -172,6 +189,7 @@ def _layer(
     cos: jax.Array,
     sin: jax.Array,
     plan: DecodePlan | PrefillPlan | VerifyPlan,
+    adapter: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
         if isinstance(plan, DecodePlan):
@@ -180,6 +198,6 @@ def _layer(
             return backend.verify(plan, cache, q, k, v, scoring)
         return backend.prefill(plan, cache, q, k, v, fresh, scoring)
 
-    with kernels.use(native):
+    with kernels.use(native), lora.serving(adapter):
         x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
     return x, cache

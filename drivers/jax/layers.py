@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax import quant
+from llmos.drivers.jax import lora, quant
 from llmos.drivers.jax.config import Activation, DecoderConfig
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.sharding.collectives import total
@@ -102,12 +102,14 @@ def make_norm(config: DecoderConfig, size: int, init: Init) -> RMSNorm | LayerNo
 class Linear(nnx.Module):  # type: ignore[misc]
     """A product, and a bias if there is one; ``weight`` is [out, in], its ``scale`` [out] if quantised.
 
-    Where its inputs are cut over axes of a mesh, ``join`` names them: the products are parts of a sum.
+    Where its inputs are cut over axes of a mesh, ``join`` names them: the products are parts of a sum. With
+    adapters (see ``lora``) it has ``lora_a`` and ``lora_b``, and ``parts``: what it is fused of.
     """
 
     def __init__(self, out: int, inner: int, init: Init, bias: bool = False) -> None:
         self.weight = nnx.Param(init((out, inner)))
         self.join: tuple[str, ...] = ()
+        self.parts: tuple[int, ...] = ()
         self.biased, self.quantised = bias, False
         if bias:
             self.bias = nnx.Param(init((out,)))
@@ -117,7 +119,16 @@ class Linear(nnx.Module):  # type: ignore[misc]
         weight, scale = quant.quantised(self.weight.get_value(), dtype)
         self.weight, self.scale, self.quantised = nnx.Param(weight), nnx.Param(scale), True
 
+    def adapt(self, parts: tuple[int, ...], adapters: int, rank: int, init: Init) -> None:
+        """Make room for adapters of its ``parts``, whose sizes add up to its outputs."""
+        out, inner = self.weight.get_value().shape
+        self.parts = parts
+        self.lora_a = nnx.Param(init((adapters, len(parts) * rank, inner)))
+        self.lora_b = nnx.Param(init((out, adapters, rank)))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.scale[...] if self.quantised else None
         result = total(product(x, self.weight[...], scale=scale), self.join)
+        if self.parts:
+            result = result + lora.delta(x, self.lora_a[...], self.lora_b[...], self.parts, product)
         return result + self.bias[...] if self.biased else result

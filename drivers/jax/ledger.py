@@ -8,6 +8,7 @@ no page for its next token holds still, where else the quantum would be refused.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from llmos.drivers.jax.sampling import Variant, variant_of
@@ -36,7 +37,8 @@ class Limits:
 class Slot:
     """A sequence: ``filled`` of its known ``tokens`` have KV; ``length`` counts those produced as well.
 
-    ``held`` counts its pages; their ids in ``table`` are not carried into trial copies.
+    ``held`` counts its pages; their ids in ``table`` are not carried into trial copies. ``adapter`` is the
+    number of its adapter, 0 for none.
     """
 
     tokens: list[int]
@@ -48,6 +50,7 @@ class Slot:
     held: int = 0
     table: list[int] = field(default_factory=list)
     finished: bool = False
+    adapter: int = 0
 
     @property
     def ready(self) -> bool:
@@ -57,16 +60,18 @@ class Slot:
 
 @dataclass
 class Ledger:
-    """The occupied slots of one model's batch."""
+    """The occupied slots of one model's batch; ``adapters`` are the numbers of those that are loaded."""
 
     limits: Limits
     slots: dict[int, Slot] = field(default_factory=dict)
+    adapters: Mapping[str, int] = field(default_factory=dict)
 
     def check(self, quantum: Quantum) -> None:
         """Refuse with InvalidArgument whatever in ``quantum`` could not be executed; changes nothing."""
         if not 0 <= quantum.steps <= MAX_STEPS:
             raise InvalidArgument(f"a quantum has at most {MAX_STEPS} steps, not {quantum.steps}")
-        trial = Ledger(self.limits, {number: replace(slot, table=[]) for number, slot in self.slots.items()})
+        copies = {number: replace(slot, table=[]) for number, slot in self.slots.items()}
+        trial = Ledger(self.limits, copies, self.adapters)
         trial.enter(quantum)
         chunks = _by_step(quantum)
         if len(set(quantum.decode)) != len(quantum.decode):
@@ -152,6 +157,8 @@ class Ledger:
         if len(start.stop) > STOP_LIMIT or any(not 0 <= token < limits.vocab_size for token in start.stop):
             raise InvalidArgument(f"{where}: at most {STOP_LIMIT} stop tokens, all in the vocabulary")
         check_sampling(start.sampling, limits.vocab_size)
+        if start.adapter and start.adapter not in self.adapters:
+            raise InvalidArgument(f"{where}: adapter {start.adapter} is not loaded")
         slot = Slot(
             tokens=start.tokens,
             prompt=start.prompt,
@@ -159,6 +166,7 @@ class Ledger:
             variant=variant_of(start.sampling),
             filled=start.cached,
             length=known,
+            adapter=self.adapters.get(start.adapter, 0),
         )
         self._extend(slot, start.slot, start.pages)
         self._covered(start.slot, slot, start.cached)

@@ -19,6 +19,7 @@ import msgspec
 from flax import nnx
 
 from llmos.drivers.jax import (
+    adapters,
     attention,
     buckets,
     families,
@@ -135,6 +136,7 @@ class Load:
         the request."""
         request = self.request
         check_request(request)
+        adapters.check(request)
         axes = mesh.parse(request.mesh)
         mesh.check_devices(axes, len(self.devices))
         wanted = max(request.host_pages, request.disk_pages, request.host_bytes, request.disk_bytes)
@@ -187,8 +189,10 @@ class Load:
         """As ``_parts``, of one pipeline stage of a replica, or of all of it."""
         request = self.request
         config = rope.for_context(plan.config, request.max_context)
-        graph, tree, kept = parameters(config, DTYPES[request.dtype], place, request.weights)
-        shapes = place.arranged(config, kept)
+        stacks = (request.adapters, request.adapter_rank)
+        graph, tree, whole = parameters(config, DTYPES[request.dtype], place, request.weights, stacks)
+        kept = {path: x for path, x in whole.items() if not adapters.is_stack(path)}
+        shapes = place.arranged(config, whole)
         self._native = self._timed("kernels", lambda: self._kernels(place))
         draft = self._draft(plan.config, place)
         member = self._member(plan.config, place, shapes)
@@ -203,13 +207,16 @@ class Load:
             page_tokens=limits.page_tokens,
             pages=limits.pages + (member.geometry.slab_pages if member is not None else 1),
             native=self._native,
+            adapters=request.adapters > 0,
         )
         kv = member.pool.dtype if member is not None else KV_DTYPES[request.kv_dtype]
         allocate = lambda config: backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
-        batch = lambda: state.empty_state(limits.slots, width, limits.pages)  # noqa: E731
+        batch = lambda: state.empty_state(limits.slots, width, limits.pages, shape.adapters)  # noqa: E731
         cache_shapes, caches = place.caches(allocate, plan.config)
         spec = self._spec(shape, place, list(shapes.values()), cache_shapes, jax.eval_shape(batch), limits)
-        spec = replace(spec, speculating=self._speculating(limits, draft, spec.decode_sizes))
+        speculating = self._speculating(limits, draft, spec.decode_sizes)
+        room = adapters.room(config, request, list(shapes), DTYPES[request.dtype])
+        spec = replace(spec, speculating=speculating, room=room)
         hold = member.caches if member is not None else lambda: Own(_placed(caches()))
         make = lambda: (hold(), _placed(jax.jit(batch, out_shardings=place.common)()))  # noqa: E731
         return Parts(place, limits, kept, shapes, Programs(spec), make, draft, member)
@@ -289,7 +296,8 @@ class Load:
 
     def _weights(self, plan: Plan, parts: Parts | Pipeline) -> dict[str, jax.Array]:
         """Parameters as programs take them."""
-        return parts.arrange(plan.config, self._kept_weights(plan, parts.kept))
+        weights = parts.arrange(plan.config, self._kept_weights(plan, parts.kept))
+        return weights | adapters.empty(parts.shapes)
 
     def _kept_weights(self, plan: Plan, shapes: dict[str, Any]) -> dict[str, jax.Array]:
         if plan.kept and plan.folder:
@@ -423,6 +431,7 @@ class Load:
             host_pages=self.request.host_pages,
             disk_pages=self.request.disk_pages,
             replicas=replicas,
+            adapters=self.request.adapters,
             phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
             **(parts.member.described() if parts.member is not None else {}),
         )
@@ -523,14 +532,21 @@ def _bytes_on_one(x: Any) -> int:
 
 
 def parameters(
-    config: DecoderConfig, dtype: Any, place: Placement, weights: Precision = "same"
+    config: DecoderConfig,
+    dtype: Any,
+    place: Placement,
+    weights: Precision = "same",
+    stacks: tuple[int, int] = (0, 0),
 ) -> tuple[Any, Any, dict[str, Any]]:
     """The graph of what one device computes, its state's tree, and the model's parameters as they are loaded
-    by dotted path, in that order."""
+    by dotted path, in that order; with room for so many adapters of a rank."""
     decoder, whole = (Decoder(made, abstract(dtype)) for made in (place.local(config), config))
     if weights != "same":
         decoder.quantise(quant.DTYPES[weights])
         whole.quantise(quant.DTYPES[weights])
+    if stacks[0]:
+        adapters.make_room(decoder, place.local(config), *stacks, abstract(dtype))
+        adapters.make_room(whole, config, *stacks, abstract(dtype))
     place.cut(decoder)
     graph, tree = nnx.split(decoder)
     leaves = nnx.to_flat_state(nnx.state(whole))

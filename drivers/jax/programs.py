@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import drafting, forward, pages, platform, sampling, state, verification
+from llmos.drivers.jax import adapters, drafting, forward, pages, platform, sampling, state, verification
 from llmos.drivers.jax.attention.shared import SharedCaches
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
@@ -55,6 +55,7 @@ class Spec:
 
     ``chunk_tokens`` bounds the prompt tokens of one prefill program over all its rows; ``first`` is how many
     programs are compiled before a model counts as loaded; ``move_sizes`` how many pages are moved at once.
+    ``room`` is that for adapters, if there is any.
     """
 
     shape: Shape
@@ -71,6 +72,7 @@ class Spec:
     first: int
     move_sizes: tuple[int, ...] = ()
     speculating: Speculating | None = None
+    room: adapters.Room | None = None
 
 
 class Programs:
@@ -99,6 +101,7 @@ class Programs:
             ("prefill", r, s, fresh) for fresh in known for s in spec.chunk_sizes for r in self.rows_for(s)
         ]
         keys += [(way, size) for size in spec.move_sizes for way in ("gather", "scatter")]
+        keys += [("adapt",)] if spec.room else []
         return list(dict.fromkeys(keys))
 
     def _stepping(self) -> list[Key]:
@@ -217,7 +220,7 @@ class Programs:
                 )
             case ("prefill", int(rows), int(size), bool(fresh)):
                 width = spec.batch.tables.shape[1]
-                chunk = _ints(rows, 2 + width + size)
+                chunk = _ints(rows, spec.shape.heading + width + size)
                 prefill = partial(forward.prefill, spec.shape, fresh, width)
                 return prefill, (1,), (spec.weights, spec.caches, chunk)
             case ("sample", "full", int(size)):
@@ -241,6 +244,10 @@ class Programs:
                 bias = (_ints(BIAS_LIMIT), struct((BIAS_LIMIT,), jnp.float32))
                 tokens = (_ints(), _ints(spec.max_context), _ints(), _ints())
                 return state.tally, (0,), (self._tallies(), *tokens, *bias)
+            case ("adapt",):
+                assert spec.room is not None
+                stacks = [(spec.weights[a], spec.weights[b]) for a, b in spec.room.places]
+                return adapters.put, (0,), (stacks, adapters.pairs(stacks), _ints())
             case ("scrub",):
                 return self._scrub, (0,), (spec.caches, _ints(SCRUB_PAGES))
             case ("gather", int(size)):
@@ -288,7 +295,8 @@ class Programs:
 
     def _admission(self) -> tuple[Any, Any]:
         width = self.spec.batch.tables.shape[1]
-        packed = state.pack_admission([], ADMIT_ROWS, 0, [[0] * width] * ADMIT_ROWS)
+        own: list[int] | None = [] if self.spec.shape.adapters else None
+        packed = state.pack_admission([], ADMIT_ROWS, 0, [[0] * width] * ADMIT_ROWS, own)
         return jax.eval_shape(lambda: packed)  # type: ignore[no-any-return]
 
 

@@ -34,7 +34,8 @@ class BatchState(NamedTuple):
 
     ``token`` [slots + 1] is the last token, whose KV is not written yet; ``length`` counts the tokens
     including it; ``live`` is false once the sequence has finished; ``limit`` is the length to finish at;
-    ``stop`` [slots + 1, STOP_LIMIT] is padded with -1; ``tables`` is [slots + 1, width].
+    ``stop`` [slots + 1, STOP_LIMIT] is padded with -1; ``tables`` is [slots + 1, width]; ``adapter`` is the
+    number of an adapter or 0, and None for a model without adapters.
     """
 
     token: jax.Array
@@ -44,6 +45,7 @@ class BatchState(NamedTuple):
     stop: jax.Array
     tables: jax.Array
     choice: Choice
+    adapter: jax.Array | None = None
 
 
 class Tallies(NamedTuple):
@@ -74,7 +76,7 @@ def pack_choices(sampling: list[Sampling]) -> Choice:
     )
 
 
-def empty_state(slots: int, width: int, spare_page: int) -> BatchState:
+def empty_state(slots: int, width: int, spare_page: int, adapters: bool = False) -> BatchState:
     """A batch in which nothing is live."""
     rows = slots + 1
     return BatchState(
@@ -85,6 +87,7 @@ def empty_state(slots: int, width: int, spare_page: int) -> BatchState:
         stop=jnp.full((rows, STOP_LIMIT), -1, jnp.int32),
         tables=jnp.full((rows, width), spare_page, jnp.int32),
         choice=Choice(*(jnp.array(x) for x in pack_choices([Sampling()] * rows))),
+        adapter=jnp.zeros(rows, jnp.int32) if adapters else None,
     )
 
 
@@ -98,15 +101,25 @@ def empty_tallies(slots: int, vocab: int) -> Tallies:
     )
 
 
-def pack_admission(starts: list[Start], rows: int, spare_slot: int, table: list[list[int]]) -> Any:
+def pack_admission(
+    starts: list[Start],
+    rows: int,
+    spare_slot: int,
+    table: list[list[int]],
+    adapters: list[int] | None = None,
+) -> Any:
     """Sequences to admit as two arrays with ``rows`` rows, since each array costs a transfer of its own.
 
     Integers: slot, live, length, limit, top_k, seed, stop tokens, block table; ``table`` [rows, width] holds
-    the spare page where there is none. Floats: the other fields of ``Choice``.
+    the spare page where there is none; and the numbers in ``adapters`` for a model that can have some.
+    Floats: the other fields of ``Choice``.
     """
     ints = np.full((rows, _INTS + STOP_LIMIT + len(table[0])), -1, np.int32)
     ints[:, :_INTS] = (spare_slot, 0, 0, 0, 0, 0)
     ints[:, _INTS + STOP_LIMIT :] = table
+    if adapters is not None:
+        ints = np.concatenate([ints, np.zeros((rows, 1), np.int32)], axis=1)
+        ints[: len(adapters), -1] = adapters
     floats = np.ones((rows, len(_FLOAT_FIELDS)), np.float32)
     for row, start in enumerate(starts):
         seed = np.uint32(start.sampling.seed).view(np.int32)
@@ -123,6 +136,7 @@ def admit(state: BatchState, ints: jax.Array, floats: jax.Array) -> BatchState:
     def put(old: jax.Array, value: Any) -> jax.Array:
         return old.at[slots].set(value)
 
+    tables = _INTS + STOP_LIMIT
     choice = dict(zip(_FLOAT_FIELDS, floats.T, strict=True))
     choice |= {"top_k": top_k, "seed": jax.lax.bitcast_convert_type(seed, jnp.uint32)}
     return BatchState(
@@ -131,8 +145,9 @@ def admit(state: BatchState, ints: jax.Array, floats: jax.Array) -> BatchState:
         live=put(state.live, live > 0),
         limit=put(state.limit, limit),
         stop=put(state.stop, ints[:, _INTS : _INTS + STOP_LIMIT]),
-        tables=put(state.tables, ints[:, _INTS + STOP_LIMIT :]),
+        tables=put(state.tables, ints[:, tables : tables + state.tables.shape[1]]),
         choice=jax.tree.map(put, state.choice, Choice(**choice)),
+        adapter=None if state.adapter is None else put(state.adapter, ints[:, -1]),
     )
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import struct
 import time
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from llmos.drivers.null.pages import Pages, page_size
 from llmos.drivers.sdk.driver import (
     Driver,
     Finish,
+    FinishAdapter,
     Get,
     Pending,
+    PendingAdapter,
     PendingEncoding,
     PendingMove,
     PendingStep,
@@ -28,6 +32,8 @@ from llmos.drivers.sdk.messages import (
     EncodedStep,
     EncodeStep,
     FinishReason,
+    LoadAdapter,
+    LoadedAdapter,
     LoadedModel,
     LoadProgress,
     LoadRequest,
@@ -39,15 +45,15 @@ from llmos.drivers.sdk.messages import (
 )
 from llmos.drivers.sdk.sizes import with_tiers
 from llmos.drivers.sdk.tiers import Tiers
-from llmos.ipc.errors import InvalidArgument, NotFound
+from llmos.ipc.errors import Busy, InvalidArgument, NotFound
 
 VOCABULARY = 256
 DEFAULT_PAGES = 4096
 
 
-def next_token(tokens: list[int]) -> int:
-    """The token that follows a sequence: a fixed function of its last token and its length."""
-    return (tokens[-1] * 31 + len(tokens) * 7 + 11) % VOCABULARY
+def next_token(tokens: list[int], adapter: str = "") -> int:
+    """The token that follows a sequence: a fixed function of its last token, its length and its adapter."""
+    return (tokens[-1] * 31 + len(tokens) * 7 + 11 + zlib.crc32(adapter.encode())) % VOCABULARY
 
 
 def vector(tokens: list[int], types: list[int]) -> list[float]:
@@ -68,6 +74,7 @@ class _Sequence:
         self.computed = start.cached
         self.table = list(start.pages)
         self.finished = False
+        self.salt = zlib.crc32(start.adapter.encode())
 
     def room(self, page_tokens: int) -> int:
         """How many more tokens it can gain in the pages it has; the last one needs none."""
@@ -75,7 +82,7 @@ class _Sequence:
 
     def produce(self) -> FinishReason | None:
         """Gain a token; why the sequence ends with it, if it does."""
-        token = next_token(self.tokens)
+        token = next_token(self.tokens, self.start.adapter)
         self.tokens.append(token)
         if token in self.start.stop:
             return "stop"
@@ -117,6 +124,7 @@ class NullDriver(Driver):
         self._caches: dict[tuple[str, int], _Cache] = {}
         self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
         self._free_at: dict[int, float] = {}
+        self._adapters: dict[str, set[str]] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo("null", "1", [Device(0, "other", "null")], ["float32"])
@@ -145,7 +153,9 @@ class NullDriver(Driver):
             host_pages=request.host_pages,
             disk_pages=request.disk_pages,
             replicas=request.mesh.get("data", 1),
+            adapters=request.adapters,
         )
+        self._adapters[request.model] = set()
         self._models[request.model] = loaded
         for number in range(loaded.replicas):
             self._caches[request.model, number] = _Cache(loaded)
@@ -165,6 +175,31 @@ class NullDriver(Driver):
         for number in range(loaded.replicas):
             del self._slots[model, number]
             self._caches.pop((model, number)).tiers.close()
+
+    def load_adapter(self, request: LoadAdapter) -> PendingAdapter:
+        loaded, known = self._models[request.model], self._adapters[request.model]
+
+        def read() -> FinishAdapter:
+            if not (Path(request.source) / "adapter_config.json").is_file():
+                raise InvalidArgument(f"{request.source} has no adapter_config.json")
+
+            def finish() -> LoadedAdapter:
+                if len(known) >= loaded.adapters:
+                    raise Busy(f"all {loaded.adapters} adapters that fit are loaded: unload one")
+                known.add(request.adapter)
+                return LoadedAdapter(adapter=request.adapter, rank=1, bytes=0)
+
+            return finish
+
+        return read
+
+    def unload_adapter(self, model: str, adapter: str) -> None:
+        if adapter not in self._adapters[model]:
+            raise NotFound(f"adapter {adapter} is not loaded here")
+        replicas = [self._slots[model, number] for number in range(self._models[model].replicas)]
+        if any(sequence.start.adapter == adapter for slots in replicas for sequence in slots.values()):
+            raise Busy(f"adapter {adapter} is in use")
+        self._adapters[model].remove(adapter)
 
     def move(self, move: Move, key: bytes) -> PendingMove:
         model, replica = move.model, move.replica
@@ -243,7 +278,10 @@ class NullDriver(Driver):
         cache = self._caches[quantum.model, quantum.replica]
         _check(quantum, slots, model)
         for start in quantum.start:
-            cache.device.check(start.pages, start.tokens[: start.cached])
+            if start.adapter and start.adapter not in self._adapters[quantum.model]:
+                raise InvalidArgument(f"slot {start.slot}: adapter {start.adapter} is not loaded")
+            salt = zlib.crc32(start.adapter.encode())
+            cache.device.check(start.pages, start.tokens[: start.cached], salt)
         for slot in quantum.release:
             del slots[slot]
         for start in quantum.start:
@@ -332,7 +370,7 @@ def _compute(slot: int, sequence: _Sequence, stop: int, pages: Pages) -> None:
     """Bring the KV of a sequence to its first ``stop`` tokens."""
     if stop > len(sequence.table) * pages.page_tokens:
         raise InvalidArgument(f"slot {slot}: {stop} tokens exceed its {len(sequence.table)} pages")
-    pages.write(sequence.table, sequence.tokens, sequence.computed, stop)
+    pages.write(sequence.table, sequence.tokens, sequence.computed, stop, sequence.salt)
     sequence.computed = stop
 
 

@@ -1,6 +1,7 @@
 """The null driver's KV cache: a page holds the tokens it was computed from, so a wrong one is noticed.
 
-A page is ``prefix, count, tokens``, 32-bit numbers: the CRC of all tokens before the page, how many tokens
+A page is ``prefix, count, tokens``, 32-bit numbers: the CRC of all tokens before the page (begun by
+the sequence's salt), how many tokens
 are in it, and these tokens.
 """
 
@@ -34,21 +35,23 @@ class Pages:
         """The bytes of a page."""
         return self._memory[page * self.size : (page + 1) * self.size]
 
-    def write(self, table: Sequence[int], tokens: Sequence[int], start: int, stop: int) -> None:
-        """Compute the KV of ``tokens[start:stop]`` into the pages of a block table."""
+    def write(
+        self, table: Sequence[int], tokens: Sequence[int], start: int, stop: int, salt: int = 0
+    ) -> None:
+        """Compute the KV of ``tokens[start:stop]`` into the pages of a block table; ``salt`` changes it."""
         while start < stop:
             index, offset = divmod(start, self.page_tokens)
             end = min(stop, (index + 1) * self.page_tokens)
             page = self[table[index]]
-            prefix = _HEAD.unpack_from(page)[0] if offset else self._prefix(table, index)
+            prefix = _HEAD.unpack_from(page)[0] if offset else self._prefix(table, index, salt)
             _HEAD.pack_into(page, 0, prefix, end - index * self.page_tokens)
             at = _HEAD.size + offset * _WIDTH
             page[at : at + (end - start) * _WIDTH] = array("I", tokens[start:end]).tobytes()
             start = end
 
-    def check(self, table: Sequence[int], tokens: Sequence[int]) -> None:
+    def check(self, table: Sequence[int], tokens: Sequence[int], salt: int = 0) -> None:
         """InvalidArgument unless the pages of a block table hold the KV of all these tokens."""
-        text, prefix, width = array("I", tokens).tobytes(), 0, self.page_tokens * _WIDTH
+        text, prefix, width = array("I", tokens).tobytes(), salt, self.page_tokens * _WIDTH
         for index, at in enumerate(range(0, len(text), width)):
             page, part = self[table[index]], text[at : at + width]
             before, count = _HEAD.unpack_from(page)
@@ -60,9 +63,9 @@ class Pages:
                 )
             prefix = zlib.crc32(part, prefix)
 
-    def _prefix(self, table: Sequence[int], index: int) -> int:
+    def _prefix(self, table: Sequence[int], index: int, salt: int) -> int:
         """The CRC of all tokens before page ``index`` of a table, from the page before."""
         if not index:
-            return 0
+            return salt
         page = self[table[index - 1]]
         return zlib.crc32(page[_HEAD.size :], _HEAD.unpack_from(page)[0])

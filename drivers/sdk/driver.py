@@ -9,6 +9,8 @@ from llmos.drivers.sdk.messages import (
     DriverInfo,
     EncodedStep,
     EncodeStep,
+    LoadAdapter,
+    LoadedAdapter,
     LoadedModel,
     LoadProgress,
     LoadRequest,
@@ -30,6 +32,11 @@ Finish = Callable[[], Moved]
 PendingMove = Callable[[], Finish]
 """The slow part of a move, run on a worker thread while steps go on: it copies, and returns what is left
 to do on the driver's thread, which must be quick and may dispatch to the device."""
+
+FinishAdapter = Callable[[], LoadedAdapter]
+
+PendingAdapter = Callable[[], FinishAdapter]
+"""As ``PendingMove``, of an adapter that is being read."""
 
 Bytes = bytes | memoryview
 
@@ -111,6 +118,16 @@ class Driver:
         """Write pages from a file, in the manner of a move to the device: ``get(i)`` has page i of the list,
         and raises IOFailure where the file was changed: then nothing may be written to any of them."""
         raise NotSupported("this driver restores no pages")
+
+    def load_adapter(self, request: LoadAdapter) -> PendingAdapter:
+        """Load a LoRA adapter: what is returned reads it on a worker thread, and returns what is left to do,
+        as in a move. Sequences that run are not disturbed. InvalidArgument names the bad tensor; Busy where
+        there is no room for another."""
+        raise NotSupported("this driver loads no adapters")
+
+    def unload_adapter(self, model: str, adapter: str) -> None:
+        """Forget an adapter; Busy while a sequence in a slot has it."""
+        raise NotSupported("this driver loads no adapters")
 
     def reset(self, model: str, replica: int) -> None:
         """Empty all slots of a replica, of all where it is -1; nothing is in flight there. The KV in its

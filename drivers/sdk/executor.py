@@ -110,6 +110,11 @@ class _Lane:
     def encode(self, request: EncodeStep, sink: EncodingSink) -> None:
         self._encodings.append(_Encoding(request, sink))
 
+    def starts_with(self, model: str, adapter: str) -> bool:
+        waiting = [run for run in self._queue if isinstance(run, _Run) and run.steps is None]
+        starts = [start for run in waiting if run.model == model for start in run.quantum.start]
+        return any(start.adapter == adapter for start in starts)
+
     def preempt(self, quantum: int) -> None:
         runs = [run for run in self._queue if isinstance(run, _Run)]
         if any(run.quantum.id == quantum for run in runs):
@@ -243,6 +248,10 @@ class Executor:
     def encode(self, request: EncodeStep, sink: EncodingSink) -> None:
         """Run a step of an encoder, in turns with the quanta of the first replica."""
         self._lane(0).encode(request, sink)
+
+    def starts_with(self, model: str, adapter: str) -> bool:
+        """Whether a quantum that waits starts a sequence with this adapter."""
+        return any(lane.starts_with(model, adapter) for lane in self._lanes.values())
 
     def preempt(self, quantum: int) -> None:
         """Dispatch no further step of this quantum or of any before it for its replica; their slots still

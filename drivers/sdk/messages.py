@@ -67,6 +67,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``arena`` "shared" takes pages from one pool of the device, which all models loaded so with this
     ``kv_dtype`` share. The first of them decides how large it is: ``arena_bytes``, or where these are 0
     ``pages``, or ``memory_fraction`` as above; it is given back when the last is unloaded.
+    ``adapters`` LoRA adapters of up to ``adapter_rank`` can be loaded at once; 0 makes no room for any.
     """
 
     model: str
@@ -91,6 +92,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     draft: str = ""
     arena: Arena = "own"
     arena_bytes: int = 0
+    adapters: int = 0
+    adapter_rank: int = 16
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -111,7 +114,7 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     Of an encoder ``pages`` and ``slots`` are 0, ``max_context`` is the longest text, and ``chunk_tokens``
     bounds the texts of one step, each counted as long as the longest. It makes ``width`` numbers of a text:
     a vector, or where it has ``labels`` a score for each, ``exclusive`` if only one of them can be true.
-    ``token_types`` is how many types its tokens may be of.
+    ``token_types`` is how many types its tokens may be of. Of a decoder ``adapters`` can be loaded at once.
 
     A model that shares pages names the ``pool`` of each replica's device ("": they are its own). The pool
     has ``slabs`` slabs of ``slab_bytes``, the same for all its models; in slab s this model's pages are
@@ -145,6 +148,33 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     slabs: int = 0
     slab_pages: int = 0
     slab_bytes: int = 0
+    adapters: int = 0
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """Load a LoRA adapter, a folder as PEFT saves it, beside a model; steps go on meanwhile.
+
+    ``adapter`` is what sequences call it by: whoever loads other weights calls them otherwise.
+    """
+
+    model: str
+    adapter: str
+    source: str
+
+
+class LoadedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that sequences can start with; ``bytes`` that it takes on each replica."""
+
+    adapter: str
+    rank: int
+    bytes: int
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True):
+    """Forget an adapter that no sequence has."""
+
+    model: str
+    adapter: str
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -172,6 +202,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     displaced; the first ``prompt`` of them are the prompt. ``pages`` is its block table so far. The KV of
     the first ``cached`` tokens is already in those pages (``cached < len(tokens)``). Generation ends with
     "stop" after a token of ``stop`` was produced, or with "length" when the sequence has ``limit`` tokens.
+    ``adapter`` is that of a ``LoadAdapter``, empty for the model as it is.
     """
 
     slot: int
@@ -182,6 +213,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     limit: int
     stop: list[int] = []
     sampling: Sampling = Sampling()
+    adapter: str = ""
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from llmos.drivers.sdk import saving
+from llmos.drivers.sdk.adapters import Adapters
 from llmos.drivers.sdk.driver import Driver
 from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.keys import StorageKeys
@@ -14,6 +15,7 @@ from llmos.drivers.sdk.messages import (
     DriverInfo,
     EncodedStep,
     EncodeStep,
+    LoadAdapter,
     LoadedModel,
     LoadProgress,
     LoadRequest,
@@ -29,6 +31,7 @@ from llmos.drivers.sdk.messages import (
     Step,
     TaskOpened,
     Unload,
+    UnloadAdapter,
 )
 from llmos.drivers.sdk.moves import Moves, check_move
 from llmos.drivers.sdk.saved import SavedFile
@@ -84,6 +87,7 @@ class DriverServer(Server):
         self._executor = Executor(driver)
         self._background = Background(self)
         self._moves = Moves(self._executor, self._background)
+        self._adapters = Adapters(driver, self._executor, self._background)
         self._keys = StorageKeys(self)
         self._limit = STEP_LIMIT
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
@@ -116,6 +120,7 @@ class DriverServer(Server):
         again: whoever asked before may have been started anew."""
         known = self._loaded.get(request.model)
         if known is not None and known[0] == request:
+            self._adapters.clear(request.model)
             call.end(known[1])
             return Later()
         if known is not None:
@@ -216,6 +221,18 @@ class DriverServer(Server):
     def unload(self, request: Unload, call: Incoming) -> None:
         self._forget(request.model)
 
+    @method
+    def load_adapter(self, request: LoadAdapter, call: Incoming) -> Later:
+        """The reply is ``LoadedAdapter``."""
+        self._model(request.model)
+        self._adapters.load(request, call)
+        return Later()
+
+    @method
+    def unload_adapter(self, request: UnloadAdapter, call: Incoming) -> None:
+        self._model(request.model)
+        self._adapters.unload(request)
+
     def _submit(self, move: Move, key: bytes, call: Incoming) -> None:
         # Its model may have been unloaded while the key was fetched.
         self._model(move.model)
@@ -237,6 +254,7 @@ class DriverServer(Server):
 
     def _forget(self, model: str) -> None:
         self._abandon(model)
+        self._adapters.forget(model)
         self._driver.unload(model)
         self._loaded.pop(model, None)
 

@@ -179,6 +179,7 @@ def _model_object(line: ModelLine) -> dict[str, Any]:
         "state": line.state,
         "context_length": line.context,
         "kind": line.kind,
+        **({"parent": line.parent} if line.parent else {}),
     }
 
 

@@ -37,12 +37,15 @@ class Task:
     """
 
     __slots__ = (
-        "alive", "away", "computed", "indexed", "pages", "path", "quota", "tail", "tenant", "tokens",
-        "transfer",
+        "adapter", "alive", "away", "computed", "indexed", "pages", "path", "quota", "tail", "tenant",
+        "tokens", "transfer",
     )  # fmt: skip
 
-    def __init__(self, tenant: str, quota: int, tokens: array[int], pages: list[int]) -> None:
+    def __init__(
+        self, tenant: str, quota: int, tokens: array[int], pages: list[int], adapter: str = ""
+    ) -> None:
         self.tenant = tenant
+        self.adapter = adapter
         self.quota = quota
         self.tokens = tokens
         self.pages = pages
@@ -86,6 +89,7 @@ class Arena:
         extra: int = 0,
         quota: int = 0,
         hurry: bool = True,
+        adapter: str = "",
     ) -> tuple[list[int], int]:
         """Pages for ``tokens`` and ``extra`` more; (block table, number of tokens already cached in it, once
         the task's ``transfer`` is settled, if it has one).
@@ -100,7 +104,8 @@ class Arena:
         text = _pack(tokens)
         size = self.spec.page_tokens
         # The last token is always computed: its logits are what the task continues from.
-        hits = self.tiers.worth_having(self.index.match(tenant, self._keys(text, 0, (len(text) - 1) // size)))
+        keys = self._keys(text, 0, (len(text) - 1) // size)
+        hits = self.tiers.worth_having(self.index.match(tenant, keys, adapter))
         total = -(-(len(text) + extra) // size)
         self.check_quota(tenant, quota, total - len(hits) + sum(not self.is_owned(node) for node in hits))
         resident = [node for node in hits if node.tier == DEVICE]
@@ -108,7 +113,7 @@ class Arena:
         self.check_space(total - len(resident), self.index.evictable - revived, hurry)
         for node in hits:
             self.index.pin(node)
-        task = self.tasks[id] = Task(tenant, quota, text, [])
+        task = self.tasks[id] = Task(tenant, quota, text, [], adapter)
         task.indexed = len(hits)
         task.computed = len(hits) * size
         task.path = hits[-1] if hits else None
@@ -292,7 +297,7 @@ class Arena:
     def _index(self, task: Task) -> None:
         """Lead the task's path on over its newly full pages; where a node exists it keeps its page."""
         full = task.computed // self.spec.page_tokens
-        node = task.path or self.index.root(task.tenant)
+        node = task.path or self.index.root(task.tenant, task.adapter)
         for key, page in zip(self._keys(task.tokens, task.indexed, full), task.pages[task.indexed : full]):
             child = node.children.get(key)
             if child is None:
@@ -331,7 +336,8 @@ def restore(message: messages.Restore) -> Arena:
     sharing = Counter(page for holding in message.tasks for page in holding.pages)
     for holding in message.tasks:
         _check_holding(arena, holding)
-        task = Task(holding.tenant, holding.quota, _pack(holding.tokens), list(holding.pages))
+        text, pages = _pack(holding.tokens), list(holding.pages)
+        task = Task(holding.tenant, holding.quota, text, pages, holding.adapter)
         task.computed = holding.computed
         for page in task.pages:
             if arena.pool.is_free(page):

@@ -34,13 +34,15 @@ class DropArena(msgspec.Struct, frozen=True):
 class Reserve(msgspec.Struct, frozen=True):
     """Pages for a task's first ``len(tokens)`` tokens and ``extra`` more: cached ones for the longest prefix
     of ``tokens`` that this tenant may share, new ones for the rest. At least one token is left to compute.
-    In a ``hurry`` cached pages are dropped for it that had better be demoted first."""
+    In a ``hurry`` cached pages are dropped for it that had better be demoted first. Tasks share pages only
+    with those of the same ``adapter``, on which their KV depends."""
 
     arena: str
     task: int
     tokens: list[int]
     extra: int = 0
     hurry: bool = True
+    adapter: str = ""
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -163,6 +165,7 @@ class Holding(msgspec.Struct, frozen=True):
     tokens: list[int]
     computed: int
     quota: int = 0
+    adapter: str = ""
 
 
 class Restore(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
-"""The prefix index: a radix tree over full pages, one root for each tenant.
+"""The prefix index: a radix tree over full pages, one root for each tenant and adapter.
 
 An edge is the exact tokens of one full page, so a hit is never a hash collision. The root is found by an
-HMAC of the tenant under a secret of this process: one tenant's tokens never lead into another's tree.
+HMAC of both under a secret of this process: one tenant's tokens never lead into another's tree, nor those of
+one adapter into the tree of another, whose KV is different.
 After SGLang's RadixAttention (Zheng et al., 2024), with pages for edges and pins for its lock references.
 """
 
@@ -94,18 +95,18 @@ class RadixIndex:
         """How many nodes on the device nobody pins."""
         return self.unpinned[DEVICE]
 
-    def root(self, tenant: str) -> Node:
-        """The root of a tenant's tree; no page belongs to it."""
-        salt = self._salt(tenant)
+    def root(self, tenant: str, adapter: str = "") -> Node:
+        """The root of a tenant's tree for an adapter; no page belongs to it. Its key is its salt."""
+        salt = self._salt(tenant, adapter)
         root = self._roots.get(salt)
         if root is None:
-            root = self._roots[salt] = Node(None, b"", -1, tenant)
+            root = self._roots[salt] = Node(None, salt, -1, tenant)
         return root
 
-    def match(self, tenant: str, keys: Sequence[bytes]) -> list[Node]:
+    def match(self, tenant: str, keys: Sequence[bytes], adapter: str = "") -> list[Node]:
         """The nodes of the longest indexed prefix of these pages' tokens that are at hand in some tier."""
         found: list[Node] = []
-        node = self._roots.get(self._salt(tenant))
+        node = self._roots.get(self._salt(tenant, adapter))
         for key in keys:
             node = node.children.get(key) if node is not None else None
             if node is None or node.busy or node.lost:
@@ -257,7 +258,7 @@ class RadixIndex:
 
     def _drop_if_empty(self, node: Node) -> None:
         if node.parent is None and not node.children:
-            self._roots.pop(self._salt(node.tenant), None)
+            self._roots.pop(node.key, None)
 
 
 def lineage(node: Node | None) -> Iterator[Node]:
@@ -267,5 +268,8 @@ def lineage(node: Node | None) -> Iterator[Node]:
         node = node.parent
 
 
-def _salter(secret: bytes) -> Callable[[str], bytes]:
-    return lru_cache(4096)(lambda tenant: hmac.digest(secret, tenant.encode(), "sha256"))
+def _salter(secret: bytes) -> Callable[[str, str], bytes]:
+    def salt(tenant: str, adapter: str) -> bytes:
+        return hmac.digest(secret, f"{len(tenant)}:{tenant}{adapter}".encode(), "sha256")
+
+    return lru_cache(4096)(salt)

@@ -67,7 +67,13 @@ class MemoryServer(Server):
         grant = call.origin.grant
         arena = self._arena(request.arena)
         arena.reserve(
-            request.task, grant.tenant, request.tokens, request.extra, grant.max_pages, request.hurry
+            request.task,
+            grant.tenant,
+            request.tokens,
+            request.extra,
+            grant.max_pages,
+            request.hurry,
+            request.adapter,
         )
         return _reserved(arena, request.task)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
+import msgspec
+
+from llmos.drivers.sdk.messages import LoadedAdapter, LoadedModel, LoadProgress, LoadRequest
 from llmos.ipc.errors import IOFailure, LLMOSError, NotFound
 from llmos.services import manifest
 from llmos.services.manifest import ModelSpec
@@ -15,6 +18,18 @@ from llmos.services.models.template import ChatTemplate
 from llmos.services.models.tokenizer import ModelTokenizer
 
 Waiter = Callable[[LLMOSError | None], None]
+
+
+@dataclass(eq=False)
+class Adapter:
+    """An adapter of a model: its folder, what it is called inside once its files were read, and whether the
+    driver has it."""
+
+    name: str
+    source: Path
+    identity: str = ""
+    loaded: LoadedAdapter | None = None
+    error: LLMOSError | None = None
 
 
 class Model:
@@ -30,10 +45,13 @@ class Model:
         self.fingerprint = ""
         self.loaded: LoadedModel | None = None
         self.loading = False
+        self.adapted = False
         self.hosted = False
         self.wanted = True
         self.error: LLMOSError | None = None
         self.progress = LoadProgress("read", 0, 0)
+        folders = {name: Path(path).expanduser().absolute() for name, path in spec.adapters.items()}
+        self.adapters = {name: Adapter(name, folder) for name, folder in folders.items()}
         self._waiters: list[tuple[Waiter, bool]] = []
 
     @property
@@ -50,6 +68,23 @@ class Model:
         if self.error is not None:
             return IOFailure(f"model {name!r} could not be loaded: {self.error}")
         return None
+
+    @property
+    def identities(self) -> list[str]:
+        """The adapters that tasks can have."""
+        return [each.identity for each in self.adapters.values() if each.loaded is not None]
+
+    def adapter(self, name: str) -> str:
+        """What a loaded adapter is called inside; empty for no name."""
+        if not name:
+            return ""
+        found = self.adapters.get(name)
+        if found is None:
+            known = ", ".join(self.adapters) or "none"
+            raise NotFound(f"model {self.spec.name!r} has no adapter {name!r}; there is: {known}")
+        if found.error is not None or found.loaded is None:
+            raise IOFailure(f"adapter {name!r} could not be loaded: {found.error or 'it is being loaded'}")
+        return found.identity
 
     def wait(self, waiter: Waiter, *, for_driver: bool = True) -> None:
         """Tell ``waiter`` once, maybe at once; without ``for_driver`` as soon as there is a tokenizer."""
@@ -75,7 +110,9 @@ class Model:
     def lost(self) -> None:
         """The driver is gone, and with it whatever it had loaded."""
         self.loaded = None
-        self.loading = self.hosted = False
+        self.loading = self.adapted = self.hosted = False
+        for adapter in self.adapters.values():
+            adapter.loaded = None
         self.progress = LoadProgress("read", 0, 0)
 
     def line(self) -> ModelLine:
@@ -97,6 +134,23 @@ class Model:
             kind=loaded.kind if loaded else "decoder",
             mesh=self.spec.mesh,
         )
+
+    def adapter_line(self, adapter: Adapter) -> ModelLine:
+        """An adapter as it is listed: as a model of its own."""
+        whole = self.line()
+        state = "failed" if adapter.error else "loading" if adapter.loaded is None else whole.state
+        return msgspec.structs.replace(
+            whole,
+            name=f"{self.spec.name}:{adapter.name}",
+            state=state if whole.state == "ready" else whole.state,
+            created=_created(adapter.source),
+            error=str(adapter.error or whole.error),
+            parent=self.spec.name,
+        )
+
+    def lines(self) -> list[ModelLine]:
+        """The model, and its adapters."""
+        return [self.line(), *map(self.adapter_line, self.adapters.values())]
 
     def _state(self) -> Literal["missing", "unloaded", "loading", "ready", "failed"]:
         if self.source is None:
@@ -140,4 +194,6 @@ def load_request(model: Model, cache: Path) -> LoadRequest:
         draft=str(Path(spec.draft).expanduser().absolute()) if spec.draft else "",
         arena=spec.arena,
         arena_bytes=manifest.size(spec.arena_size),
+        adapters=spec.max_adapters or len(spec.adapters),
+        adapter_rank=spec.adapter_rank,
     )

@@ -15,6 +15,7 @@ from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming, Server
 from llmos.services.manifest import Manifest, ModelSpec
 from llmos.services.models import store, tokenizer
+from llmos.services.models.adapters import Adapters
 from llmos.services.models.fingerprint import fingerprint
 from llmos.services.models.hosting import Model, load_request
 from llmos.services.models.template import ChatTemplate
@@ -33,6 +34,7 @@ class Loader:
         self._server = server
         self._cache = cache
         self._background = Background(server)
+        self.adapters = Adapters(server, self._background)
         self._drivers: dict[str, int] = {}
         self._scheduler = 0
         self._followers: dict[str, list[Incoming]] = {}
@@ -168,6 +170,10 @@ class Loader:
             return
         model.loaded = codec.decode(answer.body, LoadedModel)
         log.info("%s is loaded: %s", model.spec.name, model.loaded.phases)
+        self.adapters.restore(model, lambda: self._adapted(model))
+
+    def _adapted(self, model: Model) -> None:
+        model.adapted = True
         self._host(model)
 
     def _fail(self, model: Model, error: LLMOSError) -> None:
@@ -178,7 +184,7 @@ class Loader:
     # --- the scheduler ---
 
     def _host(self, model: Model) -> None:
-        if not self._scheduler or model.loaded is None:
+        if not self._scheduler or model.loaded is None or not model.adapted:
             return
         scheduler, loaded = self._scheduler, model.loaded
 
@@ -198,7 +204,7 @@ class Loader:
             if self._scheduler == scheduler and model.loaded is loaded:
                 self._host(model)
 
-        self._server.call("scheduler.host", Host(model.spec.driver, loaded), listener)
+        self._server.call("scheduler.host", Host(model.spec.driver, loaded, model.identities), listener)
 
     def _unhost(self, model: Model) -> None:
         if self._scheduler and model.loaded is not None:

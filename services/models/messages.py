@@ -150,8 +150,23 @@ class Unload(msgspec.Struct, frozen=True):
     model: str
 
 
+class LoadAdapter(msgspec.Struct, frozen=True):
+    """Load the LoRA adapter in the folder ``source`` (empty: where it was before) beside its model; ``model``
+    is MODEL:NAME. Requests can name it so when this is answered by its ``ModelLine``."""
+
+    model: str
+    source: str = ""
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True):
+    """Drop the adapter MODEL:NAME, which no task needs."""
+
+    model: str
+
+
 class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One model; ``state`` "missing" means that its files must be pulled first."""
+    """One model; ``state`` "missing" means that its files must be pulled first. An adapter has a line of its
+    own, whose ``parent`` is its model."""
 
     name: str
     state: Literal["missing", "unloaded", "loading", "ready", "failed"]
@@ -167,6 +182,7 @@ class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     phases: dict[str, float] = {}
     kind: Kind = "decoder"
     mesh: dict[str, int] = {}
+    parent: str = ""
 
 
 class ModelList(msgspec.Struct, frozen=True):

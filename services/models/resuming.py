@@ -33,6 +33,12 @@ def check(state: TaskState, text: TextState, model: Model, tenant: str) -> None:
         raise InvalidArgument(
             f"this task was saved with another model {state.model!r}: its weights or their type have changed"
         )
+    name = state.adapter.partition("@")[0]
+    if name and (name not in model.adapters or model.adapters[name].identity != state.adapter):
+        raise InvalidArgument(
+            f"this task was saved with the adapter {state.adapter!r}, which is not here with these weights: "
+            f"llmos load {state.model}:{name} PATH"
+        )
     if not 0 < state.prompt <= len(state.tokens) < state.limit:
         raise InvalidArgument(f"this saved task has {len(state.tokens)} tokens of {state.limit}")
 
@@ -50,6 +56,7 @@ def to_submit(name: str, state: TaskState) -> Submit:
         prompt=state.prompt,
         context=state.context,
         resume=Resume(name, state.computed),
+        adapter=state.adapter,
     )
 
 

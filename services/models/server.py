@@ -13,7 +13,7 @@ from llmos.ipc import calls, codec, paths
 from llmos.ipc.errors import LLMOSError
 from llmos.ipc.grant import Origin
 from llmos.ipc.server import Incoming, Later, Server, method
-from llmos.services import manifest, saved
+from llmos.services import adapters, manifest, saved
 from llmos.services.models import requests, resuming
 from llmos.services.models.detokenizer import detokenizer
 from llmos.services.models.encoding import Encodings
@@ -28,12 +28,14 @@ from llmos.services.models.messages import (
     Embed,
     Generation,
     Load,
+    LoadAdapter,
     ModelList,
     Rerank,
     Resume,
     TokenIds,
     Tokenize,
     Unload,
+    UnloadAdapter,
 )
 from llmos.services.models.streams import Streams
 from llmos.services.scheduler.messages import TaskState
@@ -118,7 +120,7 @@ class ModelsServer(Server):
     @method
     def list(self, request: None, call: Incoming) -> ModelList:
         """The models that the caller may use; services see all."""
-        lines = [model.line() for model in self._loader.models.values()]
+        lines = [line for model in self._loader.models.values() for line in model.lines()]
         return ModelList([line for line in lines if _may_see(call.origin, line.name)])
 
     @method
@@ -133,6 +135,26 @@ class ModelsServer(Server):
         call.origin.check_model(request.model)
         self._loader.unload(self._loader.model(request.model), call)
         return Later()
+
+    @method
+    def load_adapter(self, request: LoadAdapter, call: Incoming) -> Later:
+        """The reply is ``ModelLine``, once requests can name it."""
+        model, name = adapters.split(request.model)
+
+        def load(model: Model) -> None:
+            self._loader.adapters.load(model, name, request.source, call)
+
+        return self._once_ready(request.model, self._loader.model(model), call, load)
+
+    @method
+    def unload_adapter(self, request: UnloadAdapter, call: Incoming) -> Later:
+        """The reply comes once its place is free."""
+        model, name = adapters.split(request.model)
+
+        def unload(model: Model) -> None:
+            self._loader.adapters.unload(model, name, call)
+
+        return self._once_ready(request.model, self._loader.model(model), call, unload)
 
     @method
     def tokenize(self, request: Tokenize, call: Incoming) -> Later:
@@ -173,10 +195,12 @@ class ModelsServer(Server):
             body = OpenTask(request.name, call.origin.grant.tenant)
             self.call(f"driver.{model.spec.driver}.open", body, opened, timeout=OPEN_SECONDS)
 
-        return self._when(header.model, call, begin)
+        # Who it belongs to, and what it needs, is known when it was opened.
+        return self._once_ready("", self._loader.model(header.model), call, begin)
 
     def _go_on(self, name: str, state: TaskState, model: Model, call: Incoming) -> None:
         text = codec.decode(state.context, resuming.TextState)
+        call.origin.check_model(adapters.served(state.model, state.adapter))
         resuming.check(state, text, model, call.origin.grant.tenant)
         submit, now = resuming.to_submit(name, state), time.monotonic()
         answer, said = resuming.answer(state, text, model, submit, now)
@@ -197,11 +221,13 @@ class ModelsServer(Server):
             assert model.tokenizer is not None
             requests.check_decoder(model.loaded)
             tokens, grant = prompt(model), call.origin.grant
+            adapter = model.adapter(adapters.split(name)[1])
             stop = model.tokenizer.info.stop
             submit = requests.to_submit(
                 generation, tokens, model.loaded, grant, stop=stop, label=call.head.method
             )
-            submit = msgspec.structs.replace(submit, context=resuming.context(generation.stop, model))
+            context = resuming.context(generation.stop, model)
+            submit = msgspec.structs.replace(submit, context=context, adapter=adapter)
             text = detokenizer(model.tokenizer, tokens)
             answer = Answer(submit, generation.stop, text, time.monotonic())
             self._streams.begin(call, submit, answer, stream=generation.stream)
@@ -213,7 +239,24 @@ class ModelsServer(Server):
     ) -> Later:
         """Act once the model is ready, or fail the call with what keeps it from being so."""
         call.origin.check_model(name)
-        model = self._loader.model(name)
+        base, adapter = adapters.split(name)
+        model = self._loader.model(base)
+        if adapter not in ("", *model.adapters):
+            model.adapter(adapter)
+        return self._once_ready(name, model, call, act, for_driver=for_driver)
+
+    def _once_ready(
+        self,
+        name: str,
+        model: Model,
+        call: Incoming,
+        act: Callable[[Model], None],
+        *,
+        for_driver: bool = True,
+    ) -> Later:
+        """As ``_when``, for a caller who may use ``name``; if it is empty, ``act`` checks their rights."""
+        if name:
+            call.origin.check_model(name)
 
         def told(error: LLMOSError | None) -> None:
             call.on_cancel = None

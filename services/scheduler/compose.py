@@ -62,6 +62,7 @@ def _start(task: Task) -> Start:
         limit=task.limit,
         stop=task.stop,
         sampling=task.sampling,
+        adapter=task.adapter,
     )
 
 

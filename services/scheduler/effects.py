@@ -70,7 +70,8 @@ class MessageEffects(SwapMessages):
         if task.id in self._filling:
             self._filling[task.id] = lambda: self.reserve(host, task, extra)
         elif task.place is Place.RESERVING:
-            body = Reserve(host.arena, task.id, task.tokens, extra, host.tiers.hurries(task))
+            hurry = host.tiers.hurries(task)
+            body = Reserve(host.arena, task.id, task.tokens, extra, hurry, task.adapter)
             self._server.call("memory.reserve", body, answered, acting=task.call)
 
     def _resume(self, host: Host, task: Task, body: Reserved) -> None:
@@ -168,7 +169,7 @@ class MessageEffects(SwapMessages):
 def holdings(core: Core, host: Host) -> Restore:
     """What is held in a host's arena, for a memory that was started anew."""
     held = [
-        Holding(task.id, task.tenant, task.pages, task.tokens, task.computed, task.max_pages)
+        Holding(task.id, task.tenant, task.pages, task.tokens, task.computed, task.max_pages, task.adapter)
         for task in core.tasks.values()
         if task.pages and task.arena == host.arena
     ]

@@ -27,7 +27,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     stream), the end is ``Finished``, cancelling the call kills the task. The header's deadline is the task's.
     Of a task that goes on, the first ``prompt`` tokens are its prompt (0: all of them) and the rest what it
     produced before; the KV of a saved one may be found by ``resume``. ``context`` is the caller's, and kept
-    with the task when it is saved.
+    with the task when it is saved. ``adapter`` is one that the model's host has, as it is called there.
     """
 
     model: str
@@ -40,6 +40,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     prompt: int = 0
     context: bytes = b""
     resume: Resume | None = None
+    adapter: str = ""
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
@@ -100,10 +101,20 @@ class Encoded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Host(msgspec.Struct, frozen=True):
-    """A driver has loaded a model and will execute quanta for it, or encode."""
+    """A driver has loaded a model, and ``adapters`` beside it, and will execute quanta for it, or encode.
+    Tasks whose adapter is not among them end."""
 
     driver: str
     model: LoadedModel
+    adapters: list[str] = []
+
+
+class Adapters(msgspec.Struct, frozen=True):
+    """The adapters that a model's host has now, or will have from now on; Busy where a task needs one that is
+    not among them."""
+
+    model: str
+    adapters: list[str]
 
 
 class Unhost(msgspec.Struct, frozen=True):
@@ -188,6 +199,7 @@ class TaskState(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     context: bytes
     computed: int
+    adapter: str = ""
 
 
 class HostLine(msgspec.Struct, frozen=True, kw_only=True):

@@ -50,7 +50,12 @@ class Placing:
         if task.names is None and hosts:
             long = task.prompt > WORTH_WAITING
             size = hosts[0].model.page_tokens
-            task.names = chain(task.tenant, task.tokens[: task.prompt], size) if long else []
+            task.names = chain(_salt(task), task.tokens[: task.prompt], size) if long else []
+
+
+def _salt(task: Task) -> str:
+    """Whose prefixes a task can share."""
+    return f"{task.tenant}:{task.adapter}"
 
 
 def _load(host: Host) -> float:

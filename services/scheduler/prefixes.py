@@ -1,7 +1,8 @@
 """Prompts that begin alike: who computes the common pages, and on which host they were last seen. Pure.
 
-A prefix is named by a chain of hashes over full pages, salted by the tenant. A hash that collides costs a
-short wait or a worse placement, never a wrong token: what is shared is decided by memory, on exact tokens.
+A prefix is named by a chain of hashes over full pages, salted by the tenant and the adapter. A hash that
+collides costs a short wait or a worse placement, never a wrong token: what is shared is decided by memory, on
+exact tokens.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ WORTH_WAITING = 64  # tokens: a shorter common prefix is computed twice
 REMEMBERED = 8_192
 
 
-def chain(tenant: str, tokens: list[int], page_tokens: int) -> list[int]:
+def chain(salt: str, tokens: list[int], page_tokens: int) -> list[int]:
     """The names of the prefixes of 1, 2, ... full pages that a task could share (never its last token)."""
     raw = array("I", tokens).tobytes()
     width = 4 * page_tokens
-    names, name = [], hash(tenant)
+    names, name = [], hash(salt)
     for at in range(0, ((len(tokens) - 1) // page_tokens) * width, width):
         name = hash((name, raw[at : at + width]))
         names.append(name)

@@ -44,7 +44,7 @@ def save(scheduler: Scheduler, task: Task, call: Incoming, now: Callable[[], flo
         model=task.model,
         tenant=task.tenant,
         pages=pages,
-        digest=digest(task.tokens[:computed]),
+        digest=digest(task.tokens[:computed], task.adapter),
         state=codec.encode(state_of(task, computed if pages else 0)),
         replica=host.replica,
     )
@@ -78,7 +78,7 @@ def fill(server: Server, host: Host, task: Task, pages: list[int], cached: int, 
         tenant=task.tenant,
         pages=pages[first:last],
         first=first,
-        digest=digest(task.tokens[: resume.computed]),
+        digest=digest(task.tokens[: resume.computed], task.adapter),
         replica=host.replica,
     )
 
@@ -107,9 +107,10 @@ def state_of(task: Task, computed: int) -> TaskState:
         label=task.label,
         context=task.context,
         computed=computed,
+        adapter=task.adapter,
     )
 
 
-def digest(tokens: list[int]) -> bytes:
-    """What names the tokens whose KV a file has."""
-    return hashlib.sha256(array("I", tokens).tobytes()).digest()
+def digest(tokens: list[int], adapter: str = "") -> bytes:
+    """What names the tokens, and the adapter, whose KV a file has."""
+    return hashlib.sha256(array("I", tokens).tobytes() + adapter.encode()).digest()

@@ -22,7 +22,7 @@ from llmos.ipc.errors import (
 from llmos.ipc.grant import Band, Grant
 from llmos.ipc.link import now as wall_now
 from llmos.ipc.server import Incoming, Later, Server, log, method
-from llmos.services import manifest
+from llmos.services import adapters, manifest
 from llmos.services.memory.messages import DropArena
 from llmos.services.scheduler import saving
 from llmos.services.scheduler.core import Core
@@ -32,6 +32,7 @@ from llmos.services.scheduler.encoding import EncoderHost, Encoding, Job
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import (
+    Adapters,
     Cont,
     Encode,
     HostLine,
@@ -70,6 +71,7 @@ class Scheduler(Server):
         self.encoding = Encoding(EncodeEffects(self, self._rates), self.core.counters, self.core.running_of)
         self._ids = itertools.count(1)
         self._memory = 0
+        self._adapters: dict[str, list[str]] = {}
 
     # --- calls served ---
 
@@ -169,6 +171,9 @@ class Scheduler(Server):
             self.encoding.add_host(EncoderHost(request.driver, request.model), now())
             call.reply()
             return Later()
+        self._adapters[request.model.model] = request.adapters
+        for task in self._tasks_without_adapter(request.model.model, request.adapters):
+            self.core.kill(task, NotFound(f"adapter {task.adapter} could not be loaded again"), now())
         for previous in self._replicas(request.driver, request.model.model):
             self.core.lose_host(previous, now())
         hosts = [Host(request.driver, request.model, i) for i in range(max(1, request.model.replicas))]
@@ -186,6 +191,14 @@ class Scheduler(Server):
         for host in hosts:
             self._open(host, opened)
         return Later()
+
+    @method
+    def adapters(self, request: Adapters, call: Incoming) -> None:
+        if request.model not in self._adapters:
+            raise NotFound(f"no driver serves the model {request.model!r} yet")
+        if left := self._tasks_without_adapter(request.model, request.adapters):
+            raise Busy(f"{len(left)} tasks need adapter {left[0].adapter}: wait until they end, or kill them")
+        self._adapters[request.model] = request.adapters
 
     @method
     def unhost(self, request: Unhost, call: Incoming) -> None:
@@ -236,6 +249,10 @@ class Scheduler(Server):
 
     # --- helpers ---
 
+    def _tasks_without_adapter(self, model: str, adapters: list[str]) -> list[Task]:
+        tasks = [task for task in self.core.tasks.values() if task.model == model]
+        return [task for task in tasks if task.adapter and task.adapter not in adapters]
+
     def _replicas(self, driver: str, model: str) -> list[Host]:
         return [h for h in self.core.hosts.values() if (h.driver, h.model.model) == (driver, model)]
 
@@ -276,12 +293,14 @@ class Scheduler(Server):
     def _admissible(self, request: Submit, call: Incoming) -> Task:
         """A task for a request that can be served, now or later; every check comes before any effect."""
         grant = call.origin.grant
-        call.origin.check_model(request.model)
+        call.origin.check_model(adapters.served(request.model, request.adapter))
         _check_band(call, request.band)
         if request.model in self.encoding.models:
             raise InvalidArgument(f"{request.model} is an encoder: it generates no text")
         if request.model not in self.core.queues:
             raise NotFound(f"no driver serves the model {request.model!r} yet")
+        if request.adapter and request.adapter not in self._adapters.get(request.model, ()):
+            raise NotFound(f"{request.model!r} has no adapter {request.adapter!r}")
         limit = len(request.tokens) + request.max_tokens
         _check_fit(self.core.models[request.model], request, limit)
         if grant.max_tokens and request.max_tokens > grant.max_tokens:
@@ -308,6 +327,7 @@ class Scheduler(Server):
             call=call,
             context=request.context,
             resume=request.resume,
+            adapter=request.adapter,
         )
 
     def _admissible_job(self, request: Encode, call: Incoming) -> Job:
@@ -424,7 +444,7 @@ def _line(task: Task, host: Host | None) -> TaskLine:
         task=task.id,
         tenant=task.tenant,
         principal=task.principal,
-        model=task.model,
+        model=adapters.served(task.model, task.adapter),
         driver=host.driver if host else "",
         band=task.band,
         state=_STATES.get(task.place, "waiting"),

@@ -46,7 +46,8 @@ class Task:
     to keep its deadline; ``names`` the prefixes of its prompt; ``promoted`` says that it waited so long that
     it counts as interactive while it has its slot. ``pace`` is how many tokens it gains in a step, lately:
     more than one where the driver speculates, so that ``planned`` is what it will have at least. ``context``
-    belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read.
+    belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read. ``adapter``
+    is empty for the model as it is.
     """
 
     id: int
@@ -68,6 +69,7 @@ class Task:
     call: Any = None
     context: bytes = b""
     resume: Resume | None = None
+    adapter: str = ""
 
     place: Place = Place.WAITING
     arena: str = ""

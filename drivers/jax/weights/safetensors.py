@@ -30,7 +30,9 @@ _MAX_HEADER = 100 << 20
 _MAX_JSON = 64 << 20
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
+    """Where a tensor lies in its file, ``start`` to ``end`` in bytes."""
+
     file: mmap.mmap
     dtype: str
     shape: tuple[int, ...]
@@ -51,9 +53,9 @@ class SafetensorsSource:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise InvalidArgument(f"{folder} holds no .safetensors file")
-        self._tensors: dict[str, _Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         for file in files:
-            self._tensors |= _header(file)
+            self._tensors |= open_file(file)
         self._check_index(folder / "model.safetensors.index.json")
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -61,16 +63,7 @@ class SafetensorsSource:
         return tensor.shape if tensor else None
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise InvalidArgument(f"tensor '{name}' is in {tensor.dtype}, which is not read")
-        dtype = np.dtype(_DTYPES[tensor.dtype])
-        if tensor.end - tensor.start != prod(tensor.shape) * dtype.itemsize:
-            raise InvalidArgument(f"tensor '{name}' has {tensor.end - tensor.start} bytes for {tensor.shape}")
-        if tensor.start < 0 or tensor.end > len(tensor.file):
-            raise InvalidArgument(f"tensor '{name}' is cut off: its file ends before its data does")
-        values = np.frombuffer(tensor.file, dtype, prod(tensor.shape), tensor.start)
-        return values.reshape(tensor.shape)
+        return read_tensor(name, self._tensors[name])
 
     def _check_index(self, index: Path) -> None:
         if not index.exists():
@@ -80,7 +73,23 @@ class SafetensorsSource:
             raise InvalidArgument(f"tensor '{missing[0]}' is in {index.name} but in no shard of the folder")
 
 
-def _header(path: Path) -> dict[str, _Tensor]:
+def read_tensor(name: str, tensor: Tensor) -> np.ndarray:
+    """The values of a tensor; InvalidArgument says, by its name, what is wrong with it."""
+    if tensor.dtype not in _DTYPES:
+        raise InvalidArgument(f"tensor '{name}' is in {tensor.dtype}, which is not read")
+    dtype = np.dtype(_DTYPES[tensor.dtype])
+    if tensor.end - tensor.start != prod(tensor.shape) * dtype.itemsize:
+        raise InvalidArgument(f"tensor '{name}' has {tensor.end - tensor.start} bytes for {tensor.shape}")
+    if tensor.start < 0 or tensor.end > len(tensor.file):
+        raise InvalidArgument(f"tensor '{name}' is cut off: its file ends before its data does")
+    values = np.frombuffer(tensor.file, dtype, prod(tensor.shape), tensor.start)
+    return values.reshape(tensor.shape)
+
+
+def open_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file by name; InvalidArgument if it is none, or its header is not sound."""
+    if not path.is_file():
+        raise InvalidArgument(f"{path.parent} has no {path.name}")
     if path.stat().st_size < 8:
         raise InvalidArgument(f"{path.name} is not a sound safetensors file: its header is cut off")
     with path.open("rb") as file:
@@ -91,7 +100,7 @@ def _header(path: Path) -> dict[str, _Tensor]:
     try:
         entries = json.loads(data[8 : 8 + size])
         return {
-            name: _Tensor(
+            name: Tensor(
                 data,
                 entry["dtype"],
                 tuple(int(side) for side in entry["shape"]),

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmos.drivers.null.driver import NullDriver, next_token
-from llmos.drivers.sdk.messages import Chunk, Growth, LoadRequest, Quantum, Start, Step
-from llmos.ipc.errors import InvalidArgument, NotFound
+from llmos.drivers.sdk.messages import Chunk, Growth, LoadAdapter, LoadRequest, Quantum, Start, Step
+from llmos.ipc.errors import Busy, InvalidArgument, NotFound
 
 
 @pytest.fixture
 def driver() -> NullDriver:
     made = NullDriver()
     request = LoadRequest(
-        model="m", source="", slots=2, pages=8, page_tokens=4, max_context=32, chunk_tokens=8
+        model="m",
+        source="",
+        slots=2,
+        pages=8,
+        page_tokens=4,
+        max_context=32,
+        chunk_tokens=8,
+        adapters=1,
     )
     made.load(request, lambda progress: None)
     return made
@@ -72,3 +80,23 @@ def test_an_unknown_model_is_refused_and_reset_empties_a_known_one(driver: NullD
     run(driver, 1, start=[start()])
     driver.reset("m")
     run(driver, 1, start=[start()])
+
+
+def test_tokens_and_kv_depend_on_the_adapter(driver: NullDriver, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    load = lambda name: driver.load_adapter(LoadAdapter(model="m", adapter=name, source=str(tmp_path)))()()  # noqa: E731
+    with pytest.raises(InvalidArgument, match="adapter x is not loaded"):
+        run(driver, 1, start=[start(adapter="x")])
+    load("x")
+    with pytest.raises(Busy, match="all 1 adapters"):
+        load("y")
+    (step,) = run(driver, 1, start=[start(adapter="x")], chunks=[Chunk(0, 0, 0, 3)])
+    assert step.tokens == [next_token([1, 2, 3], "x")] != [next_token([1, 2, 3])]
+    with pytest.raises(Busy, match="in use"):
+        driver.unload_adapter("m", "x")
+    with pytest.raises(InvalidArgument, match="does not hold the KV"):
+        run(driver, 1, start=[start(1, [1, 2, 3, 4], cached=3)])
+    run(driver, 0, release=[0])
+    driver.unload_adapter("m", "x")
+    with pytest.raises(NotFound):
+        driver.unload_adapter("m", "x")

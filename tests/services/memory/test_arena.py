@@ -278,3 +278,18 @@ def test_restoring_keeps_the_copy_that_is_shared_in_the_index() -> None:
 def test_what_cannot_be_held_is_not_restored(tasks: list[Holding]) -> None:
     with pytest.raises(InvalidArgument):
         restore(Restore(arena=spec(), tasks=tasks))
+
+
+def test_what_an_adapter_computed_is_found_under_it_only_also_after_a_restart() -> None:
+    one = arena()
+    pages, _ = one.reserve(1, "t", PROMPT, adapter="fine")
+    one.commit([(1, [], len(PROMPT))])
+    assert one.reserve(2, "t", PROMPT)[1] == 0
+    one.free([2])
+    assert one.reserve(3, "t", PROMPT, adapter="fine") == ([*pages[:2], 3], 8)
+    check(one)
+    again = restore(Restore(arena=spec(), tasks=[Holding(1, "t", pages, PROMPT, 10, adapter="fine")]))
+    assert again.reserve(2, "t", PROMPT)[1] == 0
+    again.free([2])
+    assert again.reserve(3, "t", PROMPT, adapter="fine")[1] == 8
+    check(again)

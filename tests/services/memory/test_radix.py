@@ -76,3 +76,15 @@ def test_stale_candidates_do_not_pile_up() -> None:
     for _ in range(1000):
         index.unpin_path(grow(index, "a", b"1"))
     assert len(index._heaps[0]) < 100
+
+
+def test_the_same_tokens_under_another_adapter_are_another_tree() -> None:
+    index = RadixIndex()
+    node = index.insert(index.root("a", "one"), b"1", 0)
+    index.pin(node)
+    assert index.match("a", [b"1"], "one") == [node]
+    assert index.match("a", [b"1"]) == index.match("a", [b"1"], "two") == index.match("aone", [b"1"]) == []
+    index.unpin_path(node)
+    index.evict(1)
+    assert index.match("a", [b"1"], "one") == []
+    assert not index._roots, "an empty tree is forgotten"

@@ -1,0 +1,244 @@
+"""Adapters on the device: several in a batch, loaded and dropped between steps, equal to merged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from llmos.drivers.jax import lora
+from llmos.drivers.jax.driver import JaxDriver
+from llmos.drivers.sdk.messages import Chunk, LoadAdapter, LoadedModel, LoadRequest, Start
+from llmos.ipc.errors import Busy, InvalidArgument, NotFound
+from tests.drivers.jax.lora_files import make_adapter, merged, write_adapter
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROMPTS = [[5, 9, 14, 3, 77, 20], [44, 2, 8], [61, 62, 63, 64, 65, 66, 67, 68, 69], [30, 31]]
+COUNT = 6
+
+Load = Callable[..., tuple[JaxDriver, LoadedModel]]
+
+
+@pytest.fixture(scope="module")
+def request_of(tiny_folder: Path, cache_folder: Path) -> LoadRequest:
+    return LoadRequest(
+        model="tiny", source=str(tiny_folder), cache=str(cache_folder), page_tokens=8, pages=128, slots=8,
+        max_context=128, chunk_tokens=64, adapters=3, adapter_rank=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> dict[str, tuple[Path, Any, float]]:
+    """Three adapters: of all modules, of some with less rank, and with a scale by the root of its rank."""
+    folder, made = tmp_path_factory.mktemp("adapters"), {}
+    for seed, (name, rank, modules, rooted) in enumerate(
+        [("all", 8, MODULES, False), ("some", 4, ["q_proj", "v_proj", "down_proj"], False),
+         ("rooted", 4, MODULES[:4], True)]
+    ):  # fmt: skip
+        tensors = make_adapter(helpers.TINY, rank, modules, seed)
+        write_adapter(folder / name, tensors, rank, 8, modules, use_rslora=rooted)
+        made[name] = (folder / name, tensors, 8 / (rank**0.5 if rooted else rank))
+    return made
+
+
+def load_adapter(driver: JaxDriver, name: str, source: Path) -> None:
+    driver.load_adapter(LoadAdapter(model="tiny", adapter=name, source=str(source)))()()
+
+
+def run(runner: Any, helpers: Any, names: list[str], prompts: list[list[int]], replica: int = 0) -> Any:
+    """All prompts in one batch, each with its adapter."""
+    starts, chunks = [], []
+    for slot, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        start = runner.start(slot, helpers.Task(prompt, COUNT))
+        starts.append(msgspec.structs.replace(start, adapter=name))
+        chunks.append(Chunk(slot, slot, 0, len(prompt)))
+    slots = list(range(len(names)))
+    done = runner.steps(len(names) + COUNT, start=starts, chunks=chunks, decode=slots, replica=replica)
+    runner.steps(1, release=slots, replica=replica)
+    return [helpers.tokens_of(done, slot) for slot in slots]
+
+
+@pytest.fixture(scope="module")
+def loaded(request_of: LoadRequest, helpers: Any, adapters: Any) -> Any:
+    driver = JaxDriver("cpu")
+    runner = helpers.Runner(driver, driver.load(request_of, helpers.ignore))
+    for name, (folder, *_) in adapters.items():
+        load_adapter(driver, name, folder)
+    yield runner
+    driver.unload("tiny")
+
+
+NAMES = ["all", "some", "", "rooted"]
+
+
+def test_each_row_of_a_mixed_batch_is_as_with_weights_merged(
+    loaded: Any, helpers: Any, adapters: Any, tiny_tensors: Any
+) -> None:
+    produced = run(loaded, helpers, NAMES, PROMPTS)
+    for name, prompt, tokens in zip(NAMES, PROMPTS, produced, strict=True):
+        _, tensors, scale = adapters[name] if name else (None, {}, 0.0)
+        weights = merged(tiny_tensors, tensors, scale)
+        assert tokens == helpers.dense_greedy(helpers.TINY, weights, prompt, COUNT), name
+
+
+def test_a_mixed_batch_gives_each_what_it_gets_alone(loaded: Any, helpers: Any) -> None:
+    alone = [run(loaded, helpers, [name], [prompt])[0] for name, prompt in zip(NAMES, PROMPTS, strict=True)]
+    assert run(loaded, helpers, NAMES, PROMPTS) == alone
+    assert (
+        run(loaded, helpers, ["all", ""], [PROMPTS[0]] * 2)[0] != run(loaded, helpers, [""], PROMPTS[:1])[0]
+    )
+
+
+def test_a_model_with_room_computes_without_an_adapter_exactly_what_it_did(
+    loaded: Any, helpers: Any, tiny_driver: tuple[JaxDriver, LoadedModel]
+) -> None:
+    plain = helpers.Runner(*tiny_driver)
+    assert run(loaded, helpers, [""] * 4, PROMPTS) == run(plain, helpers, [""] * 4, PROMPTS)
+
+
+def test_the_two_ways_of_multiplying_agree(
+    loaded: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((4, 3, 16)).astype(np.float32)
+    a = rng.standard_normal((2, 2 * 4, 16)).astype(np.float32)
+    b = rng.standard_normal((10, 2, 4)).astype(np.float32)
+    rows = np.asarray([1, 0, 2, 1], np.int32)
+    results = []
+    for way in ("all", "own"):
+        monkeypatch.setattr(lora, "choose", lambda *_, way=way: way)
+        with lora.serving(rows):
+            results.append(np.asarray(lora.delta(x, a, b, (4, 6), lambda x, w: x @ w.T)))
+    expected = np.zeros((4, 3, 10))
+    for row, number in enumerate(rows):
+        if number:
+            inner = x[row] @ a[number - 1].T
+            own = b[:, number - 1]
+            expected[row] = np.concatenate([inner[:, :4] @ own[:4].T, inner[:, 4:] @ own[4:].T], axis=-1)
+    for result in results:
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_many_rows_of_one_token_read_each_adapter_once_and_prompts_copy_theirs() -> None:
+    assert lora.choose(256, 1, 8, "gpu") == "all"
+    assert lora.choose(256, 1, 32, "gpu") == "all"
+    assert lora.choose(1, 1, 32, "gpu") == "own"
+    assert lora.choose(4, 2048, 8, "gpu") == "own"
+    assert lora.choose(32, 8, 8, "gpu") == "all"
+    assert lora.choose(32, 1, 8, "cpu") == "all"
+
+
+def test_a_row_on_8_bit_weights_gets_the_same_whatever_is_beside_it(
+    request_of: LoadRequest, helpers: Any, adapters: Any, fresh_cache: Path
+) -> None:
+    driver = JaxDriver("cpu")
+    wanted = msgspec.structs.replace(request_of, cache=str(fresh_cache), weights="int8")
+    runner = helpers.Runner(driver, driver.load(wanted, helpers.ignore))
+    base = run(runner, helpers, [""] * 4, PROMPTS)
+    for name, (folder, *_) in adapters.items():
+        load_adapter(driver, name, folder)
+    mixed = run(runner, helpers, NAMES, PROMPTS)
+    assert mixed[2] == base[2]
+    assert mixed[0] != base[0]
+    assert run(runner, helpers, ["all", "rooted", "some", "all"], PROMPTS)[0] == mixed[0]
+    driver.unload("tiny")
+
+
+def test_speculation_gives_the_tokens_of_plain_decoding(
+    loaded: Any, request_of: LoadRequest, helpers: Any, adapters: Any, fresh_cache: Path
+) -> None:
+    driver = JaxDriver("cpu")
+    wanted = msgspec.structs.replace(
+        request_of, cache=str(fresh_cache), speculation="ngram", speculation_tokens=3
+    )
+    runner = helpers.Runner(driver, driver.load(wanted, helpers.ignore))
+    for engine in driver._engines["tiny"]:
+        engine.speculation.policy.always = True
+    for name, (folder, *_) in adapters.items():
+        load_adapter(driver, name, folder)
+    repeating = [[7, 8, 9] * 5, [1, 2] * 6, [50, 51, 52, 53] * 3, [9] * 8]
+    assert run(runner, helpers, NAMES, repeating) == run(loaded, helpers, NAMES, repeating)
+    driver.unload("tiny")
+
+
+def test_every_replica_has_the_adapter(
+    loaded: Any, request_of: LoadRequest, helpers: Any, adapters: Any, fresh_cache: Path
+) -> None:
+    driver = JaxDriver("cpu")
+    wanted = msgspec.structs.replace(request_of, cache=str(fresh_cache), mesh={"data": 2})
+    runner = helpers.Runner(driver, driver.load(wanted, helpers.ignore))
+    load_adapter(driver, "all", adapters["all"][0])
+    expected = run(loaded, helpers, ["all"], PROMPTS[:1])
+    assert [run(runner, helpers, ["all"], PROMPTS[:1], replica=number) for number in range(2)] == [
+        expected
+    ] * 2
+    driver.unload("tiny")
+
+
+def test_an_adapter_comes_and_goes_while_others_run_and_nothing_is_compiled_for_it(
+    loaded: Any, helpers: Any, adapters: Any
+) -> None:
+    driver = loaded.driver
+    expected = run(loaded, helpers, ["some"], PROMPTS[:1])[0]
+    engine = driver._engines["tiny"][0]
+    while engine.programs._behind.is_alive():
+        engine.programs._behind.join()
+    run(loaded, helpers, ["some"], PROMPTS[:1])
+    compiled = set(engine.programs._ready)
+    start = msgspec.structs.replace(loaded.start(0, helpers.Task(PROMPTS[0], COUNT)), adapter="some")
+    done = loaded.steps(2, start=[start], chunks=[Chunk(0, 0, 0, len(PROMPTS[0]))], decode=[0])
+    with pytest.raises(Busy, match="unload one"):
+        load_adapter(driver, "fourth", adapters["all"][0])
+    driver.unload_adapter("tiny", "all")
+    done += loaded.steps(2, decode=[0])
+    load_adapter(driver, "again", adapters["all"][0])
+    with pytest.raises(Busy, match="in use by 1"):
+        driver.unload_adapter("tiny", "some")
+    done += loaded.steps(4, decode=[0])
+    loaded.steps(1, release=[0])
+    assert helpers.tokens_of(done, 0) == expected
+    assert set(engine.programs._ready) == compiled
+    driver.unload_adapter("tiny", "again")
+    load_adapter(driver, "all", adapters["all"][0])
+
+
+def test_a_sequence_with_an_unknown_adapter_is_refused_before_any_effect(loaded: Any, helpers: Any) -> None:
+    start: Start = loaded.start(0, helpers.Task(PROMPTS[0], COUNT))
+    with pytest.raises(InvalidArgument, match="adapter gone is not loaded"):
+        loaded.driver.execute(
+            helpers.Quantum(
+                id=99, model="tiny", steps=1, start=[msgspec.structs.replace(start, adapter="gone")]
+            )
+        )
+    with pytest.raises(NotFound, match="not loaded here"):
+        loaded.driver.unload_adapter("tiny", "gone")
+
+
+def test_a_model_without_room_has_the_programs_it_always_had(
+    tiny_driver: tuple[JaxDriver, LoadedModel], adapters: Any
+) -> None:
+    driver, _ = tiny_driver
+    spec = driver._engines["tiny"][0].programs.spec
+    assert (spec.room, spec.batch.adapter, spec.shape.heading) == (None, None, 2)
+    assert ("adapt",) not in driver._engines["tiny"][0].programs.ahead()
+    with pytest.raises(InvalidArgument, match="without room for adapters"):
+        load_adapter(driver, "all", adapters["all"][0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"adapters": -1}, "adapters is -1"),
+        ({"adapter_rank": 0}, "adapter_rank is 0"),
+        ({"mesh": {"tensor": 2}}, "cut over several devices has no adapters"),
+    ],
+)
+def test_requests_that_cannot_be_are_refused(
+    fields: dict[str, Any], message: str, request_of: LoadRequest, helpers: Any
+) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        JaxDriver("cpu").load(msgspec.structs.replace(request_of, **fields), helpers.ignore)
