@@ -38,7 +38,8 @@ def small_system(driver: str = "", model: str = "", environment: str = "") -> It
         f"restarts = 1000\n[gateway]\nport = {port}\n"
         f'[[drivers]]\nname = "null0"\nkind = "null"\n'
         f"options = {{ {driver} }}\nenvironment = {{ {environment} }}\n"
-        f'[[models]]\nname = "{MODEL}"\ndriver = "null0"\nsource = "{source}"\npage_tokens = {PAGE}\n{model}\n'
+        f'[[models]]\nname = "{MODEL}"\ndriver = "null0"\nsource = "{source}"\n'
+        f"page_tokens = {PAGE}\n{model}\n"
     )
     own = {f"LLMOS_{name.upper()}": str(folder / name) for name in ("run", "state", "cache")}
     running = Running(folder, port, {**os.environ, **own})
