@@ -29,15 +29,15 @@ VOCABULARY = {
 
 
 @contextmanager
-def small_system(driver: str = "", model: str = "", environment: str = "") -> Iterator[Running]:
+def small_system(driver: str = "", model: str = "", folder: Path | None = None) -> Iterator[Running]:
     """Boot one; ``driver`` are options of the null driver, ``model`` lines of the model's table."""
-    folder = Path(tempfile.mkdtemp(prefix="llmos-"))
+    folder = folder or Path(tempfile.mkdtemp(prefix="llmos-"))
     source = write_gguf(folder / "bytes.gguf", {**METADATA, **VOCABULARY})
     port = free_port()
     (folder / "llmos.toml").write_text(
         f"restarts = 1000\n[gateway]\nport = {port}\n"
         f'[[drivers]]\nname = "null0"\nkind = "null"\n'
-        f"options = {{ {driver} }}\nenvironment = {{ {environment} }}\n"
+        f"options = {{ {driver} }}\n"
         f'[[models]]\nname = "{MODEL}"\ndriver = "null0"\nsource = "{source}"\n'
         f"page_tokens = {PAGE}\n{model}\n"
     )
