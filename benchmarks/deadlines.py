@@ -32,7 +32,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 class Trial:
-    """One run; ``batch`` is what is under way, ``realtime`` all that was ever sent."""
+    """One run; ``batch`` is what is under way, ``realtime`` all that was ever sent. ``stall`` is the longest
+    that this process was kept from its work: on a machine where that is much, misses say little."""
 
     def __init__(self, play: Play, model: LoadedModel, options: Any) -> None:
         self._play = play
@@ -40,6 +41,7 @@ class Trial:
         self._options = options
         self._rng = random.Random(7)
         self._ended = 0
+        self.stall = 0.0
         self.batch: list[Request] = []
         self.realtime: list[Request] = []
         self.retried: list[Request] = []
@@ -62,7 +64,9 @@ class Trial:
         """Keep the system full for so long."""
         until = time.perf_counter() + seconds
         while (left := until - time.perf_counter()) > 0:
-            self._play.poll(min(left, 0.05))
+            began, pause = time.perf_counter(), min(left, 0.05)
+            self._play.poll(pause)
+            self.stall = max(self.stall, time.perf_counter() - began - pause)
             self.saturate()
 
     def wait_for(self, requests: Sequence[Request]) -> None:
@@ -133,6 +137,7 @@ def measure(play: Play, client: Client, model: LoadedModel, options: Any) -> dic
         "beside_batch_ms": round(1e3 * beside, 1),
         "seconds": round(seconds, 1),
         "tokens_per_s": round((after.tokens - before.tokens) / seconds, 1),
+        "longest_stall_ms": round(1e3 * trial.stall, 1),
         "displaced": after.displaced - before.displaced,
         **summary(trial.realtime, trial.retried),
     }
