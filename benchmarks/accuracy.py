@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax import families, forward, loader, quant
+from llmos.drivers.jax import families, forward, parameters, quant
 from llmos.drivers.jax.attention import PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.sharding.placement import OneDevice
@@ -73,12 +73,12 @@ def score(model: Path, tokens: np.ndarray, dtype: DType, weights: Precision, kv:
     family = families.find(source)
     config = family.configure[source.format](source)
     here = OneDevice(jax.devices()[0])
-    graph, tree, shapes = loader.parameters(config, loader.DTYPES[dtype], here, weights)
+    graph, tree, shapes = parameters.parameters(config, parameters.DTYPES[dtype], here, weights)
     place = lambda path, value: jax.device_put(value, shapes[path].sharding)  # noqa: E731
     found = convert(source, family, config, shapes, place, lambda *_: None)
     width, backend = LENGTH // PAGE, XlaAttention()
     shape = forward.Shape(graph, tree, backend, PAGE, ROWS * width + 1)
-    caches = backend.allocate(config, shape.pages, PAGE, loader.KV_DTYPES[kv])
+    caches = backend.allocate(config, shape.pages, PAGE, parameters.KV_DTYPES[kv])
     run = jax.jit(partial(_score, shape))
     parts = [
         run([found[path] for path in shapes], caches, tokens[at : at + ROWS])
@@ -102,7 +102,7 @@ def main() -> None:
     parser = arguments("Accuracy of 8-bit weights and KV pages.")
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or safetensors folder")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for the tokenizer")
-    parser.add_argument("--dtype", default="bfloat16", choices=list(loader.DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=list(parameters.DTYPES))
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, metavar="WEIGHTS/WAY/KV")
     options = parser.parse_args()
     encoded = tokenizer.load(options.model, options.cache).encode(TEXT.read_text())

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.cluster import DRIVER, Cluster
-from benchmarks.preemption import Play, Request
+from benchmarks.play import Play, Request
 from benchmarks.report import Report, arguments
 from llmos.drivers.sdk.messages import LoadRequest
 from llmos.services.manifest import DriverSpec

@@ -29,6 +29,10 @@ def cap(options: argparse.Namespace) -> int:
             band=options.band,
             expires=_expiry(options.ttl, time.time()),
             max_tokens=options.max_tokens,
+            tokens_per_minute=options.tokens_per_minute,
+            max_running=options.max_running,
+            max_queued=options.max_queued,
+            max_pages=options.max_pages,
         )
         minted = client.call("security.mint", Mint(grant), Minted)
     print(minted.token)

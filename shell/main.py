@@ -208,9 +208,15 @@ def _key_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     cap.add_argument("--ttl", default="30d", metavar="TIME", help="how long it is valid: 90s, 15m, 12h, 30d, "
                      "or 0 for ever (%(default)s)")  # fmt: skip
     cap.add_argument("--band", choices=BANDS, default="interactive", help="its highest band (%(default)s)")
-    cap.add_argument(
-        "--max-tokens", type=int, default=0, metavar="N", help="tokens of one answer (0: no limit)"
-    )
+    limits = {
+        "--max-tokens": "tokens of one answer",
+        "--tokens-per-minute": "tokens of prompts and answers that its tenant may ask for in a minute",
+        "--max-running": "tasks of its tenant that run at once; more wait",
+        "--max-queued": "tasks of its tenant that wait; more are refused",
+        "--max-pages": "KV pages that its tenant's tasks have at once, for each model; more wait",
+    }
+    for name, what in limits.items():
+        cap.add_argument(name, type=int, default=0, metavar="N", help=f"{what} (0: no limit)")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.encoder import Encoder, EncoderConfig
 from llmos.drivers.jax.encoder_engine import EncoderEngine, EncoderPrograms, EncoderSpec, length_buckets
 from llmos.drivers.jax.families import bert
-from llmos.drivers.jax.loader import Load, Plan, check_request
+from llmos.drivers.jax.loader import Load
 from llmos.drivers.jax.modules import abstract, struct
+from llmos.drivers.jax.plan import Plan
+from llmos.drivers.jax.requests import check_request
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.pooling import read_pooling
 from llmos.drivers.jax.weights.random import PREFIX

@@ -14,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import msgspec
-from flax import nnx
 
 from llmos.drivers.jax import (
     adapters,
     attention,
-    buckets,
-    families,
-    pages,
     platform,
     quant,
     rope,
@@ -38,46 +33,29 @@ from llmos.drivers.jax.drafts import Draft, check_draft
 from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.ledger import Limits
-from llmos.drivers.jax.modules import Decoder, abstract, struct
+from llmos.drivers.jax.modules import struct
 from llmos.drivers.jax.native import kernels
+from llmos.drivers.jax.parameters import DTYPES, KV_DTYPES, bytes_on_one, page_size, parameters
 from llmos.drivers.jax.pipeline.parts import Pipeline
+from llmos.drivers.jax.plan import Plan, find_weights
 from llmos.drivers.jax.pool import Own, Pools, Share
-from llmos.drivers.jax.programs import HEARTBEAT_S, Programs, Spec, Speculating
+from llmos.drivers.jax.programs import HEARTBEAT_S, Programs
+from llmos.drivers.jax.requests import check_device, check_request, unguessed
 from llmos.drivers.jax.sharding import mesh, stages
 from llmos.drivers.jax.sharding.placement import OneDevice, Placement
-from llmos.drivers.jax.sharing import HOST_CACHE_BYTES, Member
+from llmos.drivers.jax.sharing import Member
+from llmos.drivers.jax.sizing import limits_of, spec_of, speculating_of
 from llmos.drivers.jax.speculating import Speculation
 from llmos.drivers.jax.speculation import Policy
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.convert import convert
-from llmos.drivers.jax.weights.random import PREFIX, RandomSource, fill
-from llmos.drivers.jax.weights.source import Source, open_source
+from llmos.drivers.jax.weights.random import RandomSource, fill
+from llmos.drivers.jax.weights.source import open_source
 from llmos.drivers.sdk.driver import Progress
-from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest, Precision
+from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
 from llmos.drivers.sdk.sizes import with_tiers
 from llmos.ipc import paths
-from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-KV_DTYPES = {**DTYPES, **quant.DTYPES}
-FLOAT8_CAPABILITY = (8, 9)
-_TABLE_MULTIPLE = 16
-_FIRST_ON_CPU = 7
-# Guesses of a step, and tokens verified in a step over all its rows: elsewhere, and on a CPU, where a few
-# rows already take longer than one.
-_GUESSES = (7, 3)
-_VERIFIED = (256, 32)
-
-
-@dataclass
-class Plan:
-    """What to load and from where: a kept checkpoint if ``kept``, else ``source``."""
-
-    family: families.Family
-    config: DecoderConfig
-    folder: Path | None
-    kept: bool
-    source: Source | None
+from llmos.ipc.errors import InvalidArgument
 
 
 @dataclass
@@ -196,7 +174,7 @@ class Load:
         self._native = self._timed("kernels", lambda: self._kernels(place))
         draft = self._draft(plan.config, place)
         member = self._member(plan.config, place, shapes)
-        limits, width = self._limits(plan.config, place, shapes, draft, member)
+        limits, width = limits_of(request, plan.config, place, shapes, draft, member)
         backend = self._backend(plan.config, place)
         if member is not None:
             backend = SharedAttention(backend, member.geometry)
@@ -213,10 +191,12 @@ class Load:
         allocate = lambda config: backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
         batch = lambda: state.empty_state(limits.slots, width, limits.pages, shape.adapters)  # noqa: E731
         cache_shapes, caches = place.caches(allocate, plan.config)
-        spec = self._spec(shape, place, list(shapes.values()), cache_shapes, jax.eval_shape(batch), limits)
-        speculating = self._speculating(limits, draft, spec.decode_sizes)
+        ordered = list(shapes.values())
+        spec = spec_of(request, shape, place, ordered, cache_shapes, jax.eval_shape(batch), limits)
+        on_cpu = place.device.platform == "cpu"
+        guesses = speculating_of(request, limits, draft, spec.decode_sizes, on_cpu)
         room = adapters.room(config, request, list(shapes), DTYPES[request.dtype])
-        spec = replace(spec, speculating=speculating, room=room)
+        spec = replace(spec, speculating=guesses, room=room)
         hold = member.caches if member is not None else lambda: Own(_placed(caches()))
         make = lambda: (hold(), _placed(jax.jit(batch, out_shardings=place.common)()))  # noqa: E731
         return Parts(place, limits, kept, shapes, Programs(spec), make, draft, member)
@@ -224,7 +204,7 @@ class Load:
     def _member(self, config: DecoderConfig, place: Placement, shapes: dict[str, Any]) -> Member | None:
         if self.request.arena == "own":
             return None
-        weights = sum(_bytes_on_one(x) for x in shapes.values())
+        weights = sum(bytes_on_one(x) for x in shapes.values())
         return sharing.join(self.pools, self.request, config, place.device, weights)
 
     def _draft(self, config: DecoderConfig, place: Placement) -> Draft | None:
@@ -322,94 +302,6 @@ class Load:
             self._timed("save", save)
         return dict(weights)
 
-    def _limits(
-        self,
-        config: DecoderConfig,
-        place: Placement,
-        shapes: dict[str, Any],
-        draft: Draft | None,
-        member: Member | None,
-    ) -> tuple[Limits, int]:
-        """Sizes of a replica whose parameters are ``shapes``, and the width of its block tables."""
-        request, device = self.request, place.device
-        context = min(request.max_context, config.max_positions)
-        needed = -(-context // request.page_tokens)
-        weights, configs = list(shapes.values()), [config]
-        if draft is not None:
-            weights, configs = weights + list(draft.shapes.values()), [config, draft.config]
-        weight_bytes = sum(_bytes_on_one(x) for x in weights)
-        free = platform.free_memory(device) * request.memory_fraction - weight_bytes
-        page_bytes = sum(page_size(place.local(each), request) for each in configs) / place.page_parts
-        pages = request.pages or int(free // page_bytes)
-        if not request.pages and device.platform == "cpu":
-            pages = min(pages, request.slots * needed, max(int(HOST_CACHE_BYTES // page_bytes), needed))
-        fits = not free or pages * page_bytes <= free / request.memory_fraction
-        if member is not None:
-            pages, fits = member.pages, True
-        if pages < needed or not fits:
-            raise NoMemory(
-                f"{pages} pages of {page_bytes:.0f} bytes do not fit or hold less than one context of "
-                f"{context}; lower max_context or pages, or raise memory_fraction or arena_bytes"
-            )
-        limits = Limits(
-            slots=request.slots,
-            pages=pages,
-            page_tokens=request.page_tokens,
-            max_context=context,
-            chunk_tokens=min(request.chunk_tokens, request.slots * context),
-            vocab_size=config.vocab_size,
-            overtaking=request.speculation != "off",
-        )
-        return limits, -(-needed // _TABLE_MULTIPLE) * _TABLE_MULTIPLE
-
-    def _spec(
-        self, shape: Shape, place: Placement, weights: Any, caches: Any, batch: Any, limits: Limits
-    ) -> Spec:
-        # Padding a chunk to four times its length is cheaper on a CPU than compiling, and dear elsewhere.
-        on_cpu = place.device.platform == "cpu"
-        tiers = self.request.host_pages or self.request.disk_pages
-        # Pipeline stages work on as many parts of a step.
-        slots, chunk = (-(-size // place.stages) for size in (limits.slots, limits.chunk_tokens))
-        longest = min(chunk, limits.max_context)
-        return Spec(
-            shape=shape,
-            place=place,
-            weights=weights,
-            caches=caches,
-            batch=batch,
-            vocab=limits.vocab_size,
-            max_context=limits.max_context,
-            decode_sizes=self._decode_sizes(slots, on_cpu),
-            chunk_tokens=chunk,
-            chunk_sizes=buckets.chunk_buckets(longest) if on_cpu else buckets.doubling_buckets(longest),
-            prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
-            # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
-            first=_FIRST_ON_CPU if on_cpu else 1 << 30,
-            move_sizes=pages.block_sizes(caches) if tiers else (),
-        )
-
-    def _speculating(self, limits: Limits, draft: Draft | None, sizes: list[int]) -> Speculating | None:
-        if self.request.speculation == "off":
-            return None
-        on_cpu = self.devices[0].platform == "cpu"
-        tokens = self.request.speculation_tokens or _GUESSES[on_cpu]
-        rows = _VERIFIED[on_cpu] // (tokens + 1)
-        history = jax.eval_shape(lambda: verification.empty_history(limits.slots, limits.max_context))
-        small = [size for size in sizes if size <= rows] or sizes[:1]
-        return Speculating(tokens, small, history, draft.described(limits) if draft is not None else None)
-
-    def _decode_sizes(self, slots: int, on_cpu: bool) -> list[int]:
-        """Batch sizes to compile: few on a CPU, where compiling is slow and padding rows are cheap.
-
-        They are cheap up to four rows in the native kernel; XLA:CPU converts a whole bfloat16 matrix for a
-        product with one row, and not for two.
-        """
-        if not on_cpu:
-            return buckets.decode_buckets(slots, factor=2)
-        if self._native:
-            return [size for size in buckets.decode_buckets(slots, factor=2) if size != 2 or slots == 2]
-        return buckets.decode_buckets(slots, smallest=2 if self.request.dtype == "bfloat16" else 1)
-
     def _loaded(self, plan: Plan, parts: Parts | Pipeline, replicas: int) -> LoadedModel:
         limits = parts.limits
         return LoadedModel(
@@ -437,118 +329,5 @@ class Load:
         )
 
 
-def check_request(request: LoadRequest) -> None:
-    """Refuse what this driver cannot do, before anything is read."""
-    sharing.check_request(request)
-    if request.dtype not in DTYPES:
-        raise InvalidArgument(
-            f"dtype {request.dtype} is not one of {', '.join(DTYPES)}: it is what is computed in; "
-            f'ask for 8-bit weights by weights = "{request.dtype}"'
-        )
-    ranges = {"page_tokens": (1, 1024), "slots": (1, 4096), "chunk_tokens": (1, 65536), "pages": (0, 1 << 24)}
-    ranges |= {"host_pages": (0, 1 << 28), "disk_pages": (0, 1 << 28)}
-    ranges |= {"host_bytes": (-1, 1 << 50), "disk_bytes": (0, 1 << 50)}
-    for name, (low, high) in {**ranges, "max_context": (2, 1 << 22)}.items():
-        if not low <= getattr(request, name) <= high:
-            raise InvalidArgument(f"{name} is {getattr(request, name)}, not in {low}..{high}")
-    if request.speculation == "draft" and not request.draft:
-        raise InvalidArgument("speculation by a draft model needs one: set draft to its source")
-    if not 0 <= request.speculation_tokens <= 32:
-        raise InvalidArgument(f"speculation_tokens is {request.speculation_tokens}, not in 0..32")
-    if not 0.0 < request.memory_fraction <= 1.0:
-        raise InvalidArgument(f"memory_fraction is {request.memory_fraction}, not in 0..1")
-
-
-def unguessed(request: LoadRequest) -> LoadRequest:
-    """The request for a model in pipeline stages, which do not guess; refused if guesses were asked for."""
-    if request.speculation in ("ngram", "draft"):
-        raise InvalidArgument(
-            f'a model in pipeline stages does not speculate: set speculation = "off" instead of '
-            f'"{request.speculation}", or use another axis of the mesh'
-        )
-    return msgspec.structs.replace(request, speculation="off", draft="")
-
-
-def check_device(request: LoadRequest, device: Any) -> None:
-    """Refuse float8 on NVIDIA GPUs that have none."""
-    capability = getattr(device, "compute_capability", None) if device.platform in ("gpu", "cuda") else None
-    if "float8" not in (request.weights, request.kv_dtype) or not isinstance(capability, str):
-        return
-    if tuple(int(part) for part in capability.split(".")) < FLOAT8_CAPABILITY:
-        raise InvalidArgument(
-            f"float8 needs a GPU of compute capability 8.9 (Ada, Hopper or later), and {device.device_kind} "
-            f"has {capability}: use int8"
-        )
-
-
-def find_weights(request: LoadRequest) -> Plan:
-    """A kept checkpoint of the source where there is one, else the source itself."""
-    if checkpoint.is_checkpoint(request.source):
-        return _kept(Path(request.source), request)
-    folder = None
-    if request.source.startswith(PREFIX):
-        made = open_source(request.source)
-        family = families.find(made)
-        return Plan(family, family.configure[made.format](made), folder, False, made)
-    if not Path(request.source).exists():
-        raise NotFound(f"no model at {request.source}")
-    if request.cache:
-        folder = Path(request.cache) / "weights" / checkpoint.key_of(request.source, precision_of(request))
-        try:
-            if checkpoint.is_checkpoint(str(folder)):
-                return _kept(folder, request)
-        except InvalidArgument as damage:
-            checkpoint.discard(folder, damage.message)
-    source = open_source(request.source)
-    family = families.find(source)
-    return Plan(family, family.configure[source.format](source), folder, False, source)
-
-
-def precision_of(request: LoadRequest) -> str:
-    """The precision of the parameters in one word, such as bfloat16 or bfloat16-int8."""
-    return request.dtype if request.weights == "same" else f"{request.dtype}-{request.weights}"
-
-
-def _kept(folder: Path, request: LoadRequest) -> Plan:
-    name, config, shapes = checkpoint.read_manifest(folder)
-    expected = parameters(config, DTYPES[request.dtype], OneDevice(jax.devices()[0]), request.weights)[2]
-    if {path: x.dtype for path, x in shapes.items()} != {path: x.dtype for path, x in expected.items()}:
-        raise InvalidArgument(f"the checkpoint {folder} is not in {precision_of(request)}")
-    return Plan(families.by_name(name), config, folder, True, None)
-
-
 def _placed(tree: Any) -> Any:
     return jax.block_until_ready(tree)  # type: ignore[no-untyped-call]
-
-
-def page_size(config: DecoderConfig, request: LoadRequest) -> int:
-    """Bytes of one page over all layers, keys and values."""
-    return config.layers * attention.page_bytes(config, request.page_tokens, KV_DTYPES[request.kv_dtype])
-
-
-def _bytes_on_one(x: Any) -> int:
-    """Bytes that a placed array takes on one of its devices."""
-    return int(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize)
-
-
-def parameters(
-    config: DecoderConfig,
-    dtype: Any,
-    place: Placement,
-    weights: Precision = "same",
-    stacks: tuple[int, int] = (0, 0),
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The graph of what one device computes, its state's tree, and the model's parameters as they are loaded
-    by dotted path, in that order; with room for so many adapters of a rank."""
-    decoder, whole = (Decoder(made, abstract(dtype)) for made in (place.local(config), config))
-    if weights != "same":
-        decoder.quantise(quant.DTYPES[weights])
-        whole.quantise(quant.DTYPES[weights])
-    if stacks[0]:
-        adapters.make_room(decoder, place.local(config), *stacks, abstract(dtype))
-        adapters.make_room(whole, config, *stacks, abstract(dtype))
-    place.cut(decoder)
-    graph, tree = nnx.split(decoder)
-    leaves = nnx.to_flat_state(nnx.state(whole))
-    shapes = {".".join(map(str, path)): struct(leaf.shape, leaf.dtype) for path, leaf in leaves}
-    return graph, jax.tree.structure(tree), place.kept(shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llmos.ipc.errors import HostDown, LLMOSError
@@ -20,7 +21,7 @@ BY_CODE: dict[str, tuple[int, str, str | None]] = {
     "EHOSTDOWN": (502, "server_error", "service_unavailable"),
     "ENOSYS": (501, "server_error", "not_supported"),
 }
-RETRY_SECONDS = 1
+RETRY_SECONDS = 1.0
 
 
 class ApiError(Exception):
@@ -34,8 +35,10 @@ class ApiError(Exception):
         type: str = INVALID,
         param: str | None = None,
         code: str | None = None,
+        retry_after: float = RETRY_SECONDS,
     ) -> None:
         super().__init__(message)
+        self.retry_after = retry_after
         self.status = status
         self.message = message
         self.type = type
@@ -51,7 +54,7 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         if self.status in (429, 503):
-            return {"Retry-After": str(RETRY_SECONDS)}
+            return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
 
@@ -71,4 +74,6 @@ def from_error(error: LLMOSError) -> ApiError:
     if isinstance(error, HostDown) and not error.details.get("delivered", True):
         status = 503
     param = param if isinstance(param, str) else None
-    return ApiError(status, error.message, type=type, param=param, code=code)
+    wait = error.details.get("retry_after")
+    wait = wait if isinstance(wait, int | float) else RETRY_SECONDS
+    return ApiError(status, error.message, type=type, param=param, code=code, retry_after=wait)

@@ -59,7 +59,8 @@ def check_grant(grant: Grant, generation: Generation) -> None:
     check_band(grant, generation.band)
     if 0 < grant.max_tokens < generation.max_tokens:
         raise AccessDenied(
-            f"this capability allows max_tokens up to {grant.max_tokens}, not {generation.max_tokens}"
+            f"this capability allows max_tokens up to {grant.max_tokens}, not {generation.max_tokens}",
+            exceeded="max_tokens",
         )
 
 
@@ -130,7 +131,7 @@ def to_submit(
     return Submit(
         model=model.model,
         tokens=tokens,
-        max_tokens=_max_tokens(generation, len(tokens), context_limit(model), grant),
+        max_tokens=_max_tokens(generation, len(tokens), model, grant),
         sampling=_sampling(generation),
         stop=[] if generation.ignore_eos else sorted({*model.stop_tokens, *stop}),
         band=generation.band,
@@ -138,10 +139,12 @@ def to_submit(
     )
 
 
-def _max_tokens(generation: Generation, prompt: int, limit: int, grant: Grant) -> int:
-    wanted = generation.max_tokens
+def _max_tokens(generation: Generation, prompt: int, model: LoadedModel, grant: Grant) -> int:
+    """What was asked for, or as much as model and grant allow."""
+    wanted, limit = generation.max_tokens, context_limit(model)
     if not wanted:
-        return min(limit - prompt, grant.max_tokens or limit)
+        own = grant.max_pages * model.page_tokens or limit
+        return max(1, min(limit - prompt, own - prompt, grant.max_tokens or limit))
     if prompt + wanted > limit:
         raise InvalidArgument(
             f"{prompt} tokens of prompt and {wanted} of max_tokens exceed the context of {limit}: "

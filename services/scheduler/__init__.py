@@ -8,6 +8,8 @@ crowding.py   how many deadlines are promised at once, and how near (pure)
 pacing.py     prompts wait for those whose deadlines are near (pure)
 promises.py   the deadlines that a host has promised, and when lower bands hold still for them (pure)
 limits.py     tokens per minute (pure)
+quotas.py     whether a tenant may have one more task, and which limit says no (pure)
+charges.py    what was used of the tokens per minute, kept for the next scheduler
 headroom.py   slots that a tenant's flood leaves to the others (pure)
 prefixes.py   prompts that begin alike: who computes it, where it was seen (pure)
 placing.py    on which host a task runs (pure)

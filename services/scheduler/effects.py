@@ -147,7 +147,8 @@ class MessageEffects(SwapMessages):
     def finish(self, task: Task, reason: Reason | None, error: LLMOSError | None) -> None:
         call: Incoming = task.call
         call.on_cancel = None  # it leads back to the task: nobody has to look for that cycle
-        self._rates.give_back(task.tenant, task.limit - len(task.tokens))
+        # Who never had a slot took nothing.
+        self._rates.give_back(task.tenant, task.limit - (len(task.tokens) if task.started_at else 0))
         if error is not None or reason is None:
             call.fail(error or IOFailure("the task ended without a reason"))
             return

@@ -8,7 +8,7 @@ for generation (``queue``). What was at a driver that died is sent again.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -172,7 +172,6 @@ class Encoding:
         self.models: dict[str, LoadedModel] = {}
         self.hosts: dict[str, EncoderHost] = {}
         self.jobs: dict[int, Job] = {}
-        self.per_tenant: Counter[str] = Counter()
         self.finished = 0
 
     # --- events ---
@@ -180,7 +179,6 @@ class Encoding:
     def submit(self, job: Job, now: float) -> None:
         """A job arrived, and was found admissible."""
         self.jobs[job.id] = job
-        self.per_tenant[job.tenant] += 1
         self._counters.enter(job.tenant)
         self._line(job).append(job)
         self.pump(job.model, now)
@@ -344,9 +342,6 @@ class Encoding:
     def _finish(self, job: Job, error: LLMOSError | None, now: float) -> None:
         job.ended = True
         self._leave_line(job)
-        self.per_tenant[job.tenant] -= 1
-        if not self.per_tenant[job.tenant]:
-            del self.per_tenant[job.tenant]
         self._counters.leave(job.tenant)
         del self.jobs[job.id]
         self.finished += 1

@@ -3,6 +3,7 @@ where they change hands, in ``host``, ``queue`` and memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 TENANTS = 65_536
@@ -21,11 +22,18 @@ class Bucket:
         self.at = now
 
 
-class RateLimits:
-    """A token bucket (RFC 2697's committed rate, one colour) for each tenant that has a limit."""
+Note = Callable[[str, dict[str, Bucket]], None]
 
-    def __init__(self) -> None:
-        self._buckets: dict[str, Bucket] = {}
+
+class RateLimits:
+    """A token bucket (RFC 2697's committed rate, one colour) for each tenant that has a limit.
+
+    ``buckets`` are those of an earlier scheduler; ``note`` is told whose has changed.
+    """
+
+    def __init__(self, buckets: dict[str, Bucket] | None = None, note: Note = lambda *_: None) -> None:
+        self._buckets = buckets or {}
+        self._note = note
 
     def wait(self, tenant: str, per_minute: int, tokens: int, now: float) -> float:
         """Seconds until so many tokens may be asked for; infinite where a full minute's are not enough."""
@@ -40,11 +48,13 @@ class RateLimits:
         """Charge a request that was let in."""
         if per_minute:
             self._bucket(tenant, per_minute, now).level -= tokens
+            self._note(tenant, self._buckets)
 
     def give_back(self, tenant: str, tokens: int) -> None:
         """What a task asked for and did not use."""
         if (bucket := self._buckets.get(tenant)) is not None:
             bucket.level = min(60.0 * bucket.rate, bucket.level + tokens)
+            self._note(tenant, self._buckets)
 
     def _bucket(self, tenant: str, per_minute: int, now: float) -> Bucket:
         bucket = self._buckets.get(tenant)

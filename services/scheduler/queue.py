@@ -59,6 +59,10 @@ class Counters:
             del self._active[tenant]
             self._last = self.served[tenant]
 
+    def active(self, tenant: str) -> int:
+        """How many tasks and jobs of a tenant have arrived and not ended."""
+        return self._active.get(tenant, 0)
+
     def refund(self, task: Payer, prompt: int) -> None:
         """A prompt was charged for, and so many of its tokens were cached."""
         self.served[task.tenant] -= PROMPT_CHARGE * prompt / task.weight

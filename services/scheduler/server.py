@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from llmos.drivers.sdk.checks import STOP_LIMIT, check_sampling
 from llmos.drivers.sdk.messages import LoadedModel, Reset
+from llmos.ipc import paths
 from llmos.ipc.calls import Answer
 from llmos.ipc.errors import (
     AccessDenied,
@@ -24,7 +25,8 @@ from llmos.ipc.link import now as wall_now
 from llmos.ipc.server import Incoming, Later, Server, log, method
 from llmos.services import adapters, manifest
 from llmos.services.memory.messages import DropArena
-from llmos.services.scheduler import saving
+from llmos.services.scheduler import quotas, saving
+from llmos.services.scheduler.charges import Charges
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.effects import MessageEffects, arena_of, holdings
 from llmos.services.scheduler.encode_effects import EncodeEffects, check_texts, encoder_line, job_line
@@ -52,7 +54,6 @@ from llmos.services.scheduler.task import Place, Task
 
 RETRY_SECONDS = 0.05
 CONTEXT_BYTES = 64 << 10
-RETRY_AFTER = 1.0  # what a full queue tells its callers
 now = time.monotonic
 
 
@@ -66,7 +67,8 @@ class Scheduler(Server):
         spec = manifest.read_running().scheduler
         self._queue_limit = spec.queue
         self._attached: dict[int, Incoming] = {}
-        self._rates = RateLimits()
+        self._charges = Charges(paths.run_dir())
+        self._rates = RateLimits(self._charges.read(now()), self._charges.note)
         self.core = Core(MessageEffects(self, self._attached, self._rates), spec.steps, spec.share)
         self.encoding = Encoding(EncodeEffects(self, self._rates), self.core.counters, self.core.running_of)
         self._ids = itertools.count(1)
@@ -303,10 +305,10 @@ class Scheduler(Server):
             raise NotFound(f"{request.model!r} has no adapter {request.adapter!r}")
         limit = len(request.tokens) + request.max_tokens
         _check_fit(self.core.models[request.model], request, limit)
-        if grant.max_tokens and request.max_tokens > grant.max_tokens:
-            raise AccessDenied(f"this capability allows {grant.max_tokens} tokens, not {request.max_tokens}")
+        quotas.check_tokens(grant, request.max_tokens)
+        quotas.check_pages(grant, limit, self.core.models[request.model].page_tokens)
         self._check_room(grant)
-        self._check_rate(grant, limit)
+        quotas.check_rate(grant, self._rates, limit, now())
         return Task(
             id=next(self._ids),
             tenant=grant.tenant,
@@ -340,7 +342,7 @@ class Scheduler(Server):
             raise NotFound(f"no driver serves the model {request.model!r} yet")
         check_texts(model, request)
         self._check_room(grant)
-        self._check_rate(grant, sum(map(len, request.texts)))
+        quotas.check_rate(grant, self._rates, sum(map(len, request.texts)), now())
         return Job(
             id=next(self._ids),
             tenant=grant.tenant,
@@ -358,16 +360,11 @@ class Scheduler(Server):
         )
 
     def _check_room(self, grant: Grant) -> None:
-        """Busy where the queue is full, or the tenant's share of it."""
-        waiting = sum(len(queue) for queue in self.core.queues.values()) + len(self.encoding.jobs)
-        if waiting >= self._queue_limit:
-            raise Busy(f"{waiting} tasks are waiting; try again later", retry_after=RETRY_AFTER)
-        mine = self.core.waiting_of(grant.tenant) + self.encoding.per_tenant[grant.tenant]
-        if grant.max_queued and mine >= grant.max_queued:
-            raise Busy(
-                f"{grant.max_queued} tasks of this tenant are waiting; try again later",
-                retry_after=RETRY_AFTER,
-            )
+        """Whatever has no slot is waiting: also who is held for a prefix, or stopped."""
+        core, tenant = self.core, grant.tenant
+        waiting = len(core.tasks) + len(self.encoding.jobs) - sum(host.seated for host in core.hosts.values())
+        mine = core.counters.active(tenant) - core.running_of(tenant)
+        quotas.check_room(grant, waiting, self._queue_limit, mine)
 
     def _job(self, id: int, call: Incoming) -> Job | None:
         """A job for an encoder that the caller may touch; None for another task."""
@@ -386,19 +383,6 @@ class Scheduler(Server):
         if not _may_touch(call, task):
             raise AccessDenied(f"task {id} belongs to another tenant")
         return task
-
-    def _check_rate(self, grant: Grant, tokens: int) -> None:
-        """A task pays for its prompt and all it may produce; at its end it gets back what it left."""
-        wait = self._rates.wait(grant.tenant, grant.tokens_per_minute, tokens, now())
-        if wait == float("inf"):
-            raise AccessDenied(
-                f"this capability allows {grant.tokens_per_minute} tokens a minute, not {tokens} at once"
-            )
-        if wait:
-            raise Busy(
-                f"the tenant's {grant.tokens_per_minute} tokens a minute are used up; wait {wait:.1f} s",
-                retry_after=round(wait, 3),
-            )
 
 
 def _check_band(call: Incoming, band: Band) -> None:

@@ -87,7 +87,7 @@ class SecurityServer(Server):
     def revoke(self, request: RevokeToken, call: Incoming) -> Later:
         own = call.origin.grant
         id, whose = self._to_revoke(request)
-        if own.tenant not in (whose.tenant, rights.SYSTEM):
+        if not rights.acts_for(own, whose.tenant):
             raise AccessDenied("only a holder in the same tenant may revoke a token")
         self._revoked.add([id])
         self._record("revoke", own.principal, whose, [id])

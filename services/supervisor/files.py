@@ -18,11 +18,13 @@ REMOVED = (
     "boot",
     "manifest",
     "gateway.url",
+    "charges",
     status.FILE,
     f".{status.FILE}",
     ".boot.*",
     ".manifest.*",
     ".gateway.url.*",
+    ".charges.*",
 )
 
 

@@ -1,8 +1,8 @@
 """Converted weights kept with Orbax, so that the next start restores instead of converting.
 
 A kept checkpoint is a folder with ``manifest.json`` beside Orbax's own files. It is written under another
-name and renamed when complete, so that a save that was killed is never restored; the manifest holds size
-and CRC-32 of every file, so that a damaged one is recognised.
+name and renamed when complete, so that a save that was killed is never restored; the manifest holds the size
+of every file and the CRC-32 of each of its pieces, so that a damaged one is recognised.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -26,12 +26,13 @@ from llmos.drivers.jax.modules import struct
 from llmos.drivers.jax.weights.source import files_of
 from llmos.ipc.errors import InvalidArgument
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _TREE = "tree"
 _MAX_MANIFEST = 16 << 20
-_READ_BYTES = 8 << 20
-_CHECK_THREADS = 4
+_PIECE_BYTES = 64 << 20
+_READ_BYTES = 4 << 20
+_CHECK_THREADS = 8
 _log = logging.getLogger(__name__)
 
 
@@ -55,12 +56,15 @@ def save(folder: Path, family: str, config: Any, weights: dict[str, jax.Array]) 
     ocp = _orbax()
     with ocp.Checkpointer(_handler(ocp)) as checkpointer:
         checkpointer.save(partial / _TREE, args=ocp.args.PyTreeSave(weights))
+    files = _files(partial / _TREE)
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        sums = _sums(files, pool)
     manifest = {
         "format": FORMAT,
         "family": family,
         "config": asdict(config),
         "weights": {path: [list(x.shape), str(x.dtype)] for path, x in weights.items()},
-        "files": {str(f.relative_to(partial)): [f.stat().st_size, _crc(f)] for f in _files(partial / _TREE)},
+        "files": {str(f.relative_to(partial)): [f.stat().st_size, sums[f]] for f in files},
     }
     (partial / _MANIFEST).write_text(json.dumps(manifest))
     _flush([*_files(partial), partial])
@@ -86,22 +90,39 @@ def read_manifest(folder: Path, make: Callable[..., Any] = DecoderConfig) -> tup
         }
         return str(manifest["family"]), make(**config), shapes
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise InvalidArgument(f"the checkpoint {folder} is damaged: {cause}") from cause
+        raise _damaged(folder, str(cause)) from cause
 
 
 def restore(folder: Path, shapes: dict[str, Any]) -> dict[str, jax.Array]:
     """Weights by path, each straight to the sharding of its ``shapes`` entry.
 
-    Raises InvalidArgument when a file is missing, cut off or altered.
+    The sums are checked meanwhile, so that the files are read from the disk once. Raises InvalidArgument
+    when a file is missing, cut off or altered.
     """
-    damage = _damage(folder)
-    if damage:
-        raise InvalidArgument(f"the checkpoint {folder} is damaged: {damage}")
+    files = json.loads((folder / _MANIFEST).read_bytes())["files"]
+    for name, (size, _) in files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise _damaged(folder, f"{name} is missing or cut off")
+    with ThreadPoolExecutor(1 + _CHECK_THREADS, thread_name_prefix="restore") as pool:
+        restoring = pool.submit(_restore, folder / _TREE, shapes)
+        found = _sums([folder / name for name in files], pool)
+        altered = [name for name, (_, sums) in files.items() if found[folder / name] != sums]
+    # Said first, for Orbax reports damage by bare exceptions, or not at all.
+    if altered:
+        raise _damaged(folder, f"{altered[0]} was altered")
+    return restoring.result()
+
+
+def _restore(tree: Path, shapes: dict[str, Any]) -> dict[str, jax.Array]:
     ocp = _orbax()
     arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
     with ocp.Checkpointer(_handler(ocp)) as checkpointer:
         request = ocp.args.PyTreeRestore(item=shapes, restore_args=arguments)
-        return dict(checkpointer.restore(folder / _TREE, args=request))
+        return dict(checkpointer.restore(tree, args=request))
+
+
+def _damaged(folder: Path, how: str) -> InvalidArgument:
+    return InvalidArgument(f"the checkpoint {folder} is damaged: {how}")
 
 
 def discard(folder: Path, why: str) -> None:
@@ -110,23 +131,21 @@ def discard(folder: Path, why: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files; checked first, for Orbax reports damage by bare exceptions."""
-    files = json.loads((folder / _MANIFEST).read_bytes())["files"]
-    for name, (size, _) in files.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            return f"{name} is missing or cut off"
-    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-        sums = pool.map(lambda name: _crc(folder / name), files)
-        altered = [name for (name, (_, crc)), found in zip(files.items(), sums) if crc != found]
-    return f"{altered[0]} was altered" if altered else ""
+def _sums(files: Sequence[Path], pool: ThreadPoolExecutor) -> dict[Path, list[int]]:
+    """The CRC-32 of each piece of each file."""
+    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, _PIECE_BYTES)]
+    sums: dict[Path, list[int]] = {file: [] for file in files}
+    for (file, _), value in zip(pieces, pool.map(lambda piece: _crc(*piece), pieces), strict=True):
+        sums[file].append(value)
+    return sums
 
 
-def _crc(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            value = zlib.crc32(block, value)
+def _crc(path: Path, start: int) -> int:
+    value, left = 0, _PIECE_BYTES
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (block := file.read(min(left, _READ_BYTES))):
+            value, left = zlib.crc32(block, value), left - len(block)
     return value
 
 

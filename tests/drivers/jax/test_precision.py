@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import loader, quant
+from llmos.drivers.jax import parameters, quant, requests
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.jax.programs import Programs
 from llmos.drivers.jax.sharding.placement import OneDevice
@@ -107,7 +107,7 @@ def test_random_weights_have_the_scales_of_quantised_ones(kind: Any, helpers: An
 
     source = open_source(str(tiny_folder))
     config = families.find(source).configure["safetensors"](source)
-    shapes = loader.parameters(config, jnp.bfloat16, OneDevice(jax.devices()[0]), kind)[2]
+    shapes = parameters.parameters(config, jnp.bfloat16, OneDevice(jax.devices()[0]), kind)[2]
     made = fill(shapes)
     assert {path: (x.shape, x.dtype) for path, x in made.items()} == {
         path: (x.shape, x.dtype) for path, x in shapes.items()
@@ -129,7 +129,7 @@ def test_a_bad_tensor_is_refused_by_its_name(helpers: Any, tmp_path: Path, fresh
 
 def test_an_8_bit_dtype_to_compute_in_is_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match='ask for 8-bit weights by weights = "int8"'):
-        loader.check_request(asking(tmp_path, tmp_path, dtype="int8"))
+        requests.check_request(asking(tmp_path, tmp_path, dtype="int8"))
 
 
 @pytest.mark.parametrize("field", ["weights", "kv_dtype"])
@@ -137,6 +137,6 @@ def test_float8_is_refused_on_a_gpu_without_it(tmp_path: Path, field: str) -> No
     device = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
     asked = asking(tmp_path, tmp_path, **{field: "float8"})
     with pytest.raises(InvalidArgument, match=r"A100 has 8\.0: use int8"):
-        loader.check_device(asked, device)
+        requests.check_device(asked, device)
     device.compute_capability = "9.0"
-    loader.check_device(asked, device)
+    requests.check_device(asked, device)

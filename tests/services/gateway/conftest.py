@@ -85,6 +85,7 @@ class FakeMonitor(Server):
 ERRORS = {
     "long": InvalidArgument("the prompt has 9000 tokens", limit=2048, tokens=9000),
     "busy": Busy("the queue is full"),
+    "later": Busy("the tokens are used up", retry_after=12.2),
     "down": HostDown("scheduler died before it answered", delivered=True),
     "hot": InvalidArgument("temperature must be 0 to 100, not 900", param="temperature"),
 }

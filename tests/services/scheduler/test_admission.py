@@ -117,6 +117,20 @@ def test_a_deadline_that_the_refusal_named_is_accepted() -> None:
     assert all(sim.records[i].in_time for i in range(2, 6))
 
 
+@pytest.mark.parametrize("after", [0.001, 0.003, 0.006, 0.01, 0.02, 0.05, 0.11])
+def test_a_tight_promise_that_is_being_kept_refuses_nobody_who_has_time(after: float) -> None:
+    sim = Simulator(model(slots=8, pages=400, page_tokens=4, chunk_tokens=64), StepTime())
+    sim.submit([task(0, [1] * 30, 60, 0.0, band=0), due(task(1, [1] * 30, 30, 1.0, band=0), 0.01)])
+    sim.run(until=1.001)
+    error = sim.records[1].error
+    assert isinstance(error, TimedOut)
+    tight = due(task(2, [2] * 30, 30, 1.01, band=0), float(str(error.details["earliest"])) + 1e-3)
+    sim.submit([tight, due(task(3, [3] * 30, 2, 1.01 + after, band=0), 3.0)])
+    sim.run()
+    assert sim.records[2].in_time
+    assert sim.records[3].in_time
+
+
 def test_pages_that_are_promised_to_others_are_refused_as_such() -> None:
     sim = Simulator(model(slots=8, pages=64, page_tokens=4, chunk_tokens=64), StepTime())
     sim.submit([task(0, [0] * 8, 30, 0.0, band=0)])

@@ -246,7 +246,7 @@ def test_a_killed_job_gets_nothing_more_and_others_go_on() -> None:
     assert isinstance(world.ended[job.id], Canceled)
     assert job.id not in world.rows_of
     assert world.got(other) == [0, 1]
-    assert world.encoding.per_tenant == {}
+    assert world.encoding.jobs == {}
 
 
 def test_a_job_can_be_moved_to_another_band() -> None:

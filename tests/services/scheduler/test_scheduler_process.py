@@ -61,6 +61,7 @@ GRANTS = {
     "metered": Grant(
         principal="metered", tenant="c", models=["*"], calls=["scheduler.*"], tokens_per_minute=100
     ),
+    "queued": Grant(principal="queued", tenant="d", models=["*"], calls=["scheduler.*"], max_queued=2),
     "batch": Grant(principal="batch", tenant="b", models=["m"], band="batch", calls=["scheduler.*"]),
 }
 
@@ -373,11 +374,47 @@ def test_tokens_per_minute_are_metered_and_what_is_left_is_given_back(bench: Cal
     stop = expected([1], 1)
     assert b.generate([1], 90, metered, stop=stop) == stop
     b.generate([1, 2], 60, metered)
-    with pytest.raises(Busy, match="100 tokens a minute") as refusal:
+    with pytest.raises(Busy, match="100 tokens_per_minute") as refusal:
         b.generate([1], 80, metered)
     assert 0 < float(str(refusal.value.details["retry_after"])) < 60
-    with pytest.raises(AccessDenied, match="not 121 at once"):
+    assert refusal.value.details["exceeded"] == "tokens_per_minute"
+    with pytest.raises(AccessDenied, match="may take 121"):
         b.generate([1], 120, metered)
+
+
+def test_tokens_per_minute_outlive_the_scheduler(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.generate([1], 90, b.system.client("metered"))
+    b.kill("scheduler")
+    b.start("scheduler")
+    b.system.wait_ready("scheduler")
+    b.host()
+    with pytest.raises(Busy, match="100 tokens_per_minute"):
+        b.generate([1], 80, b.system.client("metered"))
+
+
+def test_who_is_held_for_a_prefix_or_stopped_counts_as_waiting(bench: Callable[..., Bench]) -> None:
+    b = bench(step_ms=20)
+    client = b.system.client("queued")
+    ended: dict[int, Answer] = {}
+
+    def submit(prompt: list[int]) -> int:
+        body = codec.encode(Submit(model="m", tokens=prompt, max_tokens=100))
+        calls: list[int] = []
+        calls.append(client._link.call("scheduler.submit", body, 0, lambda a: ended.update({calls[0]: a})))
+        return calls[0]
+
+    same = [submit([7] * 400) for _ in range(4)]
+    lines = client.call("scheduler.tasks", None, Tasks).tasks
+    assert len(lines) == 3, "one computes the prompt, and two may wait for it"
+    assert isinstance(ended[same[3]].error, Busy)
+    for line in lines:
+        client.call("scheduler.pause", Pause(line.task))
+    refused = submit([9])
+    client.call("scheduler.tasks")
+    error = ended[refused].error
+    assert error is not None
+    assert error.details["exceeded"] == "max_queued"
 
 
 def test_a_deadline_that_cannot_be_kept_is_refused_at_once(bench: Callable[..., Bench]) -> None:

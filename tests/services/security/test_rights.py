@@ -86,6 +86,18 @@ def test_only_the_system_mints_for_another_tenant() -> None:
     assert not within(child(tenant="system"), child(tenant="other"))
 
 
+def test_the_right_for_any_tenant_reaches_all_but_the_system() -> None:
+    own = [*child().calls, "security.any_tenant"]
+    assert within(child(tenant="other"), child(tenant="t", calls=own))
+    assert not within(child(tenant="system"), child(tenant="t", calls=own))
+
+
+def test_a_right_over_others_needs_itself_and_no_wildcard() -> None:
+    assert covers_call(["security.any_tenant"], "security.any_tenant")
+    assert not covers_call(["security.*"], "security.any_tenant")
+    assert not within(child(tenant="other"), child(calls=[*child().calls, "security.*"]))
+
+
 def test_a_wildcard_covers_its_service_only() -> None:
     assert covers_call(["models.*"], "models.chat")
     assert covers_call(["driver.jax0.*"], "driver.jax0.load")

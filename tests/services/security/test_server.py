@@ -37,6 +37,7 @@ GRANTS = {
     "driver.null0": Grant(
         principal="driver.null0", tenant="system", serves="driver.null0", calls=["security.storage_key"]
     ),
+    "owner": Grant(principal="owner", tenant="owner", calls=[*RIGHTS, "security.any_tenant"], models=["*"]),
     "stranger": Grant(principal="stranger", tenant="elsewhere", calls=RIGHTS),
 }
 CHILD = Grant(
@@ -191,6 +192,15 @@ def test_only_the_same_tenant_or_the_system_revokes(booted: Any) -> None:
         with pytest.raises(AccessDenied, match="same tenant"):
             stranger.call("security.revoke", request)
     admin.call("security.revoke", RevokeToken(id=minted.ids[0]))
+
+
+def test_with_the_right_for_any_tenant_one_mints_and_revokes_for_others(booted: Any) -> None:
+    owner = booted.client("owner")
+    theirs = Grant(principal="key", tenant="elsewhere", calls=["security.whoami"])
+    minted = owner.call("security.mint", Mint(theirs), Minted)
+    assert owner.call("security.revoke", RevokeToken(id=minted.ids[0]), Revoked).grants == 0
+    with pytest.raises(AccessDenied, match="beyond the rights"):
+        owner.call("security.mint", Mint(msgspec.structs.replace(theirs, tenant="system")))
 
 
 def test_what_cannot_be_revoked_is_said(booted: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from llmos.drivers.jax import families, loader
+from llmos.drivers.jax import families, parameters
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
@@ -128,7 +128,7 @@ def write(
 def converted(source: Source) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
     family = families.find(source)
     config = family.configure[source.format](source)
-    shapes = loader.parameters(config, jnp.float32, OneDevice(jax.devices()[0]))[-1]
+    shapes = parameters.parameters(config, jnp.float32, OneDevice(jax.devices()[0]))[-1]
     weights = convert(source, family, config, shapes, lambda _, x: jnp.asarray(x), lambda *_: None)
     return config, {name: np.asarray(value) for name, value in weights.items()}
 

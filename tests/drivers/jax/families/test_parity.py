@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from llmos.drivers.jax import families, loader, platform, rope
+from llmos.drivers.jax import families, parameters, platform, rope
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
@@ -49,7 +49,7 @@ def read(folder: Path, dtype: Any = jnp.float32) -> tuple[DecoderConfig, Any]:
     family = families.find(source)
     config = family.configure[source.format](source)
     config = rope.for_context(config, SHORT.get(folder.name, config.max_positions))
-    shapes = loader.parameters(config, dtype, OneDevice(jax.devices()[0]))[-1]
+    shapes = parameters.parameters(config, dtype, OneDevice(jax.devices()[0]))[-1]
     weights = convert(source, family, config, shapes, lambda _, x: jnp.asarray(x), lambda *_: None)
     graph, tree = nnx.split(Decoder(config, abstract(dtype)))
     paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(tree)]

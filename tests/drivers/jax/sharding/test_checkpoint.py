@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import loader
+from llmos.drivers.jax import parameters
 from llmos.drivers.jax.sharding import mesh, stages
 from llmos.drivers.jax.sharding.mesh import Axes
 from llmos.drivers.jax.sharding.placement import OneDevice, Placement, Sharded
@@ -19,7 +19,7 @@ from llmos.drivers.jax.weights import checkpoint
 
 def restored(kept: Path, place: Placement) -> dict[str, jax.Array]:
     _, config, _ = checkpoint.read_manifest(kept)
-    return checkpoint.restore(kept, loader.parameters(config, jnp.float32, place)[-1])
+    return checkpoint.restore(kept, parameters.parameters(config, jnp.float32, place)[-1])
 
 
 def test_weights_saved_on_one_mesh_are_restored_on_another(
@@ -50,7 +50,7 @@ def test_stages_restore_what_they_hold_straight_to_their_devices(
     config = checkpoint.read_manifest(kept)[1]
     axes, devices = Axes(pipeline=2, tensor=2), jax.devices()
     (places,) = stages.places(devices[:4], axes, config)
-    wanted = [loader.parameters(config, jnp.float32, place)[-1] for place in places]
+    wanted = [parameters.parameters(config, jnp.float32, place)[-1] for place in places]
     held = checkpoint.restore(kept, wanted[0] | wanted[1])
     for shapes, own in zip(wanted, (devices[:2], devices[2:4]), strict=True):
         assert {device for path in shapes for device in held[path].devices()} == set(own)

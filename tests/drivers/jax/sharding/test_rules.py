@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import families, loader
+from llmos.drivers.jax import families, parameters
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.sharding import mesh, rules
 from llmos.drivers.jax.sharding.mesh import Axes
@@ -57,7 +57,7 @@ def test_all_that_is_large_is_cut(name: str) -> None:
     axes = Axes(tensor=2, expert=2) if config.experts else Axes(tensor=4)
     devices = jax.devices()
     place = Sharded(mesh.make_mesh(devices[:4], axes), axes)
-    shapes = loader.parameters(config, jnp.float32, OneDevice(devices[0]))[-1]
+    shapes = parameters.parameters(config, jnp.float32, OneDevice(devices[0]))[-1]
     for path, shape in place.arranged(config, shapes).items():
         held = shape.sharding.shard_shape(shape.shape)
         whole = len(shape.shape) == 1 or any(part in path for part in WHOLE)

@@ -86,7 +86,7 @@ def test_a_missing_file_is_refused(kept: Path) -> None:
         checkpoint.restore(kept, shapes())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "family": "llama"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 2, "family": "llama"}'])
 def test_a_bad_manifest_is_refused(kept: Path, text: str) -> None:
     (kept / "manifest.json").write_text(text)
     with pytest.raises(InvalidArgument, match="damaged"):
@@ -98,7 +98,7 @@ def test_a_killed_save_is_not_a_checkpoint(tmp_path: Path) -> None:
         "import os, sys, jax.numpy as jnp\n"
         "from pathlib import Path\n"
         "from llmos.drivers.jax.weights import checkpoint\n"
-        "checkpoint._crc = lambda path: os.kill(os.getpid(), 9)\n"
+        "checkpoint._crc = lambda path, start: os.kill(os.getpid(), 9)\n"
         "from llmos.drivers.jax.config import DecoderConfig\n"
         "config = DecoderConfig(8, 32, 1, 4, 2, 8, 8, 1e-5, 1e4, 64)\n"
         "checkpoint.save(Path(sys.argv[1]), 'llama', config, {'a': jnp.ones((4, 4))})\n"

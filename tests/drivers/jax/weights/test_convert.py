@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import families, loader
+from llmos.drivers.jax import families, parameters
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import open_source
@@ -23,7 +23,7 @@ def converted(path: Path, dtype: Any = jnp.float32) -> dict[str, np.ndarray]:
     source = open_source(str(path))
     family = families.find(source)
     config = family.configure[source.format](source)
-    _, _, shapes = loader.parameters(config, dtype, OneDevice(jax.devices()[0]))
+    _, _, shapes = parameters.parameters(config, dtype, OneDevice(jax.devices()[0]))
     weights = convert(source, family, config, shapes, lambda _, x: jnp.asarray(x), lambda *_: None)
     return {name: np.asarray(value) for name, value in weights.items()}
 
