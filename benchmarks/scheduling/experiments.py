@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.scheduling import traces
 from benchmarks.scheduling.policies import POLICIES, core
 from benchmarks.scheduling.tiers import conversations, displaced
+from benchmarks.scheduling.visits import visits
 from llmos.ipc.grant import BANDS
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.prefixes import chain
@@ -291,6 +292,7 @@ EXPERIMENTS: dict[str, Callable[[], Figures]] = {
         overload,
         fairness,
         flood,
+        visits,
         heavy_tail,
         starvation,
         prefixes,

@@ -99,6 +99,17 @@ def flood(size: int, saturated: bool) -> list[Task]:
     return traffic.made
 
 
+def visits(size: int) -> list[Task]:
+    """A flooder sends ``size`` requests at once; a visitor asks for little, for one second of every eight."""
+    traffic = Traffic()
+    for _ in range(size):
+        prompt, output = traffic.random.randint(64, 512), traffic.random.randint(64, 192)
+        traffic.task("interactive", "flooder", prompt, output, 0.0)
+    for visit in range(5):
+        traffic.poisson("interactive", "visitor", 4.0, 1.0, (64, 512), (64, 192), begin=1.0 + 8.0 * visit)
+    return traffic.made
+
+
 def backlog(weights: list[float], each: int = 400) -> list[Task]:
     """Tenants with more to do than can be done; each asks in its own sizes."""
     traffic = Traffic()

@@ -24,7 +24,8 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
         task.place = Place.RUNNING
     tasks = [task for task in host.slots if task is not None and task.place is Place.RUNNING]
     host.solo = _starts_alone(host, starts)
-    active = [task for task in tasks if task.rank == 0] if host.crunch or host.solo else tasks
+    lowest = 0 if host.crunch or host.solo else 2
+    active = [task for task in tasks if task.rank <= lowest and task.id not in host.resting]
     chunks, last_step = _prefill(host, active, max_steps, now)
     steps = _length(host, active, chunks, last_step, max_steps)
     decode = [task.slot for task in active if _decode(host, task, last_step.get(task.slot), steps)]

@@ -65,8 +65,6 @@ class Core:
         task.queued_at = now
         self.tasks[task.id] = task
         self.counters.enter(task.tenant)
-        if task.rank == 1:
-            self.seating.presence.enter(task.tenant)
         self.queues[task.model].push(task)
         self.pump(task.model, now)
 
@@ -87,10 +85,6 @@ class Core:
         except LLMOSError:
             task.band = before
             raise
-        if before == "interactive":
-            self.seating.presence.leave(task.tenant, now)
-        elif task.rank == 1:
-            self.seating.presence.enter(task.tenant)
         if task.place is Place.WAITING:
             task.band = before
             self.queues[task.model].remove(task)
@@ -212,6 +206,7 @@ class Core:
             self.take_back(host)
         # Who is urgent and waits for its pages comes with the next quantum: this one must not be long.
         coming = any(t is not None and t.place is Place.RESERVING and t.rank < 2 for t in host.slots)
+        self.seating.rest(host)
         steps = 1 if coming else min(self._max_steps, host.tiers.patience)
         while host.can_compose:
             quantum = compose(host, next(self._quanta), steps, now)
@@ -242,8 +237,6 @@ class Core:
         task.place = Place.ENDED
         self._break_promise(task)
         self.counters.leave(task.tenant)
-        if task.rank == 1:
-            self.seating.presence.leave(task.tenant, now)
         del self.tasks[task.id]
         self.finished += 1
         self._effects.finish(task, reason, error)

@@ -18,6 +18,7 @@ from llmos.services.scheduler.task import Task
 BUSY = 0.5  # of the slots, from which on the pace counts
 TOLERANCE = 0.9  # of the balanced step that a task has to bear at least
 MOST = 1.15  # promises for each slot
+QUEUE = 4  # promises beyond the slots that there may be at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ def crowd(host: Host, task: Task) -> Crowd:
     others, slots = list(host.promised.values()), host.model.slots
     if len(others) < BUSY * slots or not host.times:
         return Crowd()
-    latest = max(each.deadline for each in others) if len(others) + 1 > MOST * slots else 0.0
+    full = len(others) >= max(int(MOST * slots), slots + QUEUE)
+    latest = max(each.deadline for each in others) if full else 0.0
     chunk = host.model.chunk_tokens
     token = host.times.seconds(0, 0, chunk) / chunk
     return Crowd(TOLERANCE * balanced(host, [*others, task]), latest, token)

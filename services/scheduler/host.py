@@ -63,8 +63,9 @@ class Host:
     never by I/O.
 
     ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
-    them, ``solo`` that they did in the last quantum, for a start; ``keepers`` have pages here and no slot;
-    ``tenants`` counts the slots of each.
+    them, ``solo`` that they did in the last quantum, for a start; ``resting`` are the ids of tasks that
+    hold still for the sake of other tenants; ``keepers`` have pages here and no slot; ``tenants`` counts the
+    slots of each.
     """
 
     driver: str
@@ -85,6 +86,7 @@ class Host:
     promised: dict[int, Task] = field(default_factory=dict)
     crunch: bool = False
     solo: bool = False
+    resting: set[int] = field(default_factory=set)
     keepers: dict[int, Task] = field(default_factory=dict)
     tenants: Counter[str] = field(default_factory=Counter)
     computing: Computing = field(init=False)

@@ -91,7 +91,9 @@ class Paging:
             swapping.park(host, task, lacking)
             return
         victim = self._order.for_pages(host, task, needed)
-        if victim is not None and (victim.slot < 0 or victim.urgency > task.urgency):
+        if victim is None or (victim.slot >= 0 and victim.urgency <= task.urgency):
+            victim = self._core.seating.gives_way(host, task)
+        if victim is not None:
             if self._take(host, victim, task):
                 self.reserve(host, task)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmos.services.scheduler.headroom import Presence
+from llmos.services.scheduler import headroom
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.order import Order
 from llmos.services.scheduler.placing import Placing
@@ -23,7 +23,6 @@ class Seating:
         self._order = order
         self._share = share
         self.placing = Placing(order.for_slot)
-        self.presence = Presence()
         self.displaced = 0
 
     # --- asked by the core ---
@@ -34,10 +33,10 @@ class Seating:
         passed: set[int] = set()
         while hosts:
             vacant = any(host.vacant for host in hosts)
-            task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task, now), vacant)
+            task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task), vacant)
             if task is None:
                 return
-            place = self.placing.place(task, hosts)
+            place = self.placing.place(task, hosts) or self._from_beyond(task, hosts)
             if place is None:
                 if (home := self._core.hosts.get(task.arena)) is not None:
                     self._core.swapping.prefetch(home, task, self._core.paging.extra(home, task))
@@ -53,6 +52,15 @@ class Seating:
                 self.displace(host, victim)
             queue.take(task, now)
             self._seat(host, task, now)
+
+    def rest(self, host: Host) -> None:
+        """Say who gains nothing in the next quantum for the sake of others."""
+        waits = self._core.queues[host.model.model].interactive
+        host.resting = headroom.resting(host, self._share, waits) if self._order.shares else set()
+
+    def gives_way(self, host: Host, task: Task) -> Task | None:
+        """Who of the same band is beyond its share, for one who is within."""
+        return headroom.gives_way(host, task, self._share) if self._order.shares else None
 
     def displace(self, host: Host, task: Task) -> None:
         """A running task gives up its slot and keeps its pages. What is in flight for it is dropped: its
@@ -118,19 +126,25 @@ class Seating:
         host.computing.hold(task, *found)
         return True
 
-    def _eligible(self, task: Task, now: float) -> bool:
+    def _eligible(self, task: Task) -> bool:
         if self._core.paging.at_limit(task) or task.swap is Swap.OUT:
             return False
         if task.max_running and self._core.running_of(task.tenant) >= task.max_running:
             return False
-        return task.rank != 1 or not (self._order.shares and self._floods(task, now))
+        return task.rank != 1 or not (self._order.shares and self._floods(task))
 
-    def _floods(self, task: Task, now: float) -> bool:
+    def _from_beyond(self, task: Task, hosts: list[Host]) -> tuple[Host, Task | None] | None:
+        """A host on which a tenant within its share finds one that is beyond."""
+        for host in hosts:
+            if not host.short_of_pages and (victim := self.gives_way(host, task)) is not None:
+                return host, victim
+        return None
+
+    def _floods(self, task: Task) -> bool:
         """Whether a tenant has its share of the slots while another is here that asks for little."""
         hosts = self._core.hosts_of(task.model)
-        most = max(1, int(self._share * task.weight * sum(host.model.slots for host in hosts)))
-        if sum(host.tenants[task.tenant] for host in hosts) < most:
+        if sum(host.tenants[task.tenant] for host in hosts) < self._share * task.weight:
             return False
-        held = sum(t.rank == 1 and t.tenant == task.tenant for host in hosts for t in host.running)
+        rows = headroom.Rows(hosts, self._share)
         waits = self._core.queues[task.model].interactive
-        return held >= most and self.presence.light(task.tenant, waits, now)
+        return not rows.within(task.tenant, task.weight) and rows.light(task.tenant, waits)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from llmos.ipc.errors import NoMemory, TimedOut
-from llmos.services.scheduler.admission import Job, Machine, all_in_time, earliest, finish_times
+from llmos.services.scheduler.admission import (
+    Job,
+    Machine,
+    all_in_time,
+    does_no_harm,
+    earliest,
+    finish_times,
+)
 from llmos.services.scheduler.simulator import Simulator, StepTime
 from llmos.services.scheduler.task import Task
 from tests.services.scheduler.traffic import expected, model, task
@@ -34,6 +42,19 @@ def test_prompts_are_prefilled_by_deadline_one_after_the_other() -> None:
 def test_a_job_waits_for_pages() -> None:
     done = finish_times([job(1, 1.0, pages=60), job(2, 2.0, pages=60)], MACHINE, 0.0)
     assert done == pytest.approx({1: 0.1, 2: 0.2})
+
+
+def test_a_slot_that_is_given_up_is_taken_some_steps_later_and_the_others_go_on_meanwhile() -> None:
+    slow = replace(MACHINE, turnover=3)
+    done = finish_times([job(1, 1.0), job(2, 2.0, decode=20), job(3, 3.0)], slow, 0.0)
+    assert done == pytest.approx({1: 0.1, 2: 0.2, 3: 0.23})
+
+
+def test_one_whom_the_forecast_sees_late_is_no_reason_to_refuse_who_does_not_hold_it_up() -> None:
+    late = job(1, 0.09)
+    assert does_no_harm(job(2, 1.0), [late], MACHINE, 0.0)
+    assert not does_no_harm(job(2, 1.0, prefill=200), [late], MACHINE, 0.0), "its prompt is in the way"
+    assert not does_no_harm(job(2, 0.05), [job(1, 1.0)], MACHINE, 0.0), "it would be late itself"
 
 
 def test_the_earliest_deadline_can_be_kept_and_little_less_cannot() -> None:

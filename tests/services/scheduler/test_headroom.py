@@ -1,10 +1,10 @@
-"""A tenant's flood leaves slots, and short steps, to those who ask for little; alone it takes everything."""
+"""A tenant's flood leaves short steps, and slots, to those who ask for little; alone it takes everything."""
 
 from __future__ import annotations
 
-from llmos.services.scheduler.headroom import LINGER, Presence
 from llmos.services.scheduler.simulator import Simulator, StepTime
-from tests.services.scheduler.traffic import model, task
+from llmos.services.scheduler.task import Place
+from tests.services.scheduler.traffic import check_all, model, task
 
 
 def flooded(others: int, *, weight: float = 1.0, band: int = 1) -> Simulator:
@@ -42,15 +42,39 @@ def test_nobody_is_held_back_where_all_wait() -> None:
     assert sim.host.seated == 16
 
 
-def test_a_tenant_counts_as_here_for_a_while_after_its_last_task() -> None:
-    presence = Presence()
-    for tenant in ("calm", "flooder"):
-        presence.enter(tenant)
-    waits = {"flooder"}.__contains__
-    assert presence.light("flooder", waits, 0.0)
-    presence.leave("calm", 1.0)
-    assert presence.light("flooder", waits, 1.0 + LINGER)
-    assert not presence.light("flooder", waits, 1.1 + LINGER)
+def test_what_is_beyond_rests_while_a_light_tenant_is_here_and_loses_nothing() -> None:
+    sim = Simulator(model(slots=16, pages=2000), StepTime())
+    flood = [task(i, [2] * 8, 400, tenant="flooder") for i in range(16)]
+    light = task(99, [1] * 8, 40, arrived=0.2, tenant="light")
+    prompts = {each.id: list(each.tokens) for each in (*flood, light)}
+    sim.submit([*flood, light])
+    sim.run(until=0.3)
+    assert len(sim.host.resting) == 16 - 1 - 4, "a slot for the light tenant, a quarter of all for the flood"
+    made = {each.id: each.produced for each in flood if each.id in sim.host.resting}
+    sim.run(until=0.35)
+    assert all(each.produced == made[each.id] for each in flood if each.id in made)
+    assert light.place is Place.RUNNING
+    sim.run()
+    check_all(sim, [*flood, light], prompts)
+    assert sum(each.displaced for each in flood) == 1
+    assert sim.prefilled <= 17 * 8 + 1, "no prompt is computed again, but for the token it goes on from"
+
+
+def test_who_is_within_its_share_takes_the_slot_of_one_who_is_beyond() -> None:
+    sim = Simulator(model(slots=16, pages=2000), StepTime())
+    flood = [task(i, [2] * 8, 400, tenant="flooder") for i in range(60)]
+    light = [task(100 + i, [1] * 8, 40, arrived=0.2, tenant="light") for i in range(6)]
+    sim.submit([*flood, *light])
+    sim.run(until=0.25)
+    assert sim.host.tenants["light"] == 4, "its own share, and no more"
+    assert all(sim.records[each.id].times for each in light[:4])
+
+
+def test_others_within_their_share_never_rest() -> None:
+    sim = Simulator(model(slots=16, pages=2000), StepTime())
+    sim.submit([task(i, [1] * 8, 200, tenant=f"t{i % 4}") for i in range(16)])
+    sim.run(until=0.3)
+    assert not sim.host.resting
 
 
 def test_a_flood_moves_anothers_time_by_what_a_quarter_of_the_slots_adds() -> None:

@@ -56,6 +56,11 @@ def test_a_prompt_waits_where_hardly_anything_is_left() -> None:
     assert finest(tight) == 64
 
 
+def test_nobody_waits_for_the_sake_of_one_who_will_be_late_all_the_same() -> None:
+    tight = host()
+    assert Paces(tight, [decoding(tight, 1, 0.5, 90)], 0.0).room(due(2.0)) == 1024
+
+
 def test_the_forecast_lets_a_prompt_wait_for_an_earlier_deadline() -> None:
     def chunk(rows: float, context: float, seconds: float) -> int:
         return min(100, max(0, int((seconds - 0.01) / 0.0001))) if seconds < 1e9 else 100
