@@ -40,8 +40,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     smaller model. ``arena`` "shared" takes pages from a pool that models of the driver share; the first of
     them makes it ``arena_size`` large, in bytes or with a unit (0: as large as ``pages`` says).
     ``adapters`` maps names to folders of LoRA adapters as PEFT saves them, which are asked for as MODEL:NAME;
-    ``max_adapters`` of them (0: as many as are named), of ranks up to ``adapter_rank``, can be loaded at once.
-    Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step, matter.
+    ``max_adapters`` of them (0: as many as are named), of ranks up to ``adapter_rank``, can be loaded at
+    once. Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step, matter.
     """
 
     name: str

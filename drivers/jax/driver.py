@@ -73,7 +73,6 @@ class JaxDriver(Driver):
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         if request.model in self._engines or request.model in self._encoders:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
-        from llmos.drivers.jax.adapting import Adapters
         from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
         from llmos.drivers.jax.pool import Pools
 
@@ -88,6 +87,7 @@ class JaxDriver(Driver):
             self._pools.keep(self._engines)
 
     def _load_decoder(self, request: LoadRequest, progress: Progress) -> LoadedModel:
+        from llmos.drivers.jax.adapting import Adapters
         from llmos.drivers.jax.loader import Load
         from llmos.drivers.jax.moves import open_movers
 
