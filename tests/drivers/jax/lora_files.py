@@ -57,3 +57,18 @@ def merged(weights: Tensors, adapter: Tensors, scale: float) -> Tensors:
             module = name.removeprefix(PREFIX).replace(".lora_A", "")
             made[module] = made[module] + scale * adapter[name.replace("lora_A", "lora_B")] @ a
     return made
+
+
+SMOLLM2 = {
+    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+}  # fmt: skip
+MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
+RANK, ALPHA = 8, 4
+PROMPT = "The lighthouse keeper opened the door and"
+
+
+def smollm2_adapter() -> Tensors:
+    """A random adapter for SmolLM2-135M that changes what it says, and leaves it language."""
+    made = make_adapter(SMOLLM2, RANK, MODULES)
+    return {name: value * np.float32(0.2 if "lora_B" in name else 1) for name, value in made.items()}
