@@ -46,7 +46,7 @@ class Parking:
         if model in self.waiting:
             self.waiting.pop(model).end()
 
-    def park(self, request: Park, call: Incoming, unhost: Callable[[], None], now: float) -> None:
+    def park(self, request: Park, call: Incoming, unhost: Callable[[], object], now: float) -> None:
         """Unhost a model and tell the call when a task comes; Busy, before any effect, unless it is idle."""
         model = request.model
         if request.refuse:

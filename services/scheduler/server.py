@@ -158,7 +158,10 @@ class Scheduler(Server):
     @method
     def stats(self, request: None, call: Incoming) -> SchedulerStats:
         core, encoding, busy = self.core, self.encoding, self.parking.busy()
-        idle = lambda model: self.parking.idle(model, busy, now())  # noqa: E731
+
+        def idle(model: str) -> float:
+            return self.parking.idle(model, busy, now())
+
         lines = [_host_line(host, idle(host.model.model)) for host in core.hosts.values()]
         lines += [encoder_line(host, idle(host.model.model)) for host in encoding.hosts.values()]
         running = sum(len(host.running) for host in core.hosts.values())
