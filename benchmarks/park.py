@@ -8,7 +8,8 @@ One process with the driver. The model is loaded twice, the second time from the
 compiled already; that is what waking is compared with. Then it is parked and woken ``--rounds`` times; the
 first park is told apart, since it page-locks memory that the others use again. The same prompt is answered
 before and after, and must give the same tokens. On a device behind a bus the link is measured as in
-``benchmarks.swap``.
+``benchmarks.swap``. With ``--beside N`` another model of the same kind decodes N sequences meanwhile, and the
+times between its steps are compared with those while nothing is parked.
 """
 
 from __future__ import annotations
@@ -16,21 +17,36 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 
 from benchmarks.report import Report, arguments
 from benchmarks.swap import link_rates
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.sdk.driver import PendingMove
-from llmos.drivers.sdk.messages import Chunk, LoadedModel, LoadRequest, Moved, Quantum, Start
+from llmos.drivers.sdk.driver import Finish, PendingMove
+from llmos.drivers.sdk.executor import Executor
+from llmos.drivers.sdk.messages import (
+    Chunk,
+    LoadedModel,
+    LoadRequest,
+    Moved,
+    Quantum,
+    QuantumDone,
+    Start,
+    Step,
+)
+from llmos.ipc.errors import LLMOSError
 
 PROMPT = [11, 7, 23, 5, 17, 3, 29, 2]
 TOKENS = 16
 LINK_BYTES = 1 << 30
+QUANTUM_STEPS = 8
+ALONE_QUANTA = 4
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -107,6 +123,85 @@ def park_and_wake(driver: JaxDriver, loaded: LoadedModel, rounds: int) -> dict[s
     return figures
 
 
+class Other:
+    """A model that decodes all the time; the sink of its own quanta."""
+
+    def __init__(self, driver: JaxDriver, loaded: LoadedModel, sequences: int) -> None:
+        self._executor = Executor(driver)
+        self._model = loaded.model
+        self._quanta = 0
+        self._slots = list(range(sequences))
+        self.times: list[float] = []
+        each = -(-loaded.max_context // loaded.page_tokens)
+        starts = [
+            Start(
+                slot=slot,
+                tokens=PROMPT,
+                prompt=len(PROMPT),
+                pages=list(range(slot * each, (slot + 1) * each)),
+                limit=loaded.max_context,
+            )
+            for slot in self._slots
+        ]
+        self._run(sequences, start=starts, chunks=[Chunk(slot, slot, 0, len(PROMPT)) for slot in self._slots])
+
+    def _run(self, steps: int, **fields: Any) -> None:
+        self._quanta += 1
+        self._executor.submit(Quantum(id=self._quanta, model=self._model, steps=steps, **fields), self)
+        while self._executor.advance():
+            pass
+
+    def gaps(self, quanta: Iterable[object]) -> list[float]:
+        """Milliseconds between the steps of so many quanta; those from one to the next count as well."""
+        self.times = []
+        for _ in quanta:
+            self._run(QUANTUM_STEPS, decode=self._slots)
+        return [1e3 * (after - before) for before, after in zip(self.times, self.times[1:])]
+
+    def step(self, step: Step) -> None:
+        if not step.tokens:
+            raise AssertionError("a sequence ended: raise --context or lower --rounds")
+        self.times.append(time.perf_counter())
+
+    def done(self, result: QuantumDone) -> None:
+        return
+
+    def fail(self, error: LLMOSError) -> None:
+        raise error
+
+
+def beside(driver: JaxDriver, loaded: LoadedModel, other: Other, rounds: int) -> dict[str, Any]:
+    """Milliseconds between the other model's steps, alone and while this one is parked or woken, by turns."""
+    alone: list[float] = []
+    meanwhile: list[float] = []
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(rounds):
+            for way in (driver.park, driver.wake):
+                alone += other.gaps(range(ALONE_QUANTA))
+                meanwhile += other.gaps(_until_done(pool.submit(way(loaded.model))))
+    return {
+        name: {
+            "steps": len(gaps),
+            "p50": _percentile(gaps, 50),
+            "p99": _percentile(gaps, 99),
+            "max": max(gaps),
+        }
+        for name, gaps in (("alone", alone), ("meanwhile", meanwhile))
+    }
+
+
+def _until_done(copying: Future[Finish]) -> Iterator[None]:
+    """Turns while a model is being copied, and one after its last part."""
+    while not copying.done():
+        yield
+    copying.result()()
+    yield
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
+
+
 def main() -> None:
     parser = arguments(str(__doc__).partition("\n")[0])
     parser.add_argument("--model", required=True, help="a GGUF file, a folder, or random:CONFIG.json")
@@ -118,6 +213,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beside", type=int, default=0, help="sequences of another model, meanwhile")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         request = LoadRequest(
@@ -138,6 +234,12 @@ def main() -> None:
         report = Report("park")
         report.figures = {"load_s": round(took, 3), "weight_bytes": loaded.weight_bytes, **figures}
         report.figures["kv_bytes"] = loaded.pages * loaded.page_bytes
+        if options.beside:
+            needed = options.beside * -(-options.context // options.page_tokens)
+            own = msgspec.structs.replace(request, model="other", pages=needed, slots=options.beside)
+            other = Other(driver, driver.load(own, lambda _: None), options.beside)
+            report.figures["step_gaps_ms"] = beside(driver, loaded, other, options.rounds)
+            driver.unload("other")
         report.ratios = {"wake_of_load": round(figures["wake_s"] / took, 5)}
         if jax.devices()[0].platform != "cpu":
             # Nothing but the link: the model is away, or there might be no room for the copies.
