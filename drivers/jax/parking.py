@@ -24,6 +24,11 @@ from llmos.ipc.errors import NoMemory
 # models, which take the same way, to get through between two copies.
 WINDOW_BYTES = 128 << 20
 
+_NO_HOST_MEMORY = (
+    "the host has not got the memory to park this model in, or XLA may not page-lock so much: it is allowed "
+    "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB (64) in the environment of the driver"
+)
+
 
 class Parkable(Protocol):
     """An engine of a decoder or an encoder: one replica of a model."""
@@ -57,23 +62,23 @@ class HostMemory:
     def __init__(self) -> None:
         self._shardings: list[Any] = []
 
-    def out(self, weights: list[jax.Array]) -> list[jax.Array]:
-        """Copies in host memory, each shard in its own."""
+    def out(self, weights: list[jax.Array], made: list[jax.Array]) -> list[jax.Array]:
+        """Copies in host memory, each shard in its own; each is in ``made`` as soon as it is begun."""
         self._shardings = [x.sharding for x in weights]
-        return _carry(weights, [s.with_memory_kind("pinned_host") for s in self._shardings])
+        return _carry(weights, [s.with_memory_kind("pinned_host") for s in self._shardings], made)
 
-    def back(self, weights: list[jax.Array]) -> list[jax.Array]:
+    def back(self, weights: list[jax.Array], made: list[jax.Array]) -> list[jax.Array]:
         """Copies where they were."""
-        return _carry(weights, self._shardings)
+        return _carry(weights, self._shardings, made)
 
 
 class SameMemory:
     """For a device that computes in RAM: there is nothing to copy."""
 
-    def out(self, weights: list[jax.Array]) -> list[jax.Array]:
+    def out(self, weights: list[jax.Array], made: list[jax.Array]) -> list[jax.Array]:
         return weights
 
-    def back(self, weights: list[jax.Array]) -> list[jax.Array]:
+    def back(self, weights: list[jax.Array], made: list[jax.Array]) -> list[jax.Array]:
         return weights
 
 
@@ -99,8 +104,8 @@ class Parked:
     def _out(self) -> Finish:
         began = time.perf_counter()
         near = [engine.weights for engine in self._engines]
-        with lacking("the host has not got the memory to park this model in"):
-            far = [store.out(weights) for store, weights in zip(self._stores, near, strict=True)]
+        with _all_or_none(_NO_HOST_MEMORY) as made:
+            far = [store.out(weights, made) for store, weights in zip(self._stores, near, strict=True)]
         moved = _moved(near, far, began)
 
         def finish() -> Moved:
@@ -124,9 +129,13 @@ class Parked:
         if free and self._needed > free:
             raise NoMemory(f"waking this model takes {self._needed} bytes, and its device has {free} left")
         far = [engine.weights for engine in self._engines]
-        with lacking("the device has not got the memory to wake this model"):
-            near = [store.back(weights) for store, weights in zip(self._stores, far, strict=True)]
-            renewed = jax.block_until_ready([engine.renew() for engine in self._engines])  # type: ignore[no-untyped-call]
+        with _all_or_none("the device has not got the memory to wake this model") as made:
+            near = [store.back(weights, made) for store, weights in zip(self._stores, far, strict=True)]
+            renewed = []
+            for engine in self._engines:
+                renewed.append(engine.renew())
+                made += jax.tree.leaves(renewed[-1])
+            jax.block_until_ready(renewed)  # type: ignore[no-untyped-call]
         moved = _moved(far, near, began)
 
         def finish() -> Moved:
@@ -148,16 +157,29 @@ def lacking(message: str) -> Iterator[None]:
         raise NoMemory(f"{message}: {str(error).splitlines()[0]}") from None
 
 
-def _carry(weights: list[jax.Array], shardings: list[Any]) -> list[jax.Array]:
-    """Copies of the weights where the shardings say."""
+@contextmanager
+def _all_or_none(message: str) -> Iterator[list[jax.Array]]:
+    """As ``lacking``; what was put in the list until then is given up at once, not when it is collected."""
     made: list[jax.Array] = []
+    try:
+        with lacking(message):
+            yield made
+    except NoMemory:
+        for x in made:
+            x.delete()
+        raise
+
+
+def _carry(weights: list[jax.Array], shardings: list[Any], made: list[jax.Array]) -> list[jax.Array]:
+    """Copies of the weights where the shardings say."""
+    first = len(made)
     flying: deque[jax.Array] = deque()
     for x, sharding in zip(weights, shardings, strict=True):
         made.append(jax.device_put(x, sharding, may_alias=False))
         flying.append(made[-1])
         while sum(y.nbytes for y in flying) > WINDOW_BYTES and len(flying) > 1:
             flying.popleft().block_until_ready()
-    return list(jax.block_until_ready(made))  # type: ignore[no-untyped-call]
+    return list(jax.block_until_ready(made[first:]))  # type: ignore[no-untyped-call]
 
 
 def _moved(before: list[list[jax.Array]], after: list[list[jax.Array]], began: float) -> Moved:

@@ -160,6 +160,30 @@ def test_where_memory_lacks_a_model_stays_parked(
     assert runner.run(helpers.Task(PROMPT, 8)) == before
 
 
+def test_a_wake_that_fails_halfway_leaves_nothing_on_the_device(
+    load: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, made = load(), []
+    before = runner.run(helpers.Task(PROMPT, 8))
+    engines = runner.driver._engines["m"]
+    parked = Parked(engines, runner.driver._devices()[0], host=True)
+    parked.park()()()
+
+    def full() -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate")
+
+    carry = parking._carry
+    monkeypatch.setattr(parking, "_carry", lambda *a: made.extend(found := carry(*a)) or found)
+    with monkeypatch.context() as broken:
+        broken.setattr(engines[0], "renew", full)
+        with pytest.raises(NoMemory, match="has not got the memory to wake"):
+            parked.wake()()
+    assert len(made) == len(engines[0].weights)
+    assert all(x.is_deleted() for x in made)
+    parked.wake()()()
+    assert runner.run(helpers.Task(PROMPT, 8)) == before
+
+
 def test_what_xla_says_of_memory_is_told_as_such() -> None:
     with pytest.raises(NoMemory, match="no room: RESOURCE_EXHAUSTED"), lacking("no room"):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of it\nmore")
@@ -177,6 +201,6 @@ def test_weights_travel_in_their_own_layout() -> None:
     value = np.arange(12, dtype=np.int8).reshape(3, 4)
     store = parking.HostMemory()
     near = [jax.device_put(value), jax.device_put(value.astype(np.float32))]
-    for x, y in zip(store.back(store.out(near)), near, strict=True):
+    for x, y in zip(store.back(store.out(near, []), []), near, strict=True):
         assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
         np.testing.assert_array_equal(x, y)
