@@ -57,7 +57,7 @@ class Engine:
         common: Any = None,
         clock: Callable[[], float] = time.perf_counter,
         speculation: Speculation | None = None,
-        make: Callable[[], tuple[list[Any], BatchState]] | None = None,
+        make: Callable[[], tuple[list[Any], Any]] | None = None,
     ) -> None:
         self.limits = limits
         self.ledger = Ledger(limits)
@@ -183,14 +183,15 @@ class Engine:
     @property
     def weights(self) -> list[jax.Array]:
         """Those of the model, and of its draft model."""
-        return [*self._weights, *(self.speculation.weights if self.speculation is not None else [])]
+        more = self.speculation.weights if self.speculation is not None else []
+        return [*jax.tree.leaves(self._weights), *more]
 
     @property
     def state(self) -> list[jax.Array]:
         """What it has on its devices beside the weights, while nothing is in flight."""
         more = self.speculation.state if self.speculation is not None else []
         held = (self._caches, self._batch, self._tallies, list(self._rows.values()), more)
-        return list(jax.tree.leaves(held))
+        return [x for x in jax.tree.leaves(held) if isinstance(x, jax.Array)]
 
     def put_down(self, weights: list[jax.Array]) -> None:
         """See ``parking.Parkable``."""
@@ -215,8 +216,8 @@ class Engine:
         self.parked = False
 
     def _take_weights(self, weights: list[jax.Array]) -> None:
-        count = len(self._weights)
-        self._weights = weights[:count]
+        count = len(jax.tree.leaves(self._weights))
+        self._weights = jax.tree.unflatten(jax.tree.structure(self._weights), weights[:count])
         if self.speculation is not None:
             self.speculation.weights = weights[count:]
 

@@ -7,7 +7,7 @@ anew by the programs that did it at first. Where the device computes in RAM the 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -91,7 +91,7 @@ class Parked:
         self._engines = engines
         self._device = device
         self._stores = [HostMemory() if leave else SameMemory() for _ in engines]
-        self._needed = 0
+        self._needed: Counter[Any] = Counter()
 
     def park(self) -> PendingMove:
         """See ``Driver.park``."""
@@ -111,8 +111,7 @@ class Parked:
         def finish() -> Moved:
             freed = [x for engine in self._engines for x in engine.state]
             freed += [x for before, after in zip(near, far) if before is not after for x in before]
-            # Replicas are alike, so each device had its share.
-            self._needed = sum(map(_bytes_on_one, freed)) // len(self._engines)
+            self._needed = _bytes_by_device(freed)
             for engine, weights in zip(self._engines, far, strict=True):
                 engine.put_down(weights)
             for x in freed:
@@ -125,9 +124,9 @@ class Parked:
 
     def _back(self) -> Finish:
         began = time.perf_counter()
-        free = platform.free_memory(self._device) if self._device.platform != "cpu" else 0
-        if free and self._needed > free:
-            raise NoMemory(f"waking this model takes {self._needed} bytes, and its device has {free} left")
+        if self._device.platform != "cpu":
+            for device, needed in self._needed.items():
+                _check_free(needed, platform.free_memory(device))
         far = [engine.weights for engine in self._engines]
         with _all_or_none("the device has not got the memory to wake this model") as made:
             near = [store.back(weights, made) for store, weights in zip(self._stores, far, strict=True)]
@@ -187,5 +186,15 @@ def _moved(before: list[list[jax.Array]], after: list[list[jax.Array]], began: f
     return Moved(sum(x.nbytes for x in copied), round((time.perf_counter() - began) * 1e6))
 
 
-def _bytes_on_one(x: jax.Array) -> int:
-    return int(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize)
+def _bytes_by_device(arrays: list[jax.Array]) -> Counter[Any]:
+    found: Counter[Any] = Counter()
+    for x in arrays:
+        size = prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        found.update(dict.fromkeys(x.sharding.device_set, size))
+    return found
+
+
+def _check_free(needed: int, free: int) -> None:
+    """NoMemory where a device that can tell has fewer bytes left."""
+    if free and needed > free:
+        raise NoMemory(f"waking this model takes {needed} bytes, and its device has {free} left")

@@ -10,7 +10,9 @@ import pytest
 from llmos.drivers.jax.parking import Parked
 
 
-@pytest.mark.parametrize("mesh", [{"tensor": 2}, {"data": 2}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [{"tensor": 2}, {"data": 2}, {"data": 2, "tensor": 2}, {"pipeline": 2}], ids=str
+)
 def test_a_model_on_a_mesh_computes_the_same_after_waking(
     on_mesh: Callable[..., Any], mesh: dict[str, int]
 ) -> None:
