@@ -57,7 +57,7 @@ class Engine:
         common: Any = None,
         clock: Callable[[], float] = time.perf_counter,
         speculation: Speculation | None = None,
-        make: Callable[[], tuple[list[Any], Any]] | None = None,
+        make: Callable[[], tuple[Own | Share, Any]] | None = None,
     ) -> None:
         self.limits = limits
         self.ledger = Ledger(limits)
@@ -188,16 +188,19 @@ class Engine:
 
     @property
     def state(self) -> list[jax.Array]:
-        """What it has on its devices beside the weights, while nothing is in flight."""
+        """What it has on its devices beside the weights, while nothing is in flight, but for a pool."""
         more = self.speculation.state if self.speculation is not None else []
-        held = (self._caches, self._batch, self._tallies, list(self._rows.values()), more)
+        caches = self._held.caches if isinstance(self._held, Own) else []
+        held = (caches, self._batch, self._tallies, list(self._rows.values()), more)
         return [x for x in jax.tree.leaves(held) if isinstance(x, jax.Array)]
 
     def put_down(self, weights: list[jax.Array]) -> None:
         """See ``parking.Parkable``."""
         self.reset()
         self.parked = True
-        self._caches, self._tallies, self._faulty = [], None, []
+        self._tallies = None
+        if isinstance(self._held, Own):  # pages in a pool go to others, and are cleared for them
+            self._held.caches, self._faulty = [], []
         self._tallied.clear()
         self._rows.clear()
         self._take_weights(weights)
@@ -205,11 +208,15 @@ class Engine:
     def renew(self) -> Any:
         """See ``parking.Parkable``."""
         assert self._make is not None
-        return self._make(), self.speculation.renew() if self.speculation is not None else None
+        held, batch = self._make()
+        caches = held.caches if isinstance(held, Own) else []
+        return caches, batch, self.speculation.renew() if self.speculation is not None else None
 
     def take_up(self, weights: list[jax.Array], state: Any) -> None:
         """See ``parking.Parkable``."""
-        (self._caches, self._batch), more = state
+        caches, self._batch, more = state
+        if isinstance(self._held, Own):
+            self._held.caches = caches
         self._take_weights(weights)
         if self.speculation is not None:
             self.speculation.take_up(more)
