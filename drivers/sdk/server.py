@@ -92,9 +92,9 @@ class DriverServer(Server):
         self._executor = Executor(driver)
         self._background = Background(self)
         self._moves = Moves(self._executor, self._background)
-        self._adapters = Adapters(driver, self._executor, self._background)
         self._copying = Background(self)  # of whole models, which take longer than pages
         self._parking = Parking(driver, self._copying, self._abandon)
+        self._adapters = Adapters(driver, self._executor, self._background, self._parking.check)
         self._keys = StorageKeys(self)
         self._limit = STEP_LIMIT
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
@@ -132,8 +132,9 @@ class DriverServer(Server):
     def _load_settled(self, request: LoadRequest, call: Incoming) -> None:
         known = self._loaded.get(request.model)
         if known is not None and known[0] == request:
-            self._adapters.clear(request.model)
             parked = self._parking.parked(request.model)
+            if not parked:  # there they stay, to be found by whoever asks for them
+                self._adapters.clear(request.model)
             call.end(msgspec.structs.replace(known[1], parked=parked))
             return
         if known is not None:

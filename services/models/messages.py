@@ -182,8 +182,8 @@ class UnloadAdapter(msgspec.Struct, frozen=True):
 
 class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     """One model; ``state`` "missing" means that its files must be pulled first. An adapter has a line of its
-    own, whose ``parent`` is its model. One that is "parked" or "waking" takes requests, which wake it and wait;
-    ``woke`` is how many seconds that took the last time."""
+    own, whose ``parent`` is its model. One that is "parked" or "waking" takes requests, which wake it and
+    wait; ``woke`` is how many seconds that took the last time."""
 
     name: str
     state: ModelState

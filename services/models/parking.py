@@ -94,7 +94,9 @@ class Parking:
                     self.wake(model)
                 told(answer.error)
 
-        body = Park(driver=model.spec.driver, model=loaded, idle=idle, refuse=refuse)
+        body = Park(
+            driver=model.spec.driver, model=loaded, adapters=model.identities, idle=idle, refuse=refuse
+        )
         self._server.call("scheduler.park", body, listener)
 
     def _given_up(self, model: Model, told: Told) -> None:

@@ -134,6 +134,7 @@ class Park(msgspec.Struct, frozen=True, kw_only=True):
 
     driver: str
     model: LoadedModel
+    adapters: list[str] = []
     idle: float = 0.0
     refuse: str = ""
 

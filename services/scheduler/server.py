@@ -228,6 +228,7 @@ class Scheduler(Server):
         """The chunk, which is nil, says that no task uses the model any more; the end, that one waits."""
         unhost = lambda: self._unhost(request.driver, request.model.model)  # noqa: E731
         self.parking.park(request, call, unhost, now())
+        self._adapters[request.model.model] = request.adapters
         return Later()
 
     # --- what watching brings ---
