@@ -13,6 +13,7 @@ from llmos.ipc import codec, paths
 from llmos.ipc.errors import InvalidArgument, NotFound
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?")
+TIME = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)([smh])")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -41,7 +42,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     them makes it ``arena_size`` large, in bytes or with a unit (0: as large as ``pages`` says).
     ``adapters`` maps names to folders of LoRA adapters as PEFT saves them, asked for as MODEL:NAME; up to
     ``max_adapters`` (0: as many as are named), of ranks up to ``adapter_rank``, can be loaded at once.
-    Of an encoder only ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step, matter.
+    ``park`` says when its weights may leave the device for RAM, until somebody asks for it: "never", under
+    "pressure", when another model lacks memory, or after a time without tasks ("90s", "10m", "12h") and then
+    under pressure too.
+    Of an encoder ``park``, ``dtype``, ``max_context`` and ``chunk_tokens``, the tokens of a step, matter.
     """
 
     name: str
@@ -68,6 +72,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     adapters: dict[str, str] = {}
     max_adapters: int = 0
     adapter_rank: int = 16
+    park: str = "never"
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,6 +126,20 @@ def size(text: str | int) -> int:
     return int(float(number) * (1024 if binary else 1000) ** power)
 
 
+def park_seconds(model: ModelSpec) -> float:
+    """After how many seconds without tasks a model is parked; 0.0 for one that is not on account of them.
+    InvalidArgument says what is wrong with ``park``."""
+    if model.park in ("never", "pressure"):
+        return 0.0
+    match = TIME.fullmatch(model.park)
+    if match is None or not float(match[1]):
+        raise InvalidArgument(
+            f'model {model.name!r}: park is "never", "pressure", or a time such as "90s", "10m" or "12h"; '
+            f"not {model.park!r}"
+        )
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 def load(path: Path | None) -> Manifest:
     """The manifest in a TOML file, or the default; InvalidArgument says what is wrong and where."""
     if path is None:
@@ -146,6 +165,7 @@ def check(manifest: Manifest) -> None:
                 raise InvalidArgument(f"two {what}s are named {name!r}")
     for model in manifest.models:
         size(model.host_cache)
+        park_seconds(model)
         for name, given in (("disk_cache", model.disk_cache), ("arena_size", model.arena_size)):
             if size(given) < 0:
                 raise InvalidArgument(

@@ -16,7 +16,7 @@ from llmos.ipc.errors import Busy, HostDown, IOFailure, LLMOSError
 from llmos.services import manifest as manifests
 from llmos.services.manifest import Manifest
 from llmos.services.models import catalog, store
-from llmos.services.models.messages import ModelLine
+from llmos.services.models.messages import ANSWERING, ModelLine
 from llmos.services.supervisor import control, lock, status
 from llmos.services.supervisor.process import Folders
 from llmos.services.supervisor.status import ProcessStatus, Status
@@ -28,7 +28,7 @@ from llmos.shell.progress import Bar
 POLL_SECONDS = 0.05
 MODEL_POLL_SECONDS = 0.2
 STALLED_SECONDS = 300.0
-SETTLED = ("ready", "failed", "missing")
+SETTLED = (*ANSWERING, "failed", "missing")
 
 
 def up(options: argparse.Namespace) -> int:
@@ -124,12 +124,12 @@ def wait_models(supervisor: subprocess.Popen[bytes]) -> bool:
     with session.connect() as client:
         lines = _follow_loads(client, supervisor)
     for line in lines:
-        if line.state == "ready":
+        if line.state in ANSWERING:
             phases = ", ".join(f"{name} {span:.1f} s" for name, span in line.phases.items())
-            say(f"model {line.name} is ready on {line.driver}" + (f" ({phases})" if phases else ""))
+            say(f"model {line.name} is {line.state} on {line.driver}" + (f" ({phases})" if phases else ""))
         else:
             say(_trouble(line))
-    return all(line.state == "ready" for line in lines)
+    return all(line.state in ANSWERING for line in lines)
 
 
 def _follow_loads(client: Client, supervisor: subprocess.Popen[bytes]) -> list[ModelLine]:

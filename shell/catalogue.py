@@ -1,4 +1,5 @@
-"""``llmos models``, ``load``, ``unload`` and ``pull``: what there is, what is in use, and getting more."""
+"""``llmos models``, ``load``, ``unload``, ``park``, ``wake`` and ``pull``: what there is, what is in use, and
+getting more."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from llmos.ipc.client import Client
 from llmos.ipc.errors import HostDown, InvalidArgument
 from llmos.services.adapters import split
 from llmos.services.models import catalog, store
-from llmos.services.models.messages import Load, LoadAdapter, ModelLine, ModelList, Unload, UnloadAdapter
+from llmos.services.models.messages import (
+    Load,
+    LoadAdapter,
+    ModelLine,
+    ModelList,
+    Park,
+    Unload,
+    UnloadAdapter,
+    Wake,
+)
 from llmos.services.models.store import PullProgress
 from llmos.shell import session
 from llmos.shell.output import count, mesh_words, say, table
@@ -56,6 +66,10 @@ def _served(line: ModelLine) -> tuple[str, ...]:
         note = f"llmos pull {line.name}"
     elif line.state == "unloaded":
         note = f"llmos load {line.name}"
+    elif line.state == "parked":
+        note = "the next request wakes it"
+    if line.woke:
+        note = f"{note}, woke in {line.woke:.2f} s".removeprefix(", ")
     parameters = count(line.parameters) if line.parameters else ""
     return line.name, line.state, line.driver, line.family, parameters, str(line.context or ""), note
 
@@ -102,6 +116,22 @@ def unload(options: argparse.Namespace) -> int:
             return 0
         client.call("models.unload", Unload(options.model), timeout=UNLOAD_SECONDS)
     say(f"model {options.model} is unloaded; again by: llmos load {options.model}")
+    return 0
+
+
+def park(options: argparse.Namespace) -> int:
+    """Move a model's weights to RAM; its device memory is free when this returns."""
+    with session.connect() as client:
+        client.call("models.park", Park(options.model), ModelLine, timeout=options.timeout)
+    say(f"model {options.model} is parked; the next request wakes it, or: llmos wake {options.model}")
+    return 0
+
+
+def wake(options: argparse.Namespace) -> int:
+    """Put a parked model back on its device, and wait until it is there."""
+    with session.connect() as client:
+        line = client.call("models.wake", Wake(options.model), ModelLine, timeout=LOAD_SECONDS)
+    say(f"model {line.name} is {line.state} on {line.driver}; waking it took {line.woke:.2f} s")
     return 0
 
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from llmos.ipc.client import Client
 from llmos.ipc.errors import InvalidArgument, NotFound
-from llmos.services.models.messages import Chat, ChatMessage, Complete, Done, Generation, ModelList, Text
+from llmos.services.models.messages import (
+    ANSWERING,
+    Chat,
+    ChatMessage,
+    Complete,
+    Done,
+    Generation,
+    ModelList,
+    Text,
+)
 from llmos.shell import session
 from llmos.shell.output import say
 
@@ -148,7 +157,7 @@ def _read_stdin() -> str:
 def _first_ready(client: Client) -> str:
     models = client.call("models.list", None, ModelList).models
     for line in models:
-        if line.state == "ready" and line.kind == "decoder":
+        if line.state in ANSWERING and line.kind == "decoder":
             return line.name
     states = ", ".join(f"{line.name} is {line.state}" for line in models) or "there is none"
     raise NotFound(f"no model is ready: {states}")

@@ -89,7 +89,7 @@ def _system_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         verbs, "down", "boot:down", "stop the system",
         "Waits until every process is gone. Succeeds as well when nothing was running.",
     )  # fmt: skip
-    _verb(verbs, "ps", "processes:ps", "show the processes and the tasks")
+    _verb(verbs, "ps", "processes:ps", "show the processes, the models and the tasks")
     _task_verbs(verbs)
     _verb(verbs, "version", "about:version", "print the version")
     _verb(
@@ -191,6 +191,19 @@ def _model_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "the command returns.",
     )  # fmt: skip
     unload.add_argument("model", metavar="MODEL[:NAME]", help="a name from: llmos models")
+    park = _verb(
+        verbs, "park", "catalogue:park", "move a model's weights to RAM, until somebody asks for it",
+        "Waits until it has no tasks; its device memory is free when the command returns. The next request "
+        "wakes it, without reading files or compiling. A model's park in llmos.toml has it done by itself.",
+    )  # fmt: skip
+    park.add_argument("model", metavar="MODEL", help="a name from: llmos models")
+    park.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait "
+                      "(%(default)s)")  # fmt: skip
+    wake = _verb(
+        verbs, "wake", "catalogue:wake", "put a parked model back on its device",
+        "Before anybody asks for it; returns when it is there.",
+    )  # fmt: skip
+    wake.add_argument("model", metavar="MODEL", help="a name from: llmos models")
     pull = _verb(verbs, "pull", "catalogue:pull", "fetch a model into the cache")
     pull.add_argument("reference", metavar="MODEL", help="a known name, hf:OWNER/NAME[@REVISION], or "
                       "file:PATH of a GGUF file or of a folder of safetensors")  # fmt: skip

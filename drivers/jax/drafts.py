@@ -41,10 +41,15 @@ class Draft:
         shape = Shape(self.graph, self.tree, self.backend, limits.page_tokens, pages, self.native)
         return shape, list(self.shapes.values()), self._caches(limits)[0]
 
-    def held(self, limits: Limits) -> tuple[list[jax.Array], Any]:
-        """Its weights and empty caches, on the devices."""
+    def weights(self) -> list[jax.Array]:
+        """Its weights, on the devices."""
         weights = self.load()
-        return [weights[path] for path in self.shapes], self._caches(limits)[1]()
+        return [weights[path] for path in self.shapes]
+
+    def allocator(self, limits: Limits) -> Callable[[], Any]:
+        """Makes empty caches for it, on the devices."""
+        allocate: Callable[[], Any] = self._caches(limits)[1]
+        return allocate
 
     def _caches(self, limits: Limits) -> Any:
         """It has as many pages as the model, for the block tables are the same."""

@@ -39,6 +39,7 @@ FEATURES = [
     "prefix-pages",
     "page-moves",
     "adapters",
+    "parking",
 ]
 
 
@@ -60,6 +61,7 @@ class JaxDriver(Driver):
         self._encoders: dict[str, Any] = {}
         self._pools: Any = None
         self._adapters: dict[str, Any] = {}
+        self._parked: dict[str, Any] = {}
 
     def describe(self) -> DriverInfo:
         return DriverInfo(
@@ -74,6 +76,7 @@ class JaxDriver(Driver):
         if request.model in self._engines or request.model in self._encoders:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
         from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
+        from llmos.drivers.jax.parking import lacking
         from llmos.drivers.jax.pool import Pools
 
         if is_encoder(request.source):
@@ -82,7 +85,8 @@ class JaxDriver(Driver):
             return loaded
         self._pools = self._pools or Pools()
         try:
-            return self._load_decoder(request, progress)
+            with lacking("the device has not got the memory to load this model"):
+                return self._load_decoder(request, progress)
         finally:
             self._pools.keep(self._engines)
 
@@ -149,7 +153,24 @@ class JaxDriver(Driver):
             if replica in (-1, number):
                 engine.reset()
 
+    def park(self, model: str) -> PendingMove:
+        from llmos.drivers.jax.parking import Parked
+
+        engines = [self._encoders[model]] if model in self._encoders else self._engines.get(model)
+        if engines is None:
+            raise NotFound(f"model {model} is not loaded")
+        self._parked[model] = Parked(engines, self._devices()[0])
+        pending: PendingMove = self._parked[model].park()
+        return pending
+
+    def wake(self, model: str) -> PendingMove:
+        if model not in self._parked:
+            raise NotFound(f"model {model} is not parked")
+        pending: PendingMove = self._parked[model].wake()
+        return pending
+
     def unload(self, model: str) -> None:
+        self._parked.pop(model, None)
         engines = self._engines.pop(model, None)
         if engines is None and model in self._encoders:
             engines = [self._encoders.pop(model)]

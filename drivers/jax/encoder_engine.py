@@ -108,7 +108,8 @@ class EncoderEngine:
     ) -> None:
         self._config = config
         self._programs = programs
-        self._weights = weights
+        self.weights = weights
+        self.state: list[jax.Array] = []
         self._clock = clock
         self._completed = 0.0
 
@@ -124,11 +125,22 @@ class EncoderEngine:
         for count in split(len(request.texts), sizes):
             rows = bucket(count, sizes)
             packed = _pack(request.texts[at : at + count], types[at : at + count], rows, length)
-            made = self._programs.get(("encode", rows, length))(self._weights, packed)
+            made = self._programs.get(("encode", rows, length))(self.weights, packed)
             made.copy_to_host_async()
             outputs.append((count, made))
             at += count
         return partial(self._resolve, outputs, begun)
+
+    def put_down(self, weights: list[jax.Array]) -> None:
+        """See ``parking.Parkable``."""
+        self.weights = weights
+
+    def renew(self) -> None:
+        """See ``parking.Parkable``: there is nothing but weights."""
+
+    def take_up(self, weights: list[jax.Array], state: None) -> None:
+        """See ``parking.Parkable``."""
+        self.weights = weights
 
     def close(self) -> None:
         """Stop what still runs in the background."""

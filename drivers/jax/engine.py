@@ -43,7 +43,8 @@ The result is [2, rows]: token and finish; where there were guesses it is that o
 class Engine:
     """Executes quanta on one replica of a model; see ``Driver.execute`` for the contract.
 
-    ``common`` is the sharding of what all devices of the replica have, such as ``batch``.
+    ``common`` is the sharding of what all devices of the replica have, such as ``batch``; ``make`` allocates
+    caches and a batch like those given, for a model that was ``parked``.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Engine:
         common: Any = None,
         clock: Callable[[], float] = time.perf_counter,
         speculation: Speculation | None = None,
+        make: Callable[[], tuple[Own | Share, Any]] | None = None,
     ) -> None:
         self.limits = limits
         self.ledger = Ledger(limits)
@@ -72,6 +74,8 @@ class Engine:
         self._faulty: list[int] = []
         self._clock = clock
         self.speculation = speculation
+        self.parked = False
+        self._make = make
         self._completed = 0.0
         caches.cleaners.append(self._scrub)
 
@@ -116,7 +120,7 @@ class Engine:
         A GPU loads and plans a program when it first runs, for up to half a second that no request should
         pay. It cannot do so while another program is being compiled.
         """
-        if not self.unrehearsed:
+        if not self.unrehearsed or self.parked:
             return False
         key = self.unrehearsed.pop(0)
         program = self.programs.get(key)
@@ -175,6 +179,54 @@ class Engine:
         """Empty all slots; what is on the device is overwritten when a slot is taken again."""
         self.ledger = Ledger(self.limits, adapters=self.ledger.adapters)
         self._entering = []
+
+    @property
+    def weights(self) -> list[jax.Array]:
+        """Those of the model, and of its draft model."""
+        more = self.speculation.weights if self.speculation is not None else []
+        return [*jax.tree.leaves(self._weights), *more]
+
+    @property
+    def state(self) -> list[jax.Array]:
+        """What it has on its devices beside the weights, while nothing is in flight, but for a pool."""
+        more = self.speculation.state if self.speculation is not None else []
+        caches = self._held.caches if isinstance(self._held, Own) else []
+        held = (caches, self._batch, self._tallies, list(self._rows.values()), more)
+        return [x for x in jax.tree.leaves(held) if isinstance(x, jax.Array)]
+
+    def put_down(self, weights: list[jax.Array]) -> None:
+        """See ``parking.Parkable``."""
+        self.reset()
+        self.parked = True
+        self._tallies = None
+        if isinstance(self._held, Own):  # pages in a pool go to others, and are cleared for them
+            self._held.caches, self._faulty = [], []
+        self._tallied.clear()
+        self._rows.clear()
+        self._take_weights(weights)
+
+    def renew(self) -> Any:
+        """See ``parking.Parkable``."""
+        assert self._make is not None
+        held, batch = self._make()
+        caches = held.caches if isinstance(held, Own) else []
+        return caches, batch, self.speculation.renew() if self.speculation is not None else None
+
+    def take_up(self, weights: list[jax.Array], state: Any) -> None:
+        """See ``parking.Parkable``."""
+        caches, self._batch, more = state
+        if isinstance(self._held, Own):
+            self._held.caches = caches
+        self._take_weights(weights)
+        if self.speculation is not None:
+            self.speculation.take_up(more)
+        self.parked = False
+
+    def _take_weights(self, weights: list[jax.Array]) -> None:
+        count = len(jax.tree.leaves(self._weights))
+        self._weights = jax.tree.unflatten(jax.tree.structure(self._weights), weights[:count])
+        if self.speculation is not None:
+            self.speculation.weights = weights[count:]
 
     def _steps(self, quantum: Quantum) -> Iterator[PendingStep]:
         chunks: dict[int, list[Chunk]] = {}

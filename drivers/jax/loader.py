@@ -80,7 +80,16 @@ class Parts:
         """An engine of this replica."""
         ordered = [weights[path] for path in self.shapes]
         common, speculation = self.place.common, self._speculation()
-        engine = Engine(self.limits, self.programs, ordered, caches, batch, common, speculation=speculation)
+        engine = Engine(
+            self.limits,
+            self.programs,
+            ordered,
+            caches,
+            batch,
+            common,
+            speculation=speculation,
+            make=self.make,
+        )
         if self.place.device.platform != "cpu":
             engine.unrehearsed = self.programs.ahead()
         return engine
@@ -89,11 +98,18 @@ class Parts:
         speculating = self.programs.spec.speculating
         if speculating is None:
             return None
-        empty = verification.empty_history(self.limits.slots, self.limits.max_context)
-        history = jax.device_put(empty, self.place.common)
         policy = Policy(speculating.tokens, speculating.sizes, blind=self.draft is not None)
-        draft = self.draft.held(self.limits) if self.draft is not None else None
-        return Speculation(self.programs, policy, history, draft)
+        allocate = self.draft.allocator(self.limits) if self.draft is not None else lambda: None
+
+        def renew() -> tuple[verification.History, Any]:
+            empty = verification.empty_history(self.limits.slots, self.limits.max_context)
+            return jax.device_put(empty, self.place.common), allocate()
+
+        weights = self.draft.weights() if self.draft is not None else None
+        history, caches = renew()
+        return Speculation(
+            self.programs, policy, history, (weights, caches) if weights is not None else None, renew
+        )
 
 
 @dataclass

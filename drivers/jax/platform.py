@@ -44,6 +44,13 @@ def keep_heap() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES))
 
 
+def trim_heap() -> None:
+    """Give free memory of the heap back to the system, where the C library knows how to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
+
+
 def set_option(name: str, value: Any) -> None:
     """Set an option of jax."""
     jax.config.update(name, value)  # type: ignore[no-untyped-call]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from llmos.drivers.jax.buckets import bucket
@@ -20,19 +22,51 @@ class Speculation:
 
     ``history`` is on the device; ``steps``, ``rows`` and ``gained`` count for each (batch size, guesses) the
     steps without prefill, their rows, and the tokens that these gained. ``draft`` are the weights and caches
-    of the draft model, if there is one.
+    of the draft model, if there is one; ``renew`` makes a history and caches like those given.
     """
 
     def __init__(
-        self, programs: Programs, policy: Policy, history: History, draft: tuple[Any, Any] | None = None
+        self,
+        programs: Programs,
+        policy: Policy,
+        history: History,
+        draft: tuple[Any, Any] | None = None,
+        renew: Callable[[], tuple[History, Any]] | None = None,
     ) -> None:
         self.policy = policy
         self.history = history
         self._draft = draft
+        self._renew = renew
         self.steps: Counter[tuple[int, int]] = Counter()
         self.rows: Counter[tuple[int, int]] = Counter()
         self.gained: Counter[tuple[int, int]] = Counter()
         self._programs = programs
+
+    @property
+    def weights(self) -> list[jax.Array]:
+        """Those of the draft model."""
+        return self._draft[0] if self._draft is not None else []
+
+    @weights.setter
+    def weights(self, weights: list[jax.Array]) -> None:
+        if self._draft is not None:
+            self._draft = weights, self._draft[1]
+
+    @property
+    def state(self) -> Any:
+        """What else is on the devices."""
+        return self.history, self._draft[1] if self._draft is not None else None
+
+    def renew(self) -> tuple[History, Any]:
+        """A new ``state``, empty."""
+        assert self._renew is not None
+        return self._renew()
+
+    def take_up(self, state: tuple[History, Any]) -> None:
+        """Go on with what ``renew`` made."""
+        self.history, caches = state
+        if self._draft is not None:
+            self._draft = self._draft[0], caches
 
     def begin(self, starts: list[Start]) -> None:
         """Sequences enter: remember all that is known of them."""

@@ -45,7 +45,7 @@ from llmos.drivers.sdk.messages import (
 )
 from llmos.drivers.sdk.sizes import with_tiers
 from llmos.drivers.sdk.tiers import Tiers
-from llmos.ipc.errors import Busy, InvalidArgument, NotFound
+from llmos.ipc.errors import Busy, InvalidArgument, NoMemory, NotFound
 
 VOCABULARY = 256
 DEFAULT_PAGES = 4096
@@ -99,7 +99,8 @@ class _Cache:
 
 class NullDriver(Driver):
     """Takes ``step_ms`` milliseconds a step, ``prefill_us`` microseconds for each prompt token in it,
-    ``decode_us`` for each sequence that decodes, and ``move_us`` for each page that is moved.
+    ``decode_us`` for each sequence that decodes, ``move_us`` for each page that is moved, and ``park_ms`` to
+    park a model or to wake it. Where ``room`` is not 0, so many models fit on its device.
 
     The model named ``encoder`` is loaded as one. With a ``burst`` it gives up to so many tokens a step, as a
     driver that speculates. Of a mesh only the data axis counts: each replica has its own time.
@@ -113,6 +114,8 @@ class NullDriver(Driver):
         move_us: float = 0.0,
         encoder: str = "",
         burst: int = 1,
+        park_ms: float = 0.0,
+        room: int = 0,
     ) -> None:
         self._encoder = encoder
         self._burst = burst
@@ -120,6 +123,9 @@ class NullDriver(Driver):
         self._prefill = prefill_us / 1e6
         self._decode = decode_us / 1e6
         self._move = move_us / 1e6
+        self._park = park_ms / 1e3
+        self._room = room
+        self._parked: set[str] = set()
         self._models: dict[str, LoadedModel] = {}
         self._caches: dict[tuple[str, int], _Cache] = {}
         self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
@@ -131,6 +137,7 @@ class NullDriver(Driver):
 
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         progress(LoadProgress("read", 1, 1))
+        self._check_room()
         request = with_tiers(request, page_size(request.page_tokens), no_host=True)
         encodes = request.model == self._encoder
         loaded = LoadedModel(
@@ -168,7 +175,35 @@ class NullDriver(Driver):
         for number in range(self._models[model].replicas) if replica < 0 else [replica]:
             self._slots[model, number] = {}
 
+    def park(self, model: str) -> PendingMove:
+        def finish() -> Moved:
+            self._parked.add(model)
+            self.reset(model)
+            for number in range(loaded.replicas):
+                self._caches[model, number].device = Pages(loaded.pages, loaded.page_tokens)
+            return self._swapped()
+
+        loaded = self._models[model]
+        return lambda: self._carried(finish)
+
+    def wake(self, model: str) -> PendingMove:
+        self._check_room()
+        self._parked.discard(model)
+        return lambda: self._carried(self._swapped)
+
+    def _carried(self, finish: Finish) -> Finish:
+        time.sleep(self._park)
+        return finish
+
+    def _swapped(self) -> Moved:
+        return Moved(0, round(self._park * 1e6))
+
+    def _check_room(self) -> None:
+        if self._room and len(self._models) - len(self._parked) >= self._room:
+            raise NoMemory(f"{self._room} models fit on this device: park or unload one")
+
     def unload(self, model: str) -> None:
+        self._parked.discard(model)
         loaded = self._models.pop(model, None)
         if loaded is None:
             raise NotFound(f"no model {model!r} is loaded here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from llmos.drivers.sdk.driver import Driver, FinishAdapter
@@ -13,12 +14,16 @@ from llmos.ipc.server import Incoming
 
 
 class Adapters:
-    """Answers the calls; used from the driver's thread, beside which ``background`` reads."""
+    """Answers the calls; used from the driver's thread, beside which ``background`` reads. ``check`` refuses
+    a model whose weights are not on the device."""
 
-    def __init__(self, driver: Driver, executor: Executor, background: Background) -> None:
+    def __init__(
+        self, driver: Driver, executor: Executor, background: Background, check: Callable[[str], None]
+    ) -> None:
         self._driver = driver
         self._executor = executor
         self._background = background
+        self._check = check
         self._loaded: dict[str, dict[str, LoadedAdapter]] = {}
 
     def load(self, request: LoadAdapter, call: Incoming) -> None:
@@ -27,11 +32,13 @@ class Adapters:
         if request.adapter in known:
             call.reply(known[request.adapter])
             return
+        self._check(request.model)
 
         def read(future: Future[FinishAdapter]) -> None:
             try:
                 if self._loaded.get(request.model) is not known:
                     raise Canceled(f"model {request.model!r} was unloaded meanwhile")
+                self._check(request.model)
                 known[request.adapter] = future.result()()
                 call.reply(known[request.adapter])
             except LLMOSError as error:

@@ -134,6 +134,21 @@ class Driver:
         pages need not be kept."""
         raise NotSupported("this driver cannot empty its slots")
 
+    def park(self, model: str) -> PendingMove:
+        """Move a model's weights to host memory and free all it has on the device, its KV included.
+
+        Nothing of it is in flight, and until it is awake it is asked for nothing but ``wake`` and ``unload``;
+        other models go on. The copying is done by what is returned, on a worker thread; ``Finish`` frees the
+        device. Where either raises NoMemory or IOFailure, the model is as it was, but for its KV and slots.
+        """
+        raise NotSupported("this driver parks no models")
+
+    def wake(self, model: str) -> PendingMove:
+        """Put the weights of a parked model back, with empty slots and as many pages as before, in the manner
+        of ``park``; nothing is read, converted or compiled. NoMemory where the device has not got the room:
+        then it stays parked."""
+        raise NotSupported("this driver wakes no models")
+
     def unload(self, model: str) -> None:
         """Forget a model and free its memory; also called for each model when the driver is stopped."""
         raise NotSupported("this driver unloads nothing")

@@ -109,7 +109,8 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
 
     ``pages`` counts the usable pages, numbered 0 to ``pages - 1``; each holds ``page_tokens`` tokens and
     ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step. Each of the
-    ``replicas`` has as many slots and pages of its own, and executes quanta beside the others.
+    ``replicas`` has as many slots and pages of its own, and executes quanta beside the others. One that is
+    ``parked`` was loaded before, and has to be woken first.
 
     Of an encoder ``pages`` and ``slots`` are 0, ``max_context`` is the longest text, and ``chunk_tokens``
     bounds the texts of one step, each counted as long as the longest. It makes ``width`` numbers of a text:
@@ -149,6 +150,7 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     slab_pages: int = 0
     slab_bytes: int = 0
     adapters: int = 0
+    parked: bool = False
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -380,6 +382,18 @@ class Reset(msgspec.Struct, frozen=True):
 
     model: str
     replica: int = -1
+
+
+class Park(msgspec.Struct, frozen=True):
+    """Move a model's weights to host memory, and free its device memory; answered by ``Moved``."""
+
+    model: str
+
+
+class Wake(msgspec.Struct, frozen=True):
+    """Put a parked model's weights back on the device; answered by ``Moved``."""
+
+    model: str
 
 
 class Unload(msgspec.Struct, frozen=True):

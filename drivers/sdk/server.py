@@ -6,6 +6,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
+
 from llmos.drivers.sdk import saving
 from llmos.drivers.sdk.adapters import Adapters
 from llmos.drivers.sdk.driver import Driver
@@ -22,6 +24,7 @@ from llmos.drivers.sdk.messages import (
     Move,
     Moved,
     OpenTask,
+    Park,
     Preempt,
     Quantum,
     QuantumDone,
@@ -32,8 +35,10 @@ from llmos.drivers.sdk.messages import (
     TaskOpened,
     Unload,
     UnloadAdapter,
+    Wake,
 )
 from llmos.drivers.sdk.moves import Moves, check_move
+from llmos.drivers.sdk.parking import Parking
 from llmos.drivers.sdk.saved import SavedFile
 from llmos.ipc.background import Background
 from llmos.ipc.errors import LLMOSError, NotFound
@@ -87,7 +92,9 @@ class DriverServer(Server):
         self._executor = Executor(driver)
         self._background = Background(self)
         self._moves = Moves(self._executor, self._background)
-        self._adapters = Adapters(driver, self._executor, self._background)
+        self._copying = Background(self)  # of whole models, which take longer than pages
+        self._parking = Parking(driver, self._copying, self._abandon)
+        self._adapters = Adapters(driver, self._executor, self._background, self._parking.check)
         self._keys = StorageKeys(self)
         self._limit = STEP_LIMIT
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}
@@ -106,6 +113,7 @@ class DriverServer(Server):
         for model in list(self._loaded):
             self._forget(model)
         self._background.close()
+        self._copying.close()
 
     def on_kernel_restart(self) -> None:
         self._abandon()
@@ -117,14 +125,29 @@ class DriverServer(Server):
     @method
     def load(self, request: LoadRequest, call: Incoming) -> Later:
         """Chunks are ``LoadProgress``, the end is ``LoadedModel``. What is loaded already is not loaded
-        again: whoever asked before may have been started anew."""
+        again, nor woken: whoever asked before may have been started anew."""
+        self._parking.arrived(request.model, call, lambda: self._load_settled(request, call))
+        return Later()
+
+    def _load_settled(self, request: LoadRequest, call: Incoming) -> None:
         known = self._loaded.get(request.model)
         if known is not None and known[0] == request:
-            self._adapters.clear(request.model)
-            call.end(known[1])
-            return Later()
+            parked = self._parking.parked(request.model)
+            if not parked:  # there they stay, to be found by whoever asks for them
+                self._adapters.clear(request.model)
+            call.end(msgspec.structs.replace(known[1], parked=parked))
+            return
         if known is not None:
             self._forget(request.model)
+        try:
+            loaded = self._load(request, call)
+        except LLMOSError as error:
+            call.fail(error)
+            return
+        self._loaded[request.model] = request, loaded
+        call.end(loaded)
+
+    def _load(self, request: LoadRequest, call: Incoming) -> LoadedModel:
         told = 0.0
 
         def progress(state: LoadProgress) -> None:
@@ -138,22 +161,21 @@ class DriverServer(Server):
         self._limit = LOAD_LIMIT
         self.control.verb("beat", self.beat())
         try:
-            loaded = self._driver.load(request, progress)
+            return self._driver.load(request, progress)
         finally:
             self._limit = STEP_LIMIT
-        self._loaded[request.model] = request, loaded
-        call.end(loaded)
-        return Later()
 
     @method
     def execute(self, request: Quantum, call: Incoming) -> Later:
         """Chunks are ``Step``, the end is ``QuantumDone``."""
+        self._parking.check(request.model)
         self._executor.submit(request, _CallSink(call))
         return Later()
 
     @method
     def encode(self, request: EncodeStep, call: Incoming) -> Later:
         """Answers ``EncodedStep``."""
+        self._parking.check(request.model)
         self._executor.encode(request, _CallSink(call))
         return Later()
 
@@ -214,8 +236,23 @@ class DriverServer(Server):
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:
+        self._parking.check(request.model)
         self._abandon(request.model, request.replica)
         self._driver.reset(request.model, request.replica)
+
+    @method
+    def park(self, request: Park, call: Incoming) -> Later:
+        """The reply is ``Moved``. What is under way for the model is cancelled, as by a reset."""
+        self._known(request.model)
+        self._parking.park(request.model, _MoveSink(call))
+        return Later()
+
+    @method
+    def wake(self, request: Wake, call: Incoming) -> Later:
+        """The reply is ``Moved``."""
+        self._known(request.model)
+        self._parking.wake(request.model, _MoveSink(call))
+        return Later()
 
     @method
     def unload(self, request: Unload, call: Incoming) -> None:
@@ -242,6 +279,11 @@ class DriverServer(Server):
         )
 
     def _model(self, name: str) -> LoadedModel:
+        """A model that is loaded and awake."""
+        self._parking.check(name)
+        return self._known(name)
+
+    def _known(self, name: str) -> LoadedModel:
         if name not in self._loaded:
             raise NotFound(f"no model {name!r} is loaded here")
         return self._loaded[name][1]
@@ -254,6 +296,7 @@ class DriverServer(Server):
 
     def _forget(self, model: str) -> None:
         self._abandon(model)
+        self._parking.forget(model)
         self._adapters.forget(model)
         self._driver.unload(model)
         self._loaded.pop(model, None)

@@ -10,5 +10,7 @@ requests.py     a request checked and turned into a task for the scheduler
 texts.py        texts and pairs as encoders take them; scores.py what their numbers say
 encoding.py     embed, rerank and classify under way
 generation.py   one answer being generated (no I/O); hosting.py which model is where (no I/O)
+loader.py       gets models onto their drivers; parking.py into host memory and back
+residence.py    which of them leaves its device, and when (no I/O)
 server.py       the message handlers
 """

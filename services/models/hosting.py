@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -13,7 +12,8 @@ from llmos.drivers.sdk.messages import LoadedAdapter, LoadedModel, LoadProgress,
 from llmos.ipc.errors import IOFailure, LLMOSError, NotFound
 from llmos.services import manifest
 from llmos.services.manifest import ModelSpec
-from llmos.services.models.messages import ModelLine
+from llmos.services.models.messages import ANSWERING, ModelLine, ModelState
+from llmos.services.models.residence import Residence
 from llmos.services.models.template import ChatTemplate
 from llmos.services.models.tokenizer import ModelTokenizer
 
@@ -35,6 +35,8 @@ class Adapter:
 class Model:
     """One model: its files, its tokenizer, the driver that has it or is loading it, and whether the
     scheduler knows. Whoever waits is told once it is ready, or told the error that keeps it from being so.
+    A parked model is ready: the scheduler takes tasks for it, and they wait while it is woken. ``woke`` is
+    how many seconds that took the last time.
     """
 
     def __init__(self, spec: ModelSpec, source: Path | None) -> None:
@@ -47,6 +49,9 @@ class Model:
         self.loading = False
         self.adapted = False
         self.hosted = False
+        self.residence: Residence = "awake"
+        self.woke = 0.0
+        self.parkable = True
         self.wanted = True
         self.error: LLMOSError | None = None
         self.progress = LoadProgress("read", 0, 0)
@@ -111,6 +116,7 @@ class Model:
         """The driver is gone, and with it whatever it had loaded."""
         self.loaded = None
         self.loading = self.adapted = self.hosted = False
+        self.residence, self.parkable = "awake", True
         for adapter in self.adapters.values():
             adapter.loaded = None
         self.progress = LoadProgress("read", 0, 0)
@@ -133,6 +139,7 @@ class Model:
             phases=loaded.phases if loaded else {},
             kind=loaded.kind if loaded else "decoder",
             mesh=self.spec.mesh,
+            woke=self.woke,
         )
 
     def adapter_line(self, adapter: Adapter) -> ModelLine:
@@ -142,7 +149,7 @@ class Model:
         return msgspec.structs.replace(
             whole,
             name=f"{self.spec.name}:{adapter.name}",
-            state=state if whole.state == "ready" else whole.state,
+            state=state if whole.state in ANSWERING else whole.state,
             created=_created(adapter.source),
             error=str(adapter.error or whole.error),
             parent=self.spec.name,
@@ -152,14 +159,24 @@ class Model:
         """The model, and its adapters."""
         return [self.line(), *map(self.adapter_line, self.adapters.values())]
 
-    def _state(self) -> Literal["missing", "unloaded", "loading", "ready", "failed"]:
+    def _state(self) -> ModelState:
         if self.source is None:
             return "missing"
         if self.error is not None:
             return "failed"
         if not self.wanted:
             return "unloaded"
-        return "ready" if self.ready else "loading"
+        if not self.ready:
+            return "loading"
+        return _READY[self.residence]
+
+
+_READY: dict[Residence, ModelState] = {
+    "awake": "ready",
+    "parking": "parked",
+    "parked": "parked",
+    "waking": "waking",
+}
 
 
 def _created(source: Path | None) -> int:

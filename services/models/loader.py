@@ -10,7 +10,7 @@ from llmos.drivers.sdk.messages import LoadedModel, LoadProgress
 from llmos.drivers.sdk.messages import Unload as UnloadRequest
 from llmos.ipc import calls, codec
 from llmos.ipc.background import Background
-from llmos.ipc.errors import Busy, HostDown, LLMOSError, NotFound, TimedOut
+from llmos.ipc.errors import Busy, HostDown, LLMOSError, NoMemory, NotFound, TimedOut
 from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming, Server
 from llmos.services.manifest import Manifest, ModelSpec
@@ -18,6 +18,7 @@ from llmos.services.models import store, tokenizer
 from llmos.services.models.adapters import Adapters
 from llmos.services.models.fingerprint import fingerprint
 from llmos.services.models.hosting import Model, load_request
+from llmos.services.models.parking import Parking
 from llmos.services.models.template import ChatTemplate
 from llmos.services.models.tokenizer import ModelTokenizer
 from llmos.services.scheduler.messages import Host, Unhost
@@ -38,6 +39,7 @@ class Loader:
         self._drivers: dict[str, int] = {}
         self._scheduler = 0
         self._followers: dict[str, list[Incoming]] = {}
+        self._parking = Parking(server, self._host, self._on_driver)
         self.models = {spec.name: Model(spec, find_source(spec)) for spec in manifest.models}
 
     def start(self) -> None:
@@ -67,7 +69,7 @@ class Loader:
             driver = name.removeprefix(DRIVER)
             self._drivers[driver] = connection
             for model in self._on_driver(driver):
-                model.lost()
+                self._lost(model)
                 self._load(model)
 
     def on_down(self, name: str, connection: int) -> None:
@@ -80,7 +82,7 @@ class Loader:
             del self._drivers[driver]
             for model in self._on_driver(driver):
                 self._unhost(model)
-                model.lost()
+                self._lost(model)
 
     def forget_all(self) -> None:
         """The kernel was started anew: who is up will be told again."""
@@ -88,7 +90,11 @@ class Loader:
         self._scheduler = 0
         self._followers.clear()
         for model in self.models.values():
-            model.lost()
+            self._lost(model)
+
+    def _lost(self, model: Model) -> None:
+        model.lost()
+        self._parking.lost(model)
 
     def _on_driver(self, driver: str) -> list[Model]:
         return [model for model in self.models.values() if model.spec.driver == driver]
@@ -115,17 +121,21 @@ class Loader:
 
         def withdrawn() -> None:
             model.forget(done)
+            self._parking.forget(done)
             followers.remove(call)
 
         call.on_cancel = withdrawn
-        model.wait(done)
+        if model.residence == "awake":
+            model.wait(done)
+        else:
+            self._parking.wake(model, done)
 
     def unload(self, model: Model, call: Incoming) -> None:
         """Take a model from its driver; the call is answered when its memory is free."""
         was_loaded = model.loaded is not None
         model.wanted = False
         self._unhost(model)
-        model.lost()
+        self._lost(model)
         model.settle()
         if not was_loaded or model.spec.driver not in self._drivers:
             call.reply(None)
@@ -165,10 +175,14 @@ class Loader:
         model.loading = False
         if isinstance(answer.error, HostDown):
             return
+        if isinstance(answer.error, NoMemory):
+            self._make_room(model, answer.error)
+            return
         if answer.error is not None:
             self._fail(model, answer.error)
             return
         model.loaded = codec.decode(answer.body, LoadedModel)
+        model.residence = "parked" if model.loaded.parked else "awake"
         log.info("%s is loaded: %s", model.spec.name, model.loaded.phases)
         self.adapters.restore(model, lambda: self._adapted(model))
 
@@ -176,24 +190,88 @@ class Loader:
         model.adapted = True
         self._host(model)
 
+    def _make_room(self, model: Model, error: NoMemory) -> None:
+        self._parking.make_room(
+            model,
+            wanting=lambda: model.wanted and model.loaded is None and not model.loading,
+            then=lambda: self._load(model),
+            otherwise=lambda: self._fail(model, error),
+        )
+
+    # --- parking ---
+
+    def park(self, model: Model, call: Incoming) -> None:
+        """Park a model once it has no task; one that comes meanwhile is served first."""
+        left = False
+
+        def withdrawn() -> None:
+            nonlocal left
+            left = True
+
+        def done(error: LLMOSError | None) -> None:
+            if isinstance(error, Busy):
+                self._server.after(RETRY_SECONDS, attempt)
+            elif error is not None:
+                call.fail(error)
+            else:
+                call.reply(model.line())
+
+        def attempt() -> None:
+            if (trouble := model.trouble()) is not None:
+                call.fail(trouble)
+            elif not left:
+                self._parking.park(model, done)
+
+        call.on_cancel = withdrawn
+        attempt()
+
+    def wake(self, model: Model, call: Incoming) -> None:
+        """Wake a model; one that is being loaded is waited for."""
+
+        def done(error: LLMOSError | None) -> None:
+            if error is not None:
+                call.fail(error)
+            else:
+                call.reply(model.line())
+
+        def withdrawn() -> None:
+            model.forget(ready)
+            self._parking.forget(done)
+
+        def ready(error: LLMOSError | None) -> None:
+            if error is not None:
+                call.fail(error)
+            else:
+                self._parking.wake(model, done)
+
+        call.on_cancel = withdrawn
+        model.wait(ready)
+
     def _fail(self, model: Model, error: LLMOSError) -> None:
         log.error("%s failed: %s", model.spec.name, error)
         model.error = error
         model.settle()
+        self._parking.lost(model, error)
 
     # --- the scheduler ---
 
     def _host(self, model: Model) -> None:
-        if not self._scheduler or model.loaded is None or not model.adapted:
+        if not self._scheduler or model.loaded is None or model.residence in ("parking", "waking"):
+            return
+        if not model.adapted:
+            return
+        if model.residence == "parked":
+            self._parking.declare(model, lambda _: None)
             return
         scheduler, loaded = self._scheduler, model.loaded
 
         def listener(answer: calls.Answer) -> None:
-            if self._scheduler != scheduler or model.loaded is not loaded:
+            if self._scheduler != scheduler or model.loaded is not loaded or model.residence != "awake":
                 return
             if answer.error is None:
                 model.hosted = True
                 model.settle()
+                self._parking.watch(model)
             elif isinstance(answer.error, HostDown | TimedOut | Busy):
                 # Its memory or its driver is just being restarted.
                 self._server.after(RETRY_SECONDS, again)

@@ -10,6 +10,10 @@ from llmos.drivers.sdk.messages import Kind
 from llmos.ipc.grant import Band
 from llmos.services.scheduler.messages import Finished
 
+ModelState = Literal["missing", "unloaded", "loading", "ready", "parked", "waking", "failed"]
+ANSWERING = ("ready", "parked", "waking")
+"""The states in which a model takes requests."""
+
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """How to generate; the same for chat and completion. ``max_tokens`` 0: up to the context's end.
@@ -140,6 +144,18 @@ class Classified(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
 
 
+class Park(msgspec.Struct, frozen=True):
+    """Move a model's weights to host memory, once it has no tasks; the next one wakes it."""
+
+    model: str
+
+
+class Wake(msgspec.Struct, frozen=True):
+    """Put a parked model back on its device."""
+
+    model: str
+
+
 class Load(msgspec.Struct, frozen=True):
     """Load a model of the manifest onto its driver; chunks are the driver's ``LoadProgress``."""
 
@@ -166,10 +182,11 @@ class UnloadAdapter(msgspec.Struct, frozen=True):
 
 class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     """One model; ``state`` "missing" means that its files must be pulled first. An adapter has a line of its
-    own, whose ``parent`` is its model."""
+    own, whose ``parent`` is its model. One that is "parked" or "waking" takes requests, which wake it and
+    wait; ``woke`` is how many seconds that took the last time."""
 
     name: str
-    state: Literal["missing", "unloaded", "loading", "ready", "failed"]
+    state: ModelState
     driver: str
     family: str = ""
     parameters: int = 0
@@ -183,6 +200,7 @@ class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind = "decoder"
     mesh: dict[str, int] = {}
     parent: str = ""
+    woke: float = 0.0
 
 
 class ModelList(msgspec.Struct, frozen=True):

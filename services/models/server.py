@@ -30,12 +30,14 @@ from llmos.services.models.messages import (
     Load,
     LoadAdapter,
     ModelList,
+    Park,
     Rerank,
     Resume,
     TokenIds,
     Tokenize,
     Unload,
     UnloadAdapter,
+    Wake,
 )
 from llmos.services.models.streams import Streams
 from llmos.services.scheduler.messages import TaskState
@@ -155,6 +157,20 @@ class ModelsServer(Server):
             self._loader.adapters.unload(model, name, call)
 
         return self._once_ready(request.model, self._loader.model(model), call, unload)
+
+    @method
+    def park(self, request: Park, call: Incoming) -> Later:
+        """Answers ``ModelLine``, once the model has no tasks and is parked."""
+        call.origin.check_model(request.model)
+        self._loader.park(self._loader.model(request.model), call)
+        return Later()
+
+    @method
+    def wake(self, request: Wake, call: Incoming) -> Later:
+        """Answers ``ModelLine``, once the model is on its device."""
+        call.origin.check_model(request.model)
+        self._loader.wake(self._loader.model(request.model), call)
+        return Later()
 
     @method
     def tokenize(self, request: Tokenize, call: Incoming) -> Later:

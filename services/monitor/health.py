@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llmos.kernel.messages import Name
-from llmos.services.models.messages import ModelLine
+from llmos.services.models.messages import ANSWERING, ModelLine
 from llmos.services.monitor.messages import Health
 from llmos.services.scheduler.messages import SchedulerStats
 
@@ -75,10 +75,10 @@ def _service(line: Name) -> str:
 
 
 def _models(models: Sequence[ModelLine] | None) -> list[str]:
-    """Nothing, if any model is ready; otherwise what each is doing instead."""
+    """Nothing, if any model takes requests; otherwise what each is doing instead."""
     if models is None:
         return ["models does not answer"]
-    if any(model.state == "ready" for model in models):
+    if any(model.state in ANSWERING for model in models):
         return []
     return [_model(model) for model in models] or ["no model is configured"]
 

@@ -121,11 +121,15 @@ class Core:
         """A driver is ready to execute quanta for a model; its pages are empty."""
         self._order.prepare(host)
         host.ready = True
-        self.models[host.model.model] = host.model
+        self.learn(host.model)
         self.hosts[host.arena] = host
-        self.queues.setdefault(host.model.model, self._order.queue(self.counters))
         self._rebind(host)
         self.pump(host.model.model, now)
+
+    def learn(self, model: LoadedModel) -> None:
+        """A driver has a model, if only parked: tasks for it may wait."""
+        self.models[model.model] = model
+        self.queues.setdefault(model.model, self._order.queue(self.counters))
 
     def lose_host(self, host: Host, now: float) -> None:
         """A driver is gone, and all KV with it; its tasks start again from the tokens they have."""

@@ -149,6 +149,7 @@ class MessageEffects(SwapMessages):
         call.on_cancel = None  # it leads back to the task: nobody has to look for that cycle
         # Who never had a slot took nothing.
         self._rates.give_back(task.tenant, task.limit - (len(task.tokens) if task.started_at else 0))
+        self._server.parking.used(task.model, now())
         if error is not None or reason is None:
             call.fail(error or IOFailure("the task ended without a reason"))
             return

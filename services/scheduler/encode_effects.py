@@ -70,6 +70,7 @@ class EncodeEffects:
 
     def finish(self, job: Job, error: LLMOSError | None, now: float) -> None:
         call: Incoming = job.call
+        self._server.parking.used(job.model, now)
         if error is not None:
             self._rates.give_back(job.tenant, sum(map(len, job.texts)) * job.left // len(job.texts))
             call.fail(error)
@@ -127,7 +128,7 @@ def job_line(job: Job, driver: str) -> TaskLine:
     )
 
 
-def encoder_line(host: EncoderHost) -> HostLine:
+def encoder_line(host: EncoderHost, idle: float) -> HostLine:
     """An encoder among the hosts; its "slots" are the texts at the driver."""
     texts = sum(len(indices) for batch in host.flight for _, indices in batch.parts)
     return HostLine(
@@ -138,4 +139,5 @@ def encoder_line(host: EncoderHost) -> HostLine:
         steps=host.steps,
         tokens=host.tokens,
         step_micros=host.step_micros,
+        idle=idle,
     )

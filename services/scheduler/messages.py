@@ -124,6 +124,21 @@ class Unhost(msgspec.Struct, frozen=True):
     model: str
 
 
+class Park(msgspec.Struct, frozen=True, kw_only=True):
+    """A driver has a model parked, or is about to: no more is run there, and tasks for it wait.
+
+    The chunk, which is nil, says that the driver may be told; the call ends when a task comes. Refused while
+    there are tasks, or if there was one within ``idle`` seconds: ``refuse`` ends those that are waiting by
+    ENOMEM, with this text, since the model cannot be woken.
+    """
+
+    driver: str
+    model: LoadedModel
+    adapters: list[str] = []
+    idle: float = 0.0
+    refuse: str = ""
+
+
 class TaskLine(msgspec.Struct, frozen=True, kw_only=True):
     """One task as ``ps`` shows it; ``age`` in seconds."""
 
@@ -203,7 +218,7 @@ class TaskState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica of a model on one driver."""
+    """One replica of a model on one driver; ``idle`` seconds since the model had a task, 0.0 while it has."""
 
     driver: str
     model: str
@@ -213,6 +228,7 @@ class HostLine(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     step_micros: float
     replica: int = 0
+    idle: float = 0.0
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):

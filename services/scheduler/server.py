@@ -40,6 +40,7 @@ from llmos.services.scheduler.messages import (
     HostLine,
     Kill,
     Nice,
+    Park,
     Pause,
     Save,
     SchedulerStats,
@@ -50,6 +51,7 @@ from llmos.services.scheduler.messages import (
     Unhost,
 )
 from llmos.services.scheduler.messages import Host as HostRequest
+from llmos.services.scheduler.parking import Parking
 from llmos.services.scheduler.task import Place, Task
 
 RETRY_SECONDS = 0.05
@@ -71,6 +73,7 @@ class Scheduler(Server):
         self._rates = RateLimits(self._charges.read(now()), self._charges.note)
         self.core = Core(MessageEffects(self, self._attached, self._rates), spec.steps, spec.share)
         self.encoding = Encoding(EncodeEffects(self, self._rates), self.core.counters, self.core.running_of)
+        self.parking = Parking(self.core, self.encoding)
         self._ids = itertools.count(1)
         self._memory = 0
         self._adapters: dict[str, list[str]] = {}
@@ -83,6 +86,7 @@ class Scheduler(Server):
         task = self._admissible(request, call)
         call.on_cancel = lambda: self.core.kill(task, Canceled("the caller withdrew the task"), now())
         self.core.submit(task, now())
+        self.parking.used(task.model, now())
         grant = call.origin.grant
         self._rates.take(grant.tenant, grant.tokens_per_minute, task.limit, now())
         return Later()
@@ -95,6 +99,7 @@ class Scheduler(Server):
         grant = call.origin.grant
         self._rates.take(grant.tenant, grant.tokens_per_minute, job.tokens, now())
         self.encoding.submit(job, now())
+        self.parking.used(job.model, now())
         return Later()
 
     @method
@@ -140,7 +145,9 @@ class Scheduler(Server):
     @method
     def cont(self, request: Cont, call: Incoming) -> None:
         """Succeeds as well where the task is not stopped."""
-        self.core.cont(self._task(request.task, call), now())
+        task = self._task(request.task, call)
+        self.core.cont(task, now())
+        self.parking.used(task.model, now())
 
     @method
     def save(self, request: Save, call: Incoming) -> Later:
@@ -150,9 +157,13 @@ class Scheduler(Server):
 
     @method
     def stats(self, request: None, call: Incoming) -> SchedulerStats:
-        core, encoding = self.core, self.encoding
-        lines = [_host_line(host) for host in core.hosts.values()]
-        lines += [encoder_line(host) for host in encoding.hosts.values()]
+        core, encoding, busy = self.core, self.encoding, self.parking.busy()
+
+        def idle(model: str) -> float:
+            return self.parking.idle(model, busy, now())
+
+        lines = [_host_line(host, idle(host.model.model)) for host in core.hosts.values()]
+        lines += [encoder_line(host, idle(host.model.model)) for host in encoding.hosts.values()]
         running = sum(len(host.running) for host in core.hosts.values())
         running += sum(job.flying > 0 for job in encoding.jobs.values())
         return SchedulerStats(
@@ -171,6 +182,7 @@ class Scheduler(Server):
         For an encoder at once."""
         if request.model.kind == "encoder":
             self.encoding.add_host(EncoderHost(request.driver, request.model), now())
+            self.parking.awake(request.model.model, now())
             call.reply()
             return Later()
         self._adapters[request.model.model] = request.adapters
@@ -188,6 +200,7 @@ class Scheduler(Server):
                 failed = True
                 call.fail(error)
             elif not left and not failed:
+                self.parking.awake(request.model.model, now())
                 call.reply()
 
         for host in hosts:
@@ -204,15 +217,19 @@ class Scheduler(Server):
 
     @method
     def unhost(self, request: Unhost, call: Incoming) -> None:
-        if (name := f"{request.driver}/{request.model}") in self.encoding.hosts:
-            self.encoding.lose_host(name, now())
-            return
-        hosts = self._replicas(request.driver, request.model)
-        if not hosts:
+        parked = self.parking.waiting.pop(request.model, None)
+        if parked is not None:
+            parked.end()
+        elif not self._unhost(request.driver, request.model):
             raise NotFound(f"{request.driver} does not host {request.model!r}")
-        for host in hosts:
-            self.core.lose_host(host, now())
-            self.cast("memory.drop_arena", DropArena(host.arena))
+
+    @method
+    def park(self, request: Park, call: Incoming) -> Later:
+        """The chunk, which is nil, says that no task uses the model any more; the end, that one waits."""
+        unhost = lambda: self._unhost(request.driver, request.model.model)  # noqa: E731
+        self.parking.park(request, call, unhost, now())
+        self._adapters[request.model.model] = request.adapters
+        return Later()
 
     # --- what watching brings ---
 
@@ -240,6 +257,7 @@ class Scheduler(Server):
     def on_kernel_restart(self) -> None:
         # Every caller's connection is gone, so nobody is left to read the answers.
         self._attached.clear()
+        self.parking.waiting.clear()
         for task in list(self.core.tasks.values()):
             self.core.kill(task, HostDown("the kernel went down"), now())
         for job in list(self.encoding.jobs.values()):
@@ -254,6 +272,17 @@ class Scheduler(Server):
     def _tasks_without_adapter(self, model: str, adapters: list[str]) -> list[Task]:
         tasks = [task for task in self.core.tasks.values() if task.model == model]
         return [task for task in tasks if task.adapter and task.adapter not in adapters]
+
+    def _unhost(self, driver: str, model: str) -> bool:
+        """Take a model from a driver, and its pages from memory; whether it was there."""
+        if (name := f"{driver}/{model}") in self.encoding.hosts:
+            self.encoding.lose_host(name, now())
+            return True
+        hosts = self._replicas(driver, model)
+        for host in hosts:
+            self.core.lose_host(host, now())
+            self.cast("memory.drop_arena", DropArena(host.arena))
+        return bool(hosts)
 
     def _replicas(self, driver: str, model: str) -> list[Host]:
         return [h for h in self.core.hosts.values() if (h.driver, h.model.model) == (driver, model)]
@@ -441,7 +470,7 @@ def _line(task: Task, host: Host | None) -> TaskLine:
     )
 
 
-def _host_line(host: Host) -> HostLine:
+def _host_line(host: Host, idle: float) -> HostLine:
     return HostLine(
         driver=host.driver,
         model=host.model.model,
@@ -451,4 +480,5 @@ def _host_line(host: Host) -> HostLine:
         steps=host.steps,
         tokens=host.tokens,
         step_micros=host.step_micros,
+        idle=idle,
     )

@@ -21,7 +21,7 @@ TOKEN_BYTES = 32
 
 DRIVER_METHODS: dict[str, tuple[str, ...]] = {
     "scheduler": ("execute", "encode", "preempt", "reset", "move", "save", "restore"),
-    "models": ("load", "unload", "load_adapter", "unload_adapter", "open"),
+    "models": ("load", "unload", "park", "wake", "load_adapter", "unload_adapter", "open"),
     USER: ("describe",),
 }
 """The methods of every driver that a service, or the local user, may call."""

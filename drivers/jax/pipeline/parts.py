@@ -64,7 +64,7 @@ class Pipeline:
             [weights[_name(number, path)] for path in part.shapes] for number, part in enumerate(self.stages)
         ]
         place = self.stages[-1].place
-        engine = Engine(self.limits, self.programs, ordered, caches, batch, place.common)
+        engine = Engine(self.limits, self.programs, ordered, caches, batch, place.common, make=self.make)
         if place.device.platform != "cpu":
             engine.unrehearsed = self.programs.ahead()
         return engine

@@ -34,6 +34,7 @@ class Rows(NamedTuple):
         return self.last.shape
 
 
+@jax.tree_util.register_dataclass
 @dataclass
 class Batch:
     """The batch where tokens are fed and where they are sampled; only the last stage samples by it.

@@ -6,22 +6,29 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from llmos.drivers.null.driver import next_token
 from llmos.drivers.sdk.messages import (
     Chunk,
+    EncodeStep,
     LoadedModel,
     LoadRequest,
     Move,
     Moved,
+    Park,
     Quantum,
     QuantumDone,
+    Reset,
+    SaveTask,
     Start,
     Step,
+    Unload,
+    Wake,
 )
 from llmos.ipc.client import Client
-from llmos.ipc.errors import AccessDenied, InvalidArgument, IOFailure, LLMOSError, NotFound
+from llmos.ipc.errors import AccessDenied, Busy, InvalidArgument, IOFailure, LLMOSError, NotFound
 from llmos.ipc.grant import Grant
 from llmos.services.manifest import DriverSpec, Manifest
 from tests.conftest import System
@@ -135,3 +142,43 @@ def test_a_driver_without_the_right_to_keys_uses_no_disk(booted: System) -> None
     body = Move(model="m", source="device", target="disk", pages=[(0, 0)], tenant="a")
     with pytest.raises(AccessDenied):
         booted.client().call("driver.null1.move", body)
+
+
+def test_a_parked_model_says_so_and_goes_on_with_empty_slots_when_it_is_awake(booted: System) -> None:
+    client = booted.client()
+    begin(client)
+    client.call("driver.null0.park", Park("m"), Moved)
+    assert client.call("driver.null0.load", MODEL, LoadedModel).parked
+    move_ = Move(model="m", source="device", target="host", pages=[(0, 0)], tenant="a")
+    save = SaveTask(name="x", model="m", tenant="a", pages=[0], digest=b"", state=b"")
+    for method, body in (
+        ("execute", Quantum(id=9, model="m", steps=1, decode=[0])),
+        ("encode", EncodeStep(model="m", texts=[[1]])),
+        ("reset", Reset("m")),
+        ("move", move_),
+        ("save", save),
+    ):
+        with pytest.raises(Busy, match="parked: wake it"):
+            client.call(f"driver.null0.{method}", body)
+    assert client.call("driver.null0.wake", Wake("m"), Moved).bytes == 0
+    assert not client.call("driver.null0.load", MODEL, LoadedModel).parked
+    with pytest.raises(InvalidArgument, match="does not hold the KV"):
+        execute(
+            client,
+            10,
+            1,
+            start=[Start(slot=0, tokens=[*PROMPT, 1], prompt=6, pages=[0, 1], cached=6, limit=9)],
+        )
+    begin(client)
+
+
+def test_another_model_decodes_while_one_is_parked_and_unloading_it_then_is_fine(booted: System) -> None:
+    client = booted.client()
+    begin(client)
+    with pytest.raises(NotFound):
+        client.call("driver.null0.park", Park("n"))
+    client.call("driver.null0.load", msgspec.structs.replace(MODEL, model="n"), LoadedModel)
+    client.call("driver.null0.park", Park("n"), Moved)
+    assert len(execute(client, 5, 1, decode=[0])) == 1
+    client.call("driver.null0.unload", Unload("n"))
+    assert not client.call("driver.null0.load", msgspec.structs.replace(MODEL, model="n"), LoadedModel).parked

@@ -14,7 +14,15 @@ import pytest
 from llmos.drivers.sdk.messages import LoadedModel, LoadProgress, LoadRequest
 from llmos.drivers.sdk.messages import Unload as UnloadRequest
 from llmos.ipc.client import Client
-from llmos.ipc.errors import AccessDenied, InvalidArgument, IOFailure, LLMOSError, NotFound, TimedOut
+from llmos.ipc.errors import (
+    AccessDenied,
+    InvalidArgument,
+    IOFailure,
+    LLMOSError,
+    NotFound,
+    NotSupported,
+    TimedOut,
+)
 from llmos.ipc.grant import Grant
 from llmos.ipc.server import Incoming, Later, Server, method
 from llmos.services.manifest import DriverSpec, Manifest, ModelSpec
@@ -27,22 +35,24 @@ from llmos.services.models.messages import (
     Generation,
     Load,
     ModelList,
+    Park,
     Text,
     Tokenize,
     Unload,
 )
 from llmos.services.models.server import ModelsServer
 from llmos.services.scheduler.messages import Emitted, Finished, Host, Submit, Tokens, Unhost
+from llmos.services.scheduler.messages import Park as ParkHost
 from tests.conftest import System, wait_until
 from tests.services.models.gguf_file import METADATA, write_gguf
 
-VERBS = ["chat", "complete", "list", "load", "unload", "tokenize", "detokenize"]
+VERBS = ["chat", "complete", "list", "load", "unload", "park", "wake", "tokenize", "detokenize"]
 CALLS = [f"models.{verb}" for verb in VERBS] + ["kernel.names"]
 GRANTS = {
     "models": Grant(
         principal="models", tenant="system", serves="models",
         calls=["scheduler.submit", "scheduler.attach", "scheduler.host", "scheduler.unhost",
-               "driver.d0.load", "driver.d0.unload"],
+               "scheduler.park", "driver.d0.load", "driver.d0.unload", "driver.d0.park"],
     ),
     "scheduler": Grant(principal="scheduler", tenant="system", serves="scheduler"),
     "driver.d0": Grant(principal="driver.d0", tenant="system", serves="driver.d0"),
@@ -108,6 +118,11 @@ class FakeScheduler(Server):
     @method
     def unhost(self, request: Unhost, call: Incoming) -> None:
         self.unhosted.append(f"{request.driver}/{request.model}")
+
+    @method
+    def park(self, request: ParkHost, call: Incoming) -> Later:
+        call.chunk(None)
+        return Later()
 
     @method
     def submit(self, request: Submit, call: Incoming) -> Later:
@@ -287,6 +302,15 @@ def test_unloading_takes_a_model_away_until_it_is_loaded_again(world: World) -> 
     assert end["state"] == "ready"
     assert list(client.stream("models.load", Load("tiny")))[-1]["state"] == "ready"
     assert run(client, "models.chat", chat("x"))[0] == "x"
+
+
+def test_a_driver_that_cannot_park_a_model_says_so_and_goes_on_serving_it(world: World) -> None:
+    hosted = len(world.scheduler.hosted)
+    with pytest.raises(NotSupported):
+        world.user.call("models.park", Park("tiny"))
+    wait_until(lambda: len(world.scheduler.hosted) > hosted, what="the model hosted again")
+    assert world.line().state == "ready"
+    assert run(world.user, "models.chat", chat("x"))[0] == "x"
 
 
 def test_a_call_waits_while_the_model_is_loading_but_not_past_its_deadline(fresh: World) -> None:
