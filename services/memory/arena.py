@@ -8,14 +8,15 @@ device is in ``tiers``.
 from __future__ import annotations
 
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from llmos.ipc.errors import InvalidArgument, NoMemory, NotFound
 from llmos.services.memory import messages
-from llmos.services.memory.messages import ArenaUsage, Holding, TenantUsage
+from llmos.services.memory.messages import ArenaUsage, TenantUsage
 from llmos.services.memory.pages import PagePool
 from llmos.services.memory.radix import DEVICE, Node, RadixIndex
+from llmos.services.memory.slabs import SlabPages, SlabPool
 from llmos.services.memory.tiers import Tiers
 from llmos.services.memory.transfers import Transfer
 
@@ -59,9 +60,10 @@ class Task:
 
 
 class Arena:
-    """One arena; ``spec.pages`` pages of ``spec.page_tokens`` tokens. No I/O, no clock."""
+    """One arena: pages of ``spec.page_tokens`` tokens, ``spec.pages`` of its own, or at most so many in the
+    ``slabs`` of a pool, in which others are too. No I/O, no clock."""
 
-    def __init__(self, spec: messages.Arena) -> None:
+    def __init__(self, spec: messages.Arena, slabs: SlabPool | None = None) -> None:
         if not 0 < spec.pages <= MAX_PAGES or spec.page_tokens <= 0 or spec.page_bytes < 0:
             raise InvalidArgument(
                 f"arena {spec.arena!r} needs 1 to {MAX_PAGES} pages of at least one token,"
@@ -70,8 +72,14 @@ class Arena:
         if not (0 <= spec.host_pages <= MAX_PAGES and 0 <= spec.disk_pages <= MAX_PAGES):
             raise InvalidArgument(f"arena {spec.arena!r}: a tier has 0 to {MAX_PAGES} blocks")
         self.spec = spec
-        self.pool = PagePool(spec.pages)
-        self.index = RadixIndex(spec.pages, spec.page_tokens)
+        self.pool: PagePool
+        if slabs is None:
+            self.pool = PagePool(spec.pages)
+            self.index = RadixIndex(spec.pages, spec.page_tokens)
+        else:
+            self.pool = pages = SlabPages(slabs, spec.slab_pages, self.drop)
+            self.index = pages.index(spec.page_tokens)
+            slabs.join(spec.arena, pages)
         self.tasks: dict[int, Task] = {}
         self.indexed = bytearray(spec.pages)  # 1 where a node of the index has this page
         self.owned: defaultdict[str, int] = defaultdict(int)
@@ -101,7 +109,7 @@ class Arena:
         if id in self.tasks:
             raise InvalidArgument(f"task {id} holds pages already: free them first")
         check_size(tokens, extra)
-        text = _pack(tokens)
+        text = pack(tokens)
         size = self.spec.page_tokens
         # The last token is always computed: its logits are what the task continues from.
         keys = self._keys(text, 0, (len(text) - 1) // size)
@@ -110,7 +118,7 @@ class Arena:
         self.check_quota(tenant, quota, total - len(hits) + sum(not self.is_owned(node) for node in hits))
         resident = [node for node in hits if node.tier == DEVICE]
         revived = sum(node.pins == 0 for node in resident)
-        self.check_space(total - len(resident), self.index.evictable - revived, hurry)
+        self.check_space(total - len(resident), revived, hurry)
         for node in hits:
             self.index.pin(node)
         task = self.tasks[id] = Task(tenant, quota, text, [], adapter)
@@ -160,7 +168,7 @@ class Arena:
             task.tokens.extend(new)
             task.computed = computed
             if computed // size > task.indexed:
-                self._index(task)
+                self.index_pages(task)
 
     def free(self, ids: Iterable[int]) -> None:
         """Take back what these tasks hold; an id that holds nothing is passed over. Cached pages stay."""
@@ -179,7 +187,7 @@ class Arena:
         tenants = [TenantUsage(n, self.owned[n], self.cached[n]) for n in names]
         return ArenaUsage(
             arena=self.spec.arena,
-            total=self.spec.pages,
+            total=self.pool.total,
             free=self.pool.free,
             cached=sum(t.cached for t in tenants),
             owned=sum(t.owned for t in tenants),
@@ -191,6 +199,8 @@ class Arena:
             tenants=[t for t in tenants if t.owned or t.cached],
             moving=self.tiers.moving,
             tiers=self.tiers.usage(),
+            pool=self.spec.pool,
+            slabs=self.pool.total // self.spec.slab_pages if self.spec.pool else 0,
         )
 
     # --- what they are made of ---
@@ -226,9 +236,14 @@ class Arena:
                 quota=quota,
             )
 
-    def check_space(self, needed: int, evictable: int, hurry: bool = True) -> None:
-        """Raise NoMemory where so many device pages are not to be had, or not without a loss."""
-        if not hurry and self.pool.free < needed <= self.pool.free + evictable and self.tiers.would_save:
+    def check_space(self, needed: int, kept: int = 0, hurry: bool = True) -> None:
+        """Raise NoMemory where so many device pages are not to be had, or not without a loss; ``kept`` pages
+        of the cache are not to be evicted."""
+        if needed <= self.pool.free:
+            return
+        evictable = self.index.evictable - kept + self.pool.elsewhere
+        enough = needed <= self.pool.free + evictable
+        if not hurry and enough and self.pool.at_hand < needed and self.tiers.would_save:
             self.tiers.note_demand(needed)
             raise NoMemory(
                 f"{needed} pages needed; {self.pool.free} are free, and others are worth to be moved first",
@@ -237,30 +252,43 @@ class Arena:
                 needed=needed,
                 demotable=True,
             )
-        if needed > self.pool.free + evictable:
+        if not enough:
+            owed, lenders = self.pool.debts()
             raise NoMemory(
                 f"{needed} pages needed; {self.pool.free} are free and {evictable} can be evicted",
                 free=self.pool.free,
                 evictable=evictable,
                 needed=needed,
+                **({"owed": owed, "lenders": lenders} if lenders else {}),
             )
 
     def _grow(self, task: Task, count: int) -> list[int]:
         within = not task.quota or self.used(task.tenant) + count <= task.quota
-        if not within or count > self.pool.free + self.index.evictable:
+        if not within or not self._can_take(count):
             return []
         pages = self.take(count)
         self.hold(task.tenant, pages)
         task.pages += pages
         return pages
 
+    def _can_take(self, count: int) -> bool:
+        here = self.pool.free + self.index.evictable
+        return count <= here or count <= here + self.pool.elsewhere
+
     def take(self, count: int) -> list[int]:
         """Free device pages, evicting what is missing; the caller has checked that there are so many."""
         missing = count - self.pool.free
         if missing > 0:
+            missing -= self.pool.obtain(missing, self.index)
+        if missing > 0:
             for node in self.index.evict(missing):
                 self.forget(node)
         return self.pool.take(count)
+
+    def drop(self, node: Node) -> None:
+        """Give up a cached page, and all that hangs on it."""
+        for each in self.index.drop(node):
+            self.forget(each)
 
     def forget(self, node: Node) -> None:
         """A node was dropped from the index: its page is free."""
@@ -294,7 +322,7 @@ class Arena:
                 else:
                     self.pool.give_back(page)
 
-    def _index(self, task: Task) -> None:
+    def index_pages(self, task: Task) -> None:
         """Lead the task's path on over its newly full pages; where a node exists it keeps its page."""
         full = task.computed // self.spec.page_tokens
         node = task.path or self.index.root(task.tenant, task.adapter)
@@ -313,77 +341,6 @@ class Arena:
             node = child
         task.indexed, task.path = full, node
 
-    def index_restored(self, task: Task, sharing: Mapping[int, int]) -> None:
-        """Lead a restored task's path from the root: a node keeps the page that several tasks share."""
-        if task.computed >= self.spec.page_tokens:
-            self._index(task)
-        node = task.path
-        for page in reversed(task.pages[: task.indexed]):
-            assert node is not None
-            if sharing[page] > 1 and node.page != page and not self.indexed[page]:
-                self.indexed[page], self.indexed[node.page] = 1, 0
-                node.page = page
-            node = node.parent
-
-
-def restore(message: messages.Restore) -> Arena:
-    """An arena in which tasks hold what their scheduler says they hold; all else is free.
-
-    Raises InvalidArgument where that cannot be: a page out of range, held twice by one task, or held by two
-    that do not share the tokens up to it.
-    """
-    arena = Arena(message.arena)
-    sharing = Counter(page for holding in message.tasks for page in holding.pages)
-    for holding in message.tasks:
-        _check_holding(arena, holding)
-        text, pages = _pack(holding.tokens), list(holding.pages)
-        task = Task(holding.tenant, holding.quota, text, pages, holding.adapter)
-        task.computed = holding.computed
-        for page in task.pages:
-            if arena.pool.is_free(page):
-                arena.pool.claim(page)
-        arena.hold(task.tenant, task.pages)
-        arena.tasks[holding.task] = task
-    for task in arena.tasks.values():
-        arena.index_restored(task, sharing)
-    pages = [node.page for node in arena.index.nodes()]
-    if len(set(pages)) < len(pages):
-        raise InvalidArgument("a page is held for different tokens")
-    for id, task in arena.tasks.items():
-        for page in set(task.pages) - _on_path(task):
-            if sharing[page] > 1:
-                raise InvalidArgument(
-                    f"page {page} of task {id} is held by another that has other tokens there"
-                )
-    return arena
-
-
-def _on_path(task: Task) -> set[int]:
-    """The pages that a task holds at their own place in the index."""
-    node, found = task.path, set()
-    for page in reversed(task.pages[: task.indexed]):
-        assert node is not None
-        if node.page == page:
-            found.add(page)
-        node = node.parent
-    return found
-
-
-def _check_holding(arena: Arena, holding: Holding) -> None:
-    spec = arena.spec
-    if holding.task in arena.tasks:
-        raise InvalidArgument(f"task {holding.task} is named twice")
-    if len(set(holding.pages)) < len(holding.pages) or any(not 0 <= p < spec.pages for p in holding.pages):
-        raise InvalidArgument(
-            f"task {holding.task} holds pages that are not {len(holding.pages)} different ones"
-        )
-    if holding.quota < 0:
-        raise InvalidArgument(f"task {holding.task}: a quota of {holding.quota} pages")
-    if not 0 <= holding.computed <= min(len(holding.tokens), len(holding.pages) * spec.page_tokens):
-        raise InvalidArgument(
-            f"task {holding.task}: {holding.computed} tokens cannot be computed in its pages"
-        )
-
 
 def check_size(tokens: Sequence[int], extra: int) -> None:
     """Raise InvalidArgument where a task of this size makes no sense."""
@@ -391,7 +348,8 @@ def check_size(tokens: Sequence[int], extra: int) -> None:
         raise InvalidArgument(f"a task needs a token at least, and extra from 0 to {MAX_EXTRA}")
 
 
-def _pack(tokens: Sequence[int]) -> array[int]:
+def pack(tokens: Sequence[int]) -> array[int]:
+    """Tokens in 32 bits each; InvalidArgument where one is none."""
     try:
         return array("I", tokens)
     except (OverflowError, TypeError):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from llmos.services.memory.arena import Arena
+from llmos.services.memory.arenas import Arenas
 from llmos.services.memory.radix import DEVICE, DISK, HOST, Node, lineage
+from llmos.services.memory.slabs import SlabPages
 from llmos.services.memory.transfers import TIERS, Item
 
 
@@ -29,14 +31,47 @@ def check(arena: Arena) -> None:
         _check_tier(arena, tier, nodes, items)
 
 
+def check_all(arenas: Arenas) -> None:
+    """``check`` for each arena, and for each pool that every slab is free or one arena's."""
+    for arena in arenas:
+        check(arena)
+    for usage in arenas.pools():
+        members = [arena for arena in arenas if arena.spec.pool == usage.pool]
+        _equal("arenas of a pool", {arena.spec.arena for arena in members}, set(usage.arenas))
+        slabs = Counter(
+            page // arena.spec.slab_pages for arena in members for page in arena.pool.pages()
+            if page % arena.spec.slab_pages == 0
+        )  # fmt: skip
+        _equal("slabs with two owners", [slab for slab, count in slabs.items() if count > 1], [])
+        _equal("free slabs and those that are held", usage.free + len(slabs), usage.slabs)
+        for arena in members:
+            _check_slabs(arena)
+
+
+def _check_slabs(arena: Arena) -> None:
+    """What is known of each slab is what its pages say."""
+    pool, size = arena.pool, arena.spec.slab_pages
+    assert isinstance(pool, SlabPages)
+    loose = {n.page for n in arena.index.nodes() if n.tier == DEVICE and not n.pins}
+    for slab in range(arena.spec.slabs):
+        pages = range(slab * size, (slab + 1) * size)
+        in_use = sum(not pool.is_free(page) and page not in loose for page in pages)
+        _equal(f"pages in use of slab {slab}", pool.in_use(slab), in_use if slab in pool.held else 0)
+    for page, count in enumerate(pool.holders):
+        if count and pool.slabs.holders[page // size] is not pool:
+            raise Broken(f"page {page} is owned in a slab of another arena")
+
+
 def _check_pages(arena: Arena, nodes: list[Node], held: Counter[int]) -> None:
     total, pool = arena.spec.pages, arena.pool
     indexed = {node.page for node in nodes}
     free = {page for page in range(total) if pool.is_free(page)}
+    mine = set(pool.pages())
     _equal("two nodes of the index have one page", len(indexed), len(nodes))
     _equal("pages marked as indexed", {p for p in range(total) if arena.indexed[p]}, indexed)
     _equal("a page is free and in use", free & (indexed | held.keys()), set())
-    _equal("a page is nowhere", free | indexed | held.keys(), set(range(total)))
+    _equal("a page is nowhere, or not this arena's", free | indexed | held.keys(), mine)
+    _equal("all pages", pool.total, len(mine))
     _equal("free pages", pool.free, len(free))
     _equal("holders", {p: n for p, n in enumerate(pool.holders) if n}, dict(held))
     tasks = Counter(page for task in arena.tasks.values() for page in task.pages)

@@ -14,7 +14,9 @@ from llmos.drivers.sdk.messages import Tier
 class Arena(msgspec.Struct, frozen=True, kw_only=True):
     """Declare an arena, empty; an earlier one of that name is forgotten, with all that was in it.
 
-    ``host_pages`` and ``disk_pages`` are the blocks of its other tiers.
+    ``host_pages`` and ``disk_pages`` are the blocks of its other tiers. With a ``pool`` its pages are in as
+    many of the pool's ``slabs`` as it holds, ``slab_pages`` in each; ``pages`` is as if it held all. Arenas
+    with one name of a pool share it.
     """
 
     arena: str
@@ -23,6 +25,10 @@ class Arena(msgspec.Struct, frozen=True, kw_only=True):
     page_bytes: int
     host_pages: int = 0
     disk_pages: int = 0
+    pool: str = ""
+    slabs: int = 0
+    slab_pages: int = 0
+    slab_bytes: int = 0
 
 
 class DropArena(msgspec.Struct, frozen=True):
@@ -134,10 +140,13 @@ class Grow(msgspec.Struct, frozen=True):
 
 class Grown(msgspec.Struct, frozen=True):
     """(task, new pages) for each that was asked for; an empty list where none was left. ``low`` as in
-    ``Reserved``."""
+    ``Reserved``. Where one got none in a shared pool, the arena may still have ``owed`` slabs of its share,
+    and ``lenders`` are the arenas that use more than theirs."""
 
     gets: list[tuple[int, list[int]]]
     low: bool = False
+    owed: int = 0
+    lenders: list[str] = []
 
 
 class Commit(msgspec.Struct, frozen=True):
@@ -195,7 +204,8 @@ class TierUsage(msgspec.Struct, frozen=True):
 
 class ArenaUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Pages by use; ``free + cached + owned == total``. Hits and lookups count tokens. ``moving`` pages are
-    on their way between tiers, and owned at both ends."""
+    on their way between tiers, and owned at both ends. In a ``pool`` these are the pages of the ``slabs``
+    that it holds."""
 
     arena: str
     total: int
@@ -210,7 +220,22 @@ class ArenaUsage(msgspec.Struct, frozen=True, kw_only=True):
     tenants: list[TenantUsage]
     moving: int = 0
     tiers: list[TierUsage] = []
+    pool: str = ""
+    slabs: int = 0
+
+
+class PoolUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """The slabs of a pool: ``slabs`` of ``slab_bytes`` each, of which nobody holds ``free``; each of its
+    ``arenas`` can have ``share`` of them whenever it needs them."""
+
+    pool: str
+    slabs: int
+    free: int
+    slab_bytes: int
+    share: int
+    arenas: list[str]
 
 
 class Usage(msgspec.Struct, frozen=True):
     arenas: list[ArenaUsage]
+    pools: list[PoolUsage] = []

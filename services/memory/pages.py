@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from llmos.services.memory.radix import RadixIndex
+
 FREE = b"\x01"
 
 
@@ -19,26 +23,38 @@ class PagePool:
         self._map = bytearray(FREE * total)
         self._lowest = 0  # no page below this one is free
 
+    def pages(self) -> Iterable[int]:
+        """The pages that there are."""
+        return range(self.total)
+
     def is_free(self, page: int) -> bool:
         return self._map[page] == 1
+
+    @property
+    def at_hand(self) -> int:
+        """Pages to be had without dropping any."""
+        return self.free
+
+    @property
+    def elsewhere(self) -> int:
+        """Pages that other arenas would have to give."""
+        return 0
+
+    def obtain(self, missing: int, index: RadixIndex) -> int:
+        """Get pages from elsewhere, where that is better than to evict from this ``index``, or the only way;
+        how many of the missing ones were got."""
+        return 0
+
+    def debts(self) -> tuple[int, list[str]]:
+        """How many slabs are left of this arena's share, and the arenas that use more than theirs."""
+        return 0, []
 
     def take(self, count: int) -> list[int]:
         """``count`` free pages, held by nobody yet, in as few runs as first fit by halves finds.
 
         The caller has made sure that so many are free.
         """
-        taken: list[int] = []
-        run = count
-        while len(taken) < count:
-            run = min(run, count - len(taken))
-            start = self._map.find(FREE * run, self._lowest)
-            if start < 0:
-                run //= 2
-                continue
-            self._map[start : start + run] = bytes(run)
-            if run == 1 or start == self._lowest:
-                self._lowest = start + run
-            taken.extend(range(start, start + run))
+        taken, self._lowest = self._runs(count, self._lowest, len(self._map))
         self.free -= count
         return taken
 
@@ -52,3 +68,19 @@ class PagePool:
         self._map[page] = 1
         self._lowest = min(self._lowest, page)
         self.free += 1
+
+    def _runs(self, count: int, start: int, stop: int) -> tuple[list[int], int]:
+        """Take so many of the free pages from ``start`` to ``stop``; none is free below the page returned."""
+        taken: list[int] = []
+        run = count
+        while len(taken) < count:
+            run = min(run, count - len(taken))
+            at = self._map.find(FREE * run, start, stop)
+            if at < 0:
+                run //= 2
+                continue
+            self._map[at : at + run] = bytes(run)
+            if run == 1 or at == start:
+                start = at + run
+            taken.extend(range(at, at + run))
+        return taken, start

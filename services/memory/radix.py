@@ -22,7 +22,7 @@ COSTLY = 32_768  # tokens: at this depth a token costs about twice as much to co
 
 
 def eviction_priority(
-    last_use: int, depth: int, uses: int, credit: float = 0.0, page_tokens: int = 1
+    last_use: float, depth: int, uses: int, credit: float = 0.0, page_tokens: int = 1
 ) -> tuple[float, int]:
     """What goes first, lowest first: by recency, in pages that came since; a use more counts as ``credit``
     pages, times what it costs to compute the page again; among equals the deepest.
@@ -58,7 +58,7 @@ class Node:
         self.near = [0, 0, 0]
         self.pins = 0
         self.uses = 0
-        self.last_use = 0
+        self.last_use = 0.0
         self.busy = False
         self.lost = False
 
@@ -68,20 +68,38 @@ class Node:
         return self.parent is not None and not self.pins and not self.near[self.tier]
 
 
+class Clock:
+    """How many pages came into the index, or the indices, that go by it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+
 class RadixIndex:
     """Nodes for full pages; counts which of them nobody pins, and gives those up in eviction order.
 
-    ``pages`` and ``page_tokens`` are the arena's: they weigh reuse against recency.
+    ``pages`` and ``page_tokens`` are the arena's: they weigh reuse against recency. Several indices may go by
+    one ``clock``, if a page of each moves it by a ``tick`` in proportion to its size and ``pages`` counts
+    ticks. ``loosened`` is told of each device page that nobody pins any more (1), or somebody does (-1).
     """
 
-    def __init__(self, pages: int = 0, page_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        pages: int = 0,
+        page_tokens: int = 1,
+        clock: Clock | None = None,
+        tick: float = 1.0,
+        loosened: Callable[[Node, int], None] | None = None,
+    ) -> None:
+        self._time = clock or Clock()
+        self._tick = tick
+        self._loosened = loosened
         self._roots: dict[bytes, Node] = {}
         self._salt = _salter(secrets.token_bytes(32))
         self._credit = pages / TURNOVER
         self._page_tokens = page_tokens
         self._heaps: list[list[tuple[tuple[float, int], int, Node]]] = [[], [], []]
         self._pushed = 0
-        self._clock = 0
         self.loose = [
             Counter[str](),
             Counter[str](),
@@ -118,14 +136,14 @@ class RadixIndex:
         """A new node on the device below a pinned one, or below a root; the caller pins it."""
         node = parent.children[key] = Node(parent, key, page, parent.tenant)
         parent.near[DEVICE] += 1
-        self._clock += 1
+        self._time.now += self._tick
         self._count(node, 1)
         return node
 
     def pin(self, node: Node) -> None:
         """Count a task whose path has come to pass through this node; its ancestors are pinned already."""
-        node.uses += 1
         self._pin(node)
+        node.uses += 1
 
     def pin_path(self, node: Node) -> None:
         """Keep a node and all above it, for as long as its page travels."""
@@ -134,12 +152,12 @@ class RadixIndex:
 
     def unpin_path(self, node: Node, *, used: bool = True, stop: Node | None = None) -> None:
         """Take back the pins of a task from the end of its path up to the root, or to below ``stop``."""
-        self._clock += used
+        self._time.now += self._tick * used
         for step in lineage(node):
             if step is stop:
                 break
             if used:
-                step.last_use = self._clock
+                step.last_use = self._time.now
             if step.pins > 1:
                 step.pins -= 1
                 continue
@@ -234,6 +252,8 @@ class RadixIndex:
         else:
             self.loose[node.tier][node.tenant] += change
             self.unpinned[node.tier] += change
+            if self._loosened is not None and node.tier == DEVICE:
+                self._loosened(node, change)
 
     def _offer(self, node: Node) -> None:
         """Make a node a candidate for eviction, if it is one."""

@@ -96,7 +96,7 @@ class Tiers:
         owned = sum(arena.is_owned(node) for node in nodes) + (task.tail is not None)
         arena.check_quota(task.tenant, task.quota, total - owned)
         resident = sum(node.tier == DEVICE for node in nodes)
-        arena.check_space(total - resident + spare, self._index.evictable, hurry)
+        arena.check_space(total - resident + spare, 0, hurry)
         task.away = False
         del self.away[id]
         self.bring_in(id, task, nodes, total)
@@ -291,7 +291,7 @@ class Tiers:
 
     def _is_low(self, tier: int) -> bool:
         below = sum(pool.total for pool in self.pools[tier + 1 :])
-        return bool(below) and self.pools[tier].free < self._mark(tier)
+        return bool(below) and self.pools[tier].at_hand < self._mark(tier)
 
     def _mark(self, tier: int) -> int:
         """So many pages of a tier are kept free: enough for what tasks have asked for of late."""
@@ -302,7 +302,7 @@ class Tiers:
         """Items that bring a low tier over its mark, coldest first: what nobody needs, then what only
         swapped tasks do."""
         pool, below = self.pools[tier], tier + 1 if self.pools[tier + 1].total else DISK
-        limit = min(self._batch, self._mark(tier) + pool.total // LOW + 1 - pool.free, self._room(below))
+        limit = min(self._batch, self._mark(tier) + pool.total // LOW + 1 - pool.at_hand, self._room(below))
         if limit <= 0:
             return []
         cold = [n for n in self._index.coldest(tier, limit) if self.costs.worth_keeping(n, below)]

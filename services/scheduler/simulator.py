@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from llmos.drivers.sdk.messages import LoadedModel, Quantum
 from llmos.ipc.errors import LLMOSError
-from llmos.services.memory.arena import Arena, restore
+from llmos.services.memory.arena import Arena
+from llmos.services.memory.restoring import restore
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.effects import arena_of, holdings
 from llmos.services.scheduler.host import Host, Produced

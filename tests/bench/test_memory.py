@@ -8,8 +8,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from llmos.ipc import codec
 from llmos.services.memory import messages
-from llmos.services.memory.arena import Arena, restore
+from llmos.services.memory.arena import Arena
 from llmos.services.memory.messages import Commit, Holding, Restore
+from llmos.services.memory.restoring import restore
 
 PROMPT = list(range(2000))
 

@@ -8,9 +8,10 @@ import pytest
 
 from llmos.ipc.errors import InvalidArgument, LLMOSError, NoMemory, NotFound
 from llmos.services.memory import messages
-from llmos.services.memory.arena import Arena, restore
+from llmos.services.memory.arena import Arena
 from llmos.services.memory.invariants import check
 from llmos.services.memory.messages import Holding, Restore
+from llmos.services.memory.restoring import restore
 
 PROMPT = list(range(10))  # two full pages of four, and two tokens of a third
 

@@ -9,9 +9,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llmos.ipc.errors import NoMemory
 from llmos.services.memory import messages
-from llmos.services.memory.arena import Arena, restore
+from llmos.services.memory.arena import Arena
 from llmos.services.memory.invariants import check
 from llmos.services.memory.messages import Holding, Restore
+from llmos.services.memory.restoring import restore
 
 SIZE = 2
 TENANTS = ("red", "blue")

@@ -12,9 +12,10 @@ import pytest
 
 from llmos.ipc.errors import Busy, NoMemory
 from llmos.services.memory import messages
-from llmos.services.memory.arena import Arena, restore
+from llmos.services.memory.arena import Arena
 from llmos.services.memory.invariants import check
 from llmos.services.memory.messages import Costs, Holding, Restore
+from llmos.services.memory.restoring import restore
 from llmos.services.memory.transfers import TIERS, Transfer
 
 SIZE = 2
