@@ -18,6 +18,7 @@ from llmos.services.scheduler import promises
 from llmos.services.scheduler.compose import compose
 from llmos.services.scheduler.headroom import SHARE
 from llmos.services.scheduler.host import Host, Produced
+from llmos.services.scheduler.lending import Lending
 from llmos.services.scheduler.messages import Reason
 from llmos.services.scheduler.order import Order
 from llmos.services.scheduler.paging import PageEffects, Paging
@@ -50,6 +51,7 @@ class Core:
         self.seating = Seating(self, self._order, share)
         self.paging = Paging(self, effects, self._order, max_steps)
         self.swapping = Swapping(self, effects)
+        self.lending = Lending(self)
         self.hosts: dict[str, Host] = {}
         self.queues: dict[str, TaskQueue] = {}
         self.models: dict[str, LoadedModel] = {}
@@ -124,6 +126,7 @@ class Core:
         self.learn(host.model)
         self.hosts[host.arena] = host
         self._rebind(host)
+        self.lending.changed(host)
         self.pump(host.model.model, now)
 
     def learn(self, model: LoadedModel) -> None:
@@ -147,6 +150,12 @@ class Core:
         host.keepers.clear()
         self.paging.uncap()
         self.pump(host.model.model, now)
+
+    def forget_host(self, host: Host, now: float) -> None:
+        """Memory has taken back the pages of a host that was lost: its neighbours may have them."""
+        self.lending.changed(host)
+        self.lending.unpark(host)
+        self.lending.wake(now)
 
     def fail_host(self, host: Host, error: LLMOSError, now: float) -> None:
         """A quantum failed on the device: its tasks end with the error, the others start again."""
@@ -173,6 +182,8 @@ class Core:
                 self.finish(item.task, item.finished, None, now)
         if ended and len(self.queues[host.model.model]):
             self.seating.admit(host.model.model, now)
+        if ended:
+            self.lending.wake(now)
 
     def done(self, host: Host, done: QuantumDone, now: float) -> None:
         """A quantum ended."""
@@ -201,6 +212,7 @@ class Core:
             self.seating.admit(model, now)
             for host in self.hosts_of(model):
                 self.run(host, now)
+        self.lending.wake(now)
 
     def run(self, host: Host, now: float) -> None:
         """Keep a quantum queued behind the running one; take the device back for who should not wait."""

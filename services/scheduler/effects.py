@@ -25,6 +25,7 @@ from llmos.services.memory.messages import (
 )
 from llmos.services.scheduler import saving
 from llmos.services.scheduler.host import Host, Produced
+from llmos.services.scheduler.lending import Debts
 from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import Emitted, Finished, Reason, Tokens
 from llmos.services.scheduler.swap_effects import SwapMessages
@@ -101,7 +102,8 @@ class MessageEffects(SwapMessages):
                 return
             body = codec.decode(answer.body, Grown)
             gets = [(*asked[id], pages) for id, pages in body.gets]
-            self._server.core.paging.grown(host, gets, now(), body.low)
+            debts = Debts(body.owed, body.lenders)
+            self._server.core.paging.grown(host, gets, now(), body.low, debts)
 
         self._server.call(
             "memory.grow", Grow(host.arena, [(task.id, pages) for task, pages in wants]), answered
@@ -194,4 +196,8 @@ def arena_of(host: Host) -> Arena:
         page_bytes=model.page_bytes,
         host_pages=model.host_pages,
         disk_pages=model.disk_pages,
+        pool=host.pool,
+        slabs=model.slabs,
+        slab_pages=model.slab_pages,
+        slab_bytes=model.slab_bytes,
     )

@@ -65,13 +65,14 @@ class Host:
     ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
     them, ``solo`` that they did in the last quantum, for a start; ``resting`` are the ids of tasks that
     hold still for the sake of other tenants; ``keepers`` have pages here and no slot; ``tenants`` counts the
-    slots of each.
+    slots of each, ``sharers`` the models in its pool.
     """
 
     driver: str
     model: LoadedModel
     replica: int = 0
     ready: bool = False
+    sharers: int = 1
     slots: list[Task | None] = field(default_factory=list)
     starting: list[Task] = field(default_factory=list)
     releasing: list[int] = field(default_factory=list)
@@ -103,6 +104,17 @@ class Host:
     def arena(self) -> str:
         """The name of this host's KV pages at memory."""
         return arena_name(self.driver, self.model.model, self.replica)
+
+    @property
+    def pool(self) -> str:
+        """The name of the pool of pages that it shares with other models, at memory; empty if with none."""
+        return arena_name(self.driver, self.model.pool, self.replica) if self.model.pool else ""
+
+    @property
+    def guaranteed(self) -> int:
+        """Pages that it can have whatever others do."""
+        model = self.model
+        return model.slabs // self.sharers * model.slab_pages if model.pool else model.pages
 
     @property
     def running(self) -> list[Task]:

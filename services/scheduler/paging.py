@@ -9,12 +9,14 @@ from llmos.ipc.errors import LLMOSError, NoMemory
 from llmos.services.memory.messages import Transfer
 from llmos.services.scheduler import displace
 from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.lending import Claim, Debts
 from llmos.services.scheduler.order import Order
 from llmos.services.scheduler.task import Place, Swap, Task
 
 if TYPE_CHECKING:
     from llmos.services.scheduler.core import Core
 
+NOTHING_OWED = Debts()
 AHEAD = 4  # quanta whose pages a task is given ahead of need
 
 
@@ -91,10 +93,12 @@ class Paging:
             swapping.park(host, task, lacking)
             return
         victim = self._order.for_pages(host, task, needed)
+        if (victim is None or victim.slot >= 0) and self._borrow(host, task, Debts.of(details), lacking):
+            return
         if victim is None or (victim.slot >= 0 and victim.urgency <= task.urgency):
             victim = self._core.seating.gives_way(host, task)
         if victim is not None:
-            if self._take(host, victim, task):
+            if self.take(host, victim, task):
                 self.reserve(host, task)
             else:
                 swapping.park(host, task, lacking)
@@ -105,10 +109,11 @@ class Paging:
         swapping.relieve(host, low=True)
 
     def grown(
-        self, host: Host, gets: list[tuple[Task, int, list[int]]], now: float, low: bool = False
-    ) -> None:
+        self, host: Host, gets: list[tuple[Task, int, list[int]]], now: float, low: bool = False,
+        debts: Debts = NOTHING_OWED,
+    ) -> None:  # fmt: skip
         """Memory's answer to ``grow``: (task, its residence when asked, pages)."""
-        failed, coming = False, host.tiers.coming
+        failed, coming, claimed = False, host.tiers.coming, False
         for task, residence, pages in gets:
             if task.residence != residence or task.place is Place.ENDED:
                 continue
@@ -123,9 +128,15 @@ class Paging:
                     coming, failed = coming - lacking, True
                     continue
                 victim = self._growth_victim(host, task) or task
+                if victim.slot >= 0 and not capped:
+                    claim = self._core.lending.claim
+                    claimed = claimed or claim(host, task, debts, lacking) is not Claim.NOBODY
+                    if claimed:
+                        failed = True
+                        continue
                 failed = failed or victim.tenant != task.tenant or not task.max_pages
                 size = len(victim.pages)
-                if not self._take(host, victim, None if capped else task, swap=not capped):
+                if not self.take(host, victim, None if capped else task, swap=not capped):
                     coming += size - lacking
         # Nobody new is let in before those who run have what they need: they would take it from each other.
         host.short_of_pages = failed
@@ -137,6 +148,7 @@ class Paging:
 
     def reserve(self, host: Host, task: Task) -> None:
         """Ask for a seated task's pages, or for what it has in other tiers."""
+        self._core.lending.asks(host, task)
         if task.swap is Swap.NONE:
             self._effects.reserve(host, task, self.extra(host, task))
         else:
@@ -177,6 +189,7 @@ class Paging:
         self.give_up(host, task)
         host.keepers.pop(task.id, None)
         host.short_of_pages = False
+        self._core.lending.gave(host)
 
     def give_up(self, host: Host, task: Task) -> None:
         """Memory takes back what a task has in any tier."""
@@ -242,7 +255,20 @@ class Paging:
                 self.free(host, keepers[-1])
         self._core.seating.admit(host.model.model, now)
 
-    def _take(self, host: Host, task: Task, needy: Task | None = None, *, swap: bool = True) -> bool:
+    def _borrow(self, host: Host, task: Task, debts: Debts, lacking: int) -> bool:
+        """Whether a seated task gets pages from another model, or got them while it was told that it could
+        not: it asks again, now or when they have left."""
+        lending = self._core.lending
+        claim = lending.claim(host, task, debts, lacking)
+        if claim is Claim.COMING:
+            self._core.swapping.park(host, task, lacking)
+        elif claim is Claim.FREED or not lending.asked_in_vain(host, task):
+            self.reserve(host, task)
+        else:
+            return False
+        return True
+
+    def take(self, host: Host, task: Task, needy: Task | None = None, *, swap: bool = True) -> bool:
         """A task gives up its device pages, and its slot if it has one. Returns whether they are free at
         once; else they are being swapped out for ``needy``. What was committed stays as prefix cache."""
         if task.slot >= 0:

@@ -237,7 +237,7 @@ class Scheduler(Server):
         for host in list(self.core.hosts.values()):
             if name == f"driver.{host.driver}":
                 log.warning("%s went down; its %d tasks wait for it", name, len(host.running))
-                self.core.lose_host(host, now())
+                self._forget(host)
         for encoder in list(self.encoding.hosts.values()):
             if name == f"driver.{encoder.driver}":
                 self.encoding.lose_host(encoder.name, now())
@@ -247,11 +247,12 @@ class Scheduler(Server):
             return
         if self._memory:
             log.warning("memory was started anew; telling it what is held")
+            seated = [(h, t) for h in self.core.hosts.values() for t in self.core.swapping.memory_lost(h)]
             for host in self.core.hosts.values():
-                seated = self.core.swapping.memory_lost(host)
                 self.cast("memory.restore", holdings(self.core, host))
-                for task in seated:
-                    self.core.paging.reserve(host, task)
+            # Not before memory knows which slabs of a pool are whose.
+            for host, task in seated:
+                self.core.paging.reserve(host, task)
         self._memory = connection
 
     def on_kernel_restart(self) -> None:
@@ -280,12 +281,17 @@ class Scheduler(Server):
             return True
         hosts = self._replicas(driver, model)
         for host in hosts:
-            self.core.lose_host(host, now())
-            self.cast("memory.drop_arena", DropArena(host.arena))
+            self._forget(host)
         return bool(hosts)
 
     def _replicas(self, driver: str, model: str) -> list[Host]:
         return [h for h in self.core.hosts.values() if (h.driver, h.model.model) == (driver, model)]
+
+    def _forget(self, host: Host) -> None:
+        """A host is gone, and so is what memory knows of it."""
+        self.core.lose_host(host, now())
+        self.cast("memory.drop_arena", DropArena(host.arena))
+        self.core.forget_host(host, now())
 
     def _open(self, host: Host, then: Callable[[LLMOSError | None], None]) -> None:
         """Empty the driver's slots, declare the arena, and let the host take work."""

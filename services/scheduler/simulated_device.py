@@ -45,56 +45,69 @@ class _Seat:
         return None
 
 
-class Device:
-    """Dispatches a step ahead, and looks for a preempt in between."""
+class Lane:
+    """The quanta of all models of a device, in the order in which they came."""
 
-    def __init__(self, simulator: Simulator, host: Host) -> None:
+    def __init__(self) -> None:
+        self.queue: deque[tuple[Device, Quantum | Callable[[], None]]] = deque()
+        self.next_step = 0
+        self.entered = False
+        self.preempted = 0
+        self.in_flight = 0
+        self.free_at = 0.0
+
+
+class Device:
+    """One model of a device: dispatches a step ahead, and looks for a preempt in between."""
+
+    def __init__(self, simulator: Simulator, host: Host, lane: Lane | None = None) -> None:
         self._sim = simulator
         self._host = host
-        self._queue: deque[Quantum | Callable[[], None]] = deque()
+        self._lane = lane or Lane()
         self._seats: dict[int, _Seat] = {}
-        self._next_step = 0
-        self._entered = False
-        self._preempted = 0
-        self._in_flight = 0
-        self._free_at = 0.0
         self._link_free = {"device": 0.0, "host": 0.0, "disk": 0.0}  # by source: each direction is its own
         self.dead = False
         self.fail_moves = 0  # so many of the next moves fail
         self.pages = Pages(host.model.page_tokens, simulator.checked)
 
     def submit(self, quantum: Quantum) -> None:
-        self._queue.append(quantum)
+        self._lane.queue.append((self, quantum))
         self._dispatch()
 
     def preempt(self, quantum: int) -> None:
-        self._preempted = max(self._preempted, quantum)
+        self._lane.preempted = max(self._lane.preempted, quantum)
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while not self.dead and self._queue and self._in_flight < IN_FLIGHT:
-            if self._in_flight and self._sim.now < (due := self._free_at - DISPATCH_AHEAD):
-                self._sim.at(due, self._dispatch)
+        lane, sim = self._lane, self._sim
+        while not self.dead and lane.queue and lane.in_flight < IN_FLIGHT:
+            if lane.in_flight and sim.now < (due := lane.free_at - DISPATCH_AHEAD):
+                sim.at(due, self._dispatch)
                 return
-            quantum = self._queue[0]
-            if not isinstance(quantum, Quantum):
-                self._queue.popleft()
-                quantum()
-                continue
-            if not self._entered:
-                self._enter(quantum)
-            cut = quantum.id <= self._preempted
-            step = None if cut or self._next_step >= quantum.steps else self._step(quantum)
-            if step is None:
-                self._queue.popleft()
-                done = QuantumDone(quantum.id, self._next_step, cut)
-                self._at_end(lambda done=done: self._sim.core.done(self._host, done, self._sim.now))  # type: ignore[misc]
-                self._next_step, self._entered = 0, False
+            device, quantum = lane.queue[0]
+            if isinstance(quantum, Quantum):
+                device._advance(quantum)
             else:
-                self._next_step += 1
-                self._in_flight += 1
-                self._at_end(self._landed)
-                self._at_end(lambda step=step: self._sim.core.step(self._host, step, self._sim.now))  # type: ignore[misc]
+                lane.queue.popleft()
+                quantum()
+
+    def _advance(self, quantum: Quantum) -> None:
+        """Dispatch the next step of the first quantum in the lane, or end it."""
+        lane, sim, host = self._lane, self._sim, self._host
+        if not lane.entered:
+            self._enter(quantum)
+        cut = quantum.id <= lane.preempted
+        step = None if cut or lane.next_step >= quantum.steps else self._step(quantum)
+        if step is None:
+            lane.queue.popleft()
+            done = QuantumDone(quantum.id, lane.next_step, cut)
+            self._at_end(lambda: sim.core.done(host, done, sim.now))
+            lane.next_step, lane.entered = 0, False
+        else:
+            lane.next_step += 1
+            lane.in_flight += 1
+            self._at_end(self._landed)
+            self._at_end(lambda: sim.core.step(host, step, sim.now))
 
     def move(self, batch: Batch, answered: Callable[[Moved | None], None]) -> None:
         """Copy pages beside the steps. What reads the device does so after the quanta that came before; what
@@ -117,8 +130,10 @@ class Device:
         def reached() -> None:
             if batch.source == "device":
                 contents.extend(self.pages.read("device", sources))
-                self._free_at = max(self._free_at, self._sim.now) + len(sources) * size / DEVICE_SPEED
-                copy(self._free_at)
+                self._lane.free_at = (
+                    max(self._lane.free_at, self._sim.now) + len(sources) * size / DEVICE_SPEED
+                )
+                copy(self._lane.free_at)
             waits[0] = False
             finish()
 
@@ -133,27 +148,29 @@ class Device:
                 self._sim.soon(lambda: answered(None))
                 return
             if batch.target == "device":
-                self._free_at = max(self._free_at, self._sim.now) + len(sources) * size / DEVICE_SPEED
+                self._lane.free_at = (
+                    max(self._lane.free_at, self._sim.now) + len(sources) * size / DEVICE_SPEED
+                )
             self.pages.put(batch.target, targets, contents)
             self._sim.soon(lambda: answered(Moved(len(sources) * size, max(1, round(spent * 1e6)))))
 
         if batch.source != "device":
             copy(self._sim.now)
-        self._queue.append(reached)
+        self._lane.queue.append((self, reached))
         self._dispatch()
 
     def _landed(self) -> None:
-        self._in_flight -= 1
+        self._lane.in_flight -= 1
         self._dispatch()
 
     def _at_end(self, event: Callable[[], None]) -> None:
         """When what was dispatched so far is computed: our own event at once, the scheduler's by message."""
         delay = 0.0 if event == self._landed else self._sim.latency
-        at = max(self._free_at, self._sim.now) + delay
+        at = max(self._lane.free_at, self._sim.now) + delay
         self._sim.at(at, lambda: None if self.dead else event())
 
     def _enter(self, quantum: Quantum) -> None:
-        self._entered = True
+        self._lane.entered = True
         for slot in quantum.release:
             del self._seats[slot]
         for start in quantum.start:
@@ -184,7 +201,7 @@ class Device:
 
     def _step(self, quantum: Quantum) -> Step | None:
         """Compute a step's tokens now, and book the device's time for it."""
-        seats, index = self._seats, self._next_step
+        seats, index = self._seats, self._lane.next_step
         ready = [s for s in quantum.decode if _decodes(seats[s])]
         prefilled = 0
         for chunk in quantum.chunks:
@@ -209,8 +226,8 @@ class Device:
             slots += [slot] * (len(seat.tokens) - before)
             assert slots[-1:] == [slot] or self._sim.burst > 1, f"slot {slot} has no page for its token"
         self._sim.prefilled += prefilled
-        seconds = self._sim.step_seconds(len(ready), context, prefilled)
-        self._free_at = max(self._free_at, self._sim.now) + seconds
+        seconds = self._sim.step_seconds(self._host, len(ready), context, prefilled)
+        self._lane.free_at = max(self._lane.free_at, self._sim.now) + seconds
         self._sim.busy += seconds
         return Step(quantum.id, index, slots, tokens, finished, round(seconds * 1e6))
 

@@ -10,6 +10,7 @@ from llmos.ipc.errors import HostDown, LLMOSError, NoMemory
 from llmos.services.memory.arena import Arena
 from llmos.services.memory.messages import Batch, Costs, Transfer
 from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.lending import Debts
 from llmos.services.scheduler.simulated_clock import Clock
 from llmos.services.scheduler.task import Place, Task
 
@@ -88,13 +89,13 @@ class MemoryCalls(Clock):
     def grow(self, host: Host, wants: list[tuple[Task, int]]) -> None:
         asked = {task.id: (task, task.residence) for task, _ in wants}
 
-        def call(memory: Arena) -> tuple[list[tuple[int, list[int]]], bool]:
+        def call(memory: Arena) -> tuple[list[tuple[int, list[int]]], bool, Debts]:
             # A task that gave its pages back meanwhile is unknown to memory by now.
             known = [(t.id, n) for t, n in wants if t.id in memory.tasks and not memory.tasks[t.id].away]
-            return memory.grow(known), memory.tiers.low
+            return memory.grow(known), memory.tiers.low, Debts(*memory.pool.debts())
 
-        def reply(got: tuple[list[tuple[int, list[int]]], bool]) -> None:
-            self.core.paging.grown(host, [(*asked[i], pages) for i, pages in got[0]], self.now, got[1])
+        def reply(got: tuple[list[tuple[int, list[int]]], bool, Debts]) -> None:
+            self.core.paging.grown(host, [(*asked[i], pages) for i, pages in got[0]], self.now, *got[1:])
 
         def fail(error: LLMOSError) -> None:
             for task, _ in wants:

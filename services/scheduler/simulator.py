@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 
 from llmos.drivers.sdk.messages import LoadedModel, Quantum
 from llmos.ipc.errors import LLMOSError
-from llmos.services.memory.arena import Arena
-from llmos.services.memory.restoring import restore
+from llmos.services.memory.arenas import Arenas
 from llmos.services.scheduler.core import Core
 from llmos.services.scheduler.effects import arena_of, holdings
 from llmos.services.scheduler.host import Host, Produced
 from llmos.services.scheduler.messages import Reason
 from llmos.services.scheduler.simulated_cache import LinkTime
-from llmos.services.scheduler.simulated_device import Device
+from llmos.services.scheduler.simulated_device import Device, Lane
 from llmos.services.scheduler.simulated_memory import MemoryCalls
 from llmos.services.scheduler.task import Task
 
@@ -63,8 +62,9 @@ class Record:
 
 
 class Simulator(MemoryCalls):
-    """One model on one device, or on ``hosts`` of them. Feed it with ``submit`` at any time, then ``run``.
-    ``checked`` asserts that every sequence finds its own KV in its pages."""
+    """One model on one device, or on ``hosts`` of them, or several on each with ``beside``, in what pools
+    they say. Feed it with ``submit`` at any time, then ``run``. ``checked`` asserts that every sequence finds
+    its own KV in its pages."""
 
     def __init__(
         self,
@@ -78,21 +78,25 @@ class Simulator(MemoryCalls):
         make_core: Callable[[Simulator, int], Core] = Core,
         link_time: LinkTime | None = None,
         checked: bool = False,
+        beside: Iterable[tuple[LoadedModel, StepTime]] = (),
     ) -> None:
         super().__init__(latency)
         self.records: dict[int, Record] = {}
         self.busy = 0.0
         self.core = make_core(self, max_steps)
-        self._step_time = step_time
+        models = {model.model: (model, step_time)} | {each.model: (each, time) for each, time in beside}
+        self._step_times = {name: time for name, (_, time) in models.items()}
         self.link_time = link_time or LinkTime()
         self.checked = checked
         self.moved_bytes = self.prefilled = 0
         self.burst = burst
-        self.hosts = [Host(f"sim{i}", model) for i in range(hosts)]
+        self.hosts = [Host(f"sim{i}", each) for i in range(hosts) for each, _ in models.values()]
         self.host = self.hosts[0]
-        self.memories = {host.arena: Arena(arena_of(host)) for host in self.hosts}
+        self.arenas = Arenas()
+        self.memories = {host.arena: self.arenas.declare(arena_of(host)) for host in self.hosts}
         self.memory = self.memories[self.host.arena]
-        self.devices = {host.arena: Device(self, host) for host in self.hosts}
+        lanes = {host.driver: Lane() for host in self.hosts}
+        self.devices = {host.arena: Device(self, host, lanes[host.driver]) for host in self.hosts}
         for host in self.hosts:
             self.core.add_host(host, 0.0)
 
@@ -120,15 +124,18 @@ class Simulator(MemoryCalls):
         self.devices[old.arena].dead = True
         self.host = self.hosts[0] = Host(old.driver, old.model)
         self.devices[old.arena] = Device(self, self.host)
-        self.memory = self.memories[old.arena] = Arena(arena_of(self.host))
+        self.memory = self.memories[old.arena] = self.arenas.declare(arena_of(self.host))
         self.core.add_host(self.host, self.now)
 
     def restart_memory(self) -> None:
         """Memory dies and is told at once what is held; calls that were on their way are lost."""
-        seated = self.core.swapping.memory_lost(self.host)
-        self.memory = self.memories[self.host.arena] = restore(holdings(self.core, self.host))
-        for task in seated:
-            self.core.paging.reserve(self.host, task)
+        seated = [(host, task) for host in self.hosts for task in self.core.swapping.memory_lost(host)]
+        self.arenas = Arenas()
+        for host in self.hosts:
+            self.memories[host.arena] = self.arenas.restore(holdings(self.core, host))
+        self.memory = self.memories[self.host.arena]
+        for host, task in seated:
+            self.core.paging.reserve(host, task)
 
     # --- the core's effects; those on memory and tiers are in ``MemoryCalls`` ---
 
@@ -148,5 +155,5 @@ class Simulator(MemoryCalls):
         record = self.records[task.id]
         record.ended, record.reason, record.error = self.now, reason, error
 
-    def step_seconds(self, rows: int, context: int, prefilled: int) -> float:
-        return self._step_time.of(rows, context, prefilled)
+    def step_seconds(self, host: Host, rows: int, context: int, prefilled: int) -> float:
+        return self._step_times[host.model.model].of(rows, context, prefilled)

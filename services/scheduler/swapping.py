@@ -263,11 +263,7 @@ class Swapping:
 
     def _go_on(self, host: Host, now: float) -> None:
         """Pages may be free now: for those who wait seated, for those who run, for those who queue."""
-        parked = [task for task, _ in host.tiers.parked.values()]
-        host.tiers.parked.clear()
-        for task in parked:
-            if task.place is Place.RESERVING:
-                self._core.paging.reserve(host, task)
+        self._core.lending.unpark(host)
         host.short_of_pages = False
         self._core.paging.uncap()
         self._core.pump(host.model.model, now)

@@ -47,7 +47,8 @@ class Task:
     it counts as interactive while it has its slot. ``pace`` is how many tokens it gains in a step, lately:
     more than one where the driver speculates, so that ``planned`` is what it will have at least. ``context``
     belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read. ``adapter``
-    is empty for the model as it is.
+    is empty for the model as it is. ``asked`` is how often pages of its pool had been given back when it
+    asked for some.
     """
 
     id: int
@@ -96,6 +97,7 @@ class Task:
     bound: str = ""
     names: list[int] | None = None
     swap: Swap = Swap.NONE
+    asked: int = 0
 
     @property
     def rank(self) -> int:

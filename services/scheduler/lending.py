@@ -1,0 +1,152 @@
+"""Pages of one pool that models lend each other: who gives slabs back to whom. No I/O and no clock.
+
+Every model on a device has its share of the pool and uses what others leave. Who needs pages within its
+share gets them from those that use more than theirs, whatever bands are at stake; beyond its share only from
+lower bands of those. So no two models take from each other in turn, and none starves. Of a lender that slab
+is emptied in which nobody runs, else where the least urgent do, else with the least to compute again; never
+one with a task whose deadline was promised.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.task import Place, Swap, Task
+
+if TYPE_CHECKING:
+    from llmos.services.scheduler.core import Core
+
+
+class Claim(Enum):
+    """What came of asking others for a slab."""
+
+    NOBODY = "nobody"  # has to give one
+    FREED = "freed"  # it is there
+    COMING = "coming"  # its pages are being swapped out
+
+
+@dataclass(frozen=True, slots=True)
+class Debts:
+    """Memory's word: slabs left of a model's share, and the arenas that use more than theirs."""
+
+    owed: int = 0
+    lenders: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, details: dict[str, Any]) -> Debts:
+        """As it comes beside a refusal."""
+        owed, lenders = details.get("owed"), details.get("lenders")
+        return cls(owed, lenders) if isinstance(owed, int) and isinstance(lenders, list) else cls()
+
+
+class Lending:
+    """The core's dealings between hosts of one pool."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._ceding: list[Task] = []  # are swapped out for a neighbour
+        self._stirred: set[str] = set()  # models for whom pages may have become free
+        self._freed: Counter[str] = Counter()  # by pool: how often pages were given back
+
+    def neighbours(self, host: Host) -> list[Host]:
+        """The other hosts of a host's pool."""
+        if not host.pool:
+            return []
+        return [other for other in self._core.hosts.values() if other is not host and other.pool == host.pool]
+
+    def changed(self, host: Host) -> None:
+        """A host came or went: the shares of its pool are others."""
+        members = [*self.neighbours(host), *([host] if self._core.hosts.get(host.arena) is host else [])]
+        for each in members:
+            each.sharers = len(members)
+        self.gave(host)
+
+    def gave(self, host: Host) -> None:
+        """Pages of a host were given back: its neighbours may have them."""
+        if host.pool:
+            self._freed[host.pool] += 1
+            for each in self.neighbours(host):
+                each.short_of_pages = False
+                self._stirred.add(each.model.model)
+
+    def wake(self, now: float) -> None:
+        """Seat whom the pages may help that were given back."""
+        while self._stirred:
+            model = self._stirred.pop()
+            if model in self._core.queues and len(self._core.queues[model]):
+                self._core.seating.admit(model, now)
+
+    def unpark(self, host: Host) -> None:
+        """Who waits in this pool for pages that are leaving looks whether they are there."""
+        for each in (host, *self.neighbours(host)):
+            parked = [task for task, _ in each.tiers.parked.values()]
+            each.tiers.parked.clear()
+            for task in parked:
+                if task.place is Place.RESERVING:
+                    self._core.paging.reserve(each, task)
+        self.gave(host)
+
+    def asks(self, host: Host, task: Task) -> None:
+        """A task asks for pages."""
+        task.asked = self._freed[host.pool]
+
+    def asked_in_vain(self, host: Host, task: Task) -> bool:
+        """Whether a task was refused pages and none were given back meanwhile."""
+        return task.asked == self._freed[host.pool]
+
+    def claim(self, host: Host, needy: Task, debts: Debts, lacking: int) -> Claim:
+        """Let a lender empty a slab for a task of another model that lacks so many pages."""
+        lenders = [lender for lender in self.neighbours(host) if lender.arena in debts.lenders]
+        if not lenders:
+            return Claim.NOBODY
+        self._ceding = [task for task in self._ceding if task.swap is Swap.OUT]
+        if any(task.arena == lender.arena for task in self._ceding for lender in self.neighbours(host)):
+            return Claim.COMING
+        within = -(-lacking // host.model.slab_pages) <= debts.owed
+        found = _cheapest(lenders, None if within else needy.urgency[0])
+        if found is None:
+            return Claim.NOBODY
+        lender, tasks = found
+        for task in tasks:
+            if not self._core.paging.take(lender, task, needy):
+                self._ceding.append(task)
+        lender.short_of_pages = True
+        return Claim.COMING if self._ceding else Claim.FREED
+
+
+def _cheapest(lenders: list[Host], rank: int | None) -> tuple[Host, list[Task]] | None:
+    """The lender and the tasks that hold pages in its cheapest slab; with a ``rank`` only lower bands."""
+    best: tuple[Host, list[Task]] | None = None
+    least: tuple[bool, int, int] | None = None
+    for lender in lenders:
+        for tasks in _by_slab(lender).values():
+            if any(t.id in lender.promised for t in tasks):
+                continue
+            if rank is not None and min(t.urgency[0] for t in tasks) <= rank:
+                continue
+            cost = _cost(tasks)
+            if least is None or cost < least:
+                best, least = (lender, tasks), cost
+    return best
+
+
+def _by_slab(host: Host) -> dict[int, list[Task]]:
+    """Who holds pages in each slab."""
+    size, found = host.model.slab_pages, defaultdict[int, list[Task]](list)
+    away = [task for task in host.tiers.away.values() if task.swap is Swap.AWAY]
+    for task in (*host.keepers.values(), *host.running):
+        for slab in {page // size for page in task.pages}:
+            found[slab].append(task)
+    if not found and away:
+        # What only swapped tasks need on the device is in nobody's pages.
+        found[-1].append(away[-1])
+    return found
+
+
+def _cost(tasks: list[Task]) -> tuple[bool, int, int]:
+    seated = [task for task in tasks if task.slot >= 0]
+    return bool(seated), -min((t.urgency[0] for t in seated), default=0), sum(t.computed for t in tasks)
