@@ -117,9 +117,11 @@ class _Lane:
 
     def preempt(self, quantum: int) -> None:
         runs = [run for run in self._queue if isinstance(run, _Run)]
-        if any(run.quantum.id == quantum for run in runs):
-            for run in runs:
-                run.preempted = run.preempted or run.quantum.id <= quantum
+        last = next((run for run in runs if run.quantum.id == quantum), None)
+        for run in runs:
+            # Another model's quantum runs on: its next one may count on the steps.
+            if last is not None and run.model == last.model and run.quantum.id <= quantum:
+                run.preempted = True
 
     def abandon(self, model: str) -> None:
         gone: set[_Run | _Encoding] = {
@@ -254,8 +256,8 @@ class Executor:
         return any(lane.starts_with(model, adapter) for lane in self._lanes.values())
 
     def preempt(self, quantum: int) -> None:
-        """Dispatch no further step of this quantum or of any before it for its replica; their slots still
-        change hands."""
+        """Dispatch no further step of this quantum or of any before it for its model and replica; their slots
+        still change hands."""
         for lane in self._lanes.values():
             lane.preempt(quantum)
 

@@ -371,7 +371,7 @@ class RestoreTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Preempt(msgspec.Struct, frozen=True):
-    """Dispatch no further step of this quantum or of any before it that is for the same replica."""
+    """Dispatch no further step of this quantum or of any before it for the same model and replica."""
 
     quantum: int
 

@@ -98,13 +98,15 @@ class Arena:
         quota: int = 0,
         hurry: bool = True,
         adapter: str = "",
+        borrow: bool = True,
     ) -> tuple[list[int], int]:
         """Pages for ``tokens`` and ``extra`` more; (block table, number of tokens already cached in it, once
         the task's ``transfer`` is settled, if it has one).
 
         ``quota`` bounds the pages that the tenant owns in this arena, 0 for no bound. Raises NoMemory with
         ``free``, ``evictable`` and ``needed``, and ``demotable`` where pages worth keeping would be dropped
-        and there is no ``hurry``; InvalidArgument for a task that holds pages already.
+        and there is no ``hurry``; InvalidArgument for a task that holds pages already. Without ``borrow`` an arena
+        of a pool gets no more slabs than its share.
         """
         if id in self.tasks:
             raise InvalidArgument(f"task {id} holds pages already: free them first")
@@ -118,7 +120,7 @@ class Arena:
         self.check_quota(tenant, quota, total - len(hits) + sum(not self.is_owned(node) for node in hits))
         resident = [node for node in hits if node.tier == DEVICE]
         revived = sum(node.pins == 0 for node in resident)
-        self.check_space(total - len(resident), revived, hurry)
+        self.check_space(total - len(resident), revived, hurry, borrow)
         for node in hits:
             self.index.pin(node)
         task = self.tasks[id] = Task(tenant, quota, text, [], adapter)
@@ -128,17 +130,17 @@ class Arena:
         self.lookup_tokens += len(text)
         self.hit_tokens += task.computed
         self.tiers.costs.note_returned(hits)
-        self.tiers.bring_in(id, task, hits, total)
+        self.tiers.bring_in(id, task, hits, total, borrow)
         return list(task.pages), task.computed
 
-    def grow(self, wants: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+    def grow(self, wants: Sequence[tuple[int, int]], borrow: bool = True) -> list[tuple[int, list[int]]]:
         """More pages for tasks, in this order: for each all it wants, or none where that would not fit."""
         for id, count in wants:
             if self.task(id).away:
                 raise InvalidArgument(f"task {id} is swapped out")
             if not 0 <= count <= self.spec.pages:
                 raise InvalidArgument(f"task {id} wants {count} pages of {self.spec.pages}")
-        return [(id, self._grow(self.tasks[id], count)) for id, count in wants]
+        return [(id, self._grow(self.tasks[id], count, borrow)) for id, count in wants]
 
     def commit(self, tasks: Sequence[tuple[int, list[int], int]]) -> None:
         """Note tokens appended and KV computed: (task, new tokens, number of tokens computed in all).
@@ -236,12 +238,12 @@ class Arena:
                 quota=quota,
             )
 
-    def check_space(self, needed: int, kept: int = 0, hurry: bool = True) -> None:
+    def check_space(self, needed: int, kept: int = 0, hurry: bool = True, borrow: bool = True) -> None:
         """Raise NoMemory where so many device pages are not to be had, or not without a loss; ``kept`` pages
         of the cache are not to be evicted."""
         if needed <= self.pool.free:
             return
-        evictable = self.index.evictable - kept + self.pool.elsewhere
+        evictable = self.index.evictable - kept + self.pool.elsewhere(borrow)
         enough = needed <= self.pool.free + evictable
         if not hurry and enough and self.pool.at_hand < needed and self.tiers.would_save:
             self.tiers.note_demand(needed)
@@ -262,24 +264,24 @@ class Arena:
                 **({"owed": owed, "lenders": lenders} if lenders else {}),
             )
 
-    def _grow(self, task: Task, count: int) -> list[int]:
+    def _grow(self, task: Task, count: int, borrow: bool) -> list[int]:
         within = not task.quota or self.used(task.tenant) + count <= task.quota
-        if not within or not self._can_take(count):
+        if not within or not self._can_take(count, borrow):
             return []
-        pages = self.take(count)
+        pages = self.take(count, borrow)
         self.hold(task.tenant, pages)
         task.pages += pages
         return pages
 
-    def _can_take(self, count: int) -> bool:
+    def _can_take(self, count: int, borrow: bool) -> bool:
         here = self.pool.free + self.index.evictable
-        return count <= here or count <= here + self.pool.elsewhere
+        return count <= here or count <= here + self.pool.elsewhere(borrow)
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int, borrow: bool = True) -> list[int]:
         """Free device pages, evicting what is missing; the caller has checked that there are so many."""
         missing = count - self.pool.free
         if missing > 0:
-            missing -= self.pool.obtain(missing, self.index)
+            missing -= self.pool.obtain(missing, self.index, borrow)
         if missing > 0:
             for node in self.index.evict(missing):
                 self.forget(node)

@@ -41,7 +41,8 @@ class Reserve(msgspec.Struct, frozen=True):
     """Pages for a task's first ``len(tokens)`` tokens and ``extra`` more: cached ones for the longest prefix
     of ``tokens`` that this tenant may share, new ones for the rest. At least one token is left to compute.
     In a ``hurry`` cached pages are dropped for it that had better be demoted first. Tasks share pages only
-    with those of the same ``adapter``, on which their KV depends."""
+    with those of the same ``adapter``, on which their KV depends. Unless it may ``borrow`` an arena of a pool
+    gets no more than its share."""
 
     arena: str
     task: int
@@ -49,6 +50,7 @@ class Reserve(msgspec.Struct, frozen=True):
     extra: int = 0
     hurry: bool = True
     adapter: str = ""
+    borrow: bool = True
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -95,6 +97,7 @@ class SwapIn(msgspec.Struct, frozen=True):
     extra: int = 0
     spare: int = 0
     hurry: bool = True
+    borrow: bool = True
 
 
 class Demote(msgspec.Struct, frozen=True):
@@ -136,17 +139,18 @@ class Grow(msgspec.Struct, frozen=True):
 
     arena: str
     wants: list[tuple[int, int]]
+    borrow: bool = True
 
 
 class Grown(msgspec.Struct, frozen=True):
     """(task, new pages) for each that was asked for; an empty list where none was left. ``low`` as in
     ``Reserved``. Where one got none in a shared pool, the arena may still have ``owed`` slabs of its share,
-    and ``lenders`` are the arenas that use more than theirs."""
+    and ``lenders`` are the arenas that use more than theirs, with how many more."""
 
     gets: list[tuple[int, list[int]]]
     low: bool = False
     owed: int = 0
-    lenders: list[str] = []
+    lenders: dict[str, int] = {}
 
 
 class Commit(msgspec.Struct, frozen=True):

@@ -35,19 +35,19 @@ class PagePool:
         """Pages to be had without dropping any."""
         return self.free
 
-    @property
-    def elsewhere(self) -> int:
-        """Pages that other arenas would have to give."""
+    def elsewhere(self, borrow: bool = True) -> int:
+        """Pages that could be had from other arenas; unless it may ``borrow``, within this one's share."""
         return 0
 
-    def obtain(self, missing: int, index: RadixIndex) -> int:
+    def obtain(self, missing: int, index: RadixIndex, borrow: bool = True) -> int:
         """Get pages from elsewhere, where that is better than to evict from this ``index``, or the only way;
         how many of the missing ones were got."""
         return 0
 
-    def debts(self) -> tuple[int, list[str]]:
-        """How many slabs are left of this arena's share, and the arenas that use more than theirs."""
-        return 0, []
+    def debts(self) -> tuple[int, dict[str, int]]:
+        """How many slabs of this arena's share are not to be had; who uses more than theirs, and how many
+        more."""
+        return 0, {}
 
     def take(self, count: int) -> list[int]:
         """``count`` free pages, held by nobody yet, in as few runs as first fit by halves finds.

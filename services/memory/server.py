@@ -74,15 +74,16 @@ class MemoryServer(Server):
             grant.max_pages,
             request.hurry,
             request.adapter,
+            request.borrow,
         )
         return _reserved(arena, request.task)
 
     @method
     def grow(self, request: Grow, call: Incoming) -> Grown:
         arena = self.arenas[request.arena]
-        gets = arena.grow(request.wants)
+        gets = arena.grow(request.wants, request.borrow)
         short = any(want and not pages for (_, want), (_, pages) in zip(request.wants, gets, strict=True))
-        owed, lenders = arena.pool.debts() if short else (0, [])
+        owed, lenders = arena.pool.debts() if short else (0, {})
         return Grown(gets, arena.tiers.low, owed, lenders)
 
     @method
@@ -92,7 +93,7 @@ class MemoryServer(Server):
     @method
     def swap_in(self, request: SwapIn, call: Incoming) -> Reserved:
         arena = self.arenas[request.arena]
-        arena.tiers.swap_in(request.task, request.extra, request.spare, request.hurry)
+        arena.tiers.swap_in(request.task, request.extra, request.spare, request.hurry, request.borrow)
         return _reserved(arena, request.task)
 
     @method

@@ -115,18 +115,17 @@ class SlabPages(PagePool):
     def at_hand(self) -> int:
         return self.free + self.slab_pages * self.slabs.others(self)[0]
 
-    @property
-    def elsewhere(self) -> int:
-        return self.slab_pages * self.slabs.others(self)[1]
+    def elsewhere(self, borrow: bool = True) -> int:
+        return self.slab_pages * min(self.slabs.others(self)[1], self._most(borrow))
 
-    def obtain(self, missing: int, index: RadixIndex) -> int:
-        before = missing
-        while missing > 0:
+    def obtain(self, missing: int, index: RadixIndex, borrow: bool = True) -> int:
+        before, most = missing, self._most(borrow)
+        while missing > 0 and most > 0:
             cost, slab = self.slabs.cheapest(self)
             if slab < 0 or (missing <= index.evictable and MARGIN * cost >= self._coldest(index)):
                 break
             self._acquire(slab)
-            missing -= self.slab_pages
+            missing, most = missing - self.slab_pages, most - 1
         return min(before, before - missing)
 
     def take(self, count: int) -> list[int]:
@@ -151,10 +150,11 @@ class SlabPages(PagePool):
         self._spare[page // self.slab_pages] += 1
         super().give_back(page)
 
-    def debts(self) -> tuple[int, list[str]]:
+    def debts(self) -> tuple[int, dict[str, int]]:
         share = self.slabs.share
-        others = {name: each for name, each in self.slabs.members.items() if each is not self}
-        return max(0, share - self.used), [name for name, each in others.items() if each.used > share]
+        others = {name: each.used - share for name, each in self.slabs.members.items() if each is not self}
+        owed = max(0, share - self.used - self.slabs.others(self)[1])
+        return owed, {name: more for name, more in others.items() if more > 0}
 
     # --- what the pool asks ---
 
@@ -195,6 +195,10 @@ class SlabPages(PagePool):
         if self.slabs.holders[slab] is not self:
             return 0
         return self.slab_pages - self._spare[slab] - len(self._loose[slab])
+
+    def _most(self, borrow: bool) -> int:
+        """How many slabs more it may have."""
+        return len(self.slabs.holders) if borrow else max(0, self.slabs.share - self.used)
 
     def _fitness(self, slab: int) -> tuple[bool, int, int]:
         spare = self._spare[slab]

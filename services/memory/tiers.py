@@ -77,7 +77,9 @@ class Tiers:
         self.away[id] = task
         return self._open(items, task, id)
 
-    def swap_in(self, id: int, extra: int = 0, spare: int = 0, hurry: bool = True) -> tuple[list[int], int]:
+    def swap_in(
+        self, id: int, extra: int = 0, spare: int = 0, hurry: bool = True, borrow: bool = True
+    ) -> tuple[list[int], int]:
         """Give a swapped task pages again, as ``Arena.reserve`` does. Raises NoMemory as that does, and Busy
         while something of it is on its way."""
         arena, task = self._arena, self._arena.task(id)
@@ -96,20 +98,20 @@ class Tiers:
         owned = sum(arena.is_owned(node) for node in nodes) + (task.tail is not None)
         arena.check_quota(task.tenant, task.quota, total - owned)
         resident = sum(node.tier == DEVICE for node in nodes)
-        arena.check_space(total - resident + spare, 0, hurry)
+        arena.check_space(total - resident + spare, 0, hurry, borrow)
         task.away = False
         del self.away[id]
-        self.bring_in(id, task, nodes, total)
+        self.bring_in(id, task, nodes, total, borrow)
         return list(task.pages), task.computed
 
-    def bring_in(self, id: int, task: Task, nodes: list[Node], total: int) -> None:
+    def bring_in(self, id: int, task: Task, nodes: list[Node], total: int, borrow: bool = True) -> None:
         """Hold ``total`` device pages for a task: those of ``nodes`` that are there, new ones for the rest;
         open a transfer for what has to be fetched into them. The caller has checked that there are enough."""
         arena = self._arena
         away = [node for node in nodes if node.tier != DEVICE]
         self.note_demand(total - len(nodes) + len(away))
         arena.hold(task.tenant, [node.page for node in nodes if node.tier == DEVICE])
-        fresh = iter(arena.take(total - len(nodes) + len(away)))
+        fresh = iter(arena.take(total - len(nodes) + len(away), borrow))
         task.pages += [node.page if node.tier == DEVICE else next(fresh) for node in nodes]
         items = [
             Item(node.tenant, (node.tier, node.page), (DEVICE, page), node)

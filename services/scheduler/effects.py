@@ -71,8 +71,8 @@ class MessageEffects(SwapMessages):
         if task.id in self._filling:
             self._filling[task.id] = lambda: self.reserve(host, task, extra)
         elif task.place is Place.RESERVING:
-            hurry = host.tiers.hurries(task)
-            body = Reserve(host.arena, task.id, task.tokens, extra, hurry, task.adapter)
+            hurry, borrow = host.tiers.hurries(task), host.may_borrow
+            body = Reserve(host.arena, task.id, task.tokens, extra, hurry, task.adapter, borrow)
             self._server.call("memory.reserve", body, answered, acting=task.call)
 
     def _resume(self, host: Host, task: Task, body: Reserved) -> None:
@@ -106,7 +106,9 @@ class MessageEffects(SwapMessages):
             self._server.core.paging.grown(host, gets, now(), body.low, debts)
 
         self._server.call(
-            "memory.grow", Grow(host.arena, [(task.id, pages) for task, pages in wants]), answered
+            "memory.grow",
+            Grow(host.arena, [(task.id, pages) for task, pages in wants], host.may_borrow),
+            answered,
         )
 
     def free(self, host: Host, tasks: list[Task]) -> None:

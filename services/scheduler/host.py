@@ -65,7 +65,7 @@ class Host:
     ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
     them, ``solo`` that they did in the last quantum, for a start; ``resting`` are the ids of tasks that
     hold still for the sake of other tenants; ``keepers`` have pages here and no slot; ``tenants`` counts the
-    slots of each, ``sharers`` the models in its pool.
+    slots of each, ``sharers`` the models in its pool, of which none waits for its share if it ``may_borrow``.
     """
 
     driver: str
@@ -73,6 +73,7 @@ class Host:
     replica: int = 0
     ready: bool = False
     sharers: int = 1
+    may_borrow: bool = True
     slots: list[Task | None] = field(default_factory=list)
     starting: list[Task] = field(default_factory=list)
     releasing: list[int] = field(default_factory=list)

@@ -1,10 +1,11 @@
 """Pages of one pool that models lend each other: who gives slabs back to whom. No I/O and no clock.
 
 Every model on a device has its share of the pool and uses what others leave. Who needs pages within its
-share gets them from those that use more than theirs, whatever bands are at stake; beyond its share only from
-lower bands of those. So no two models take from each other in turn, and none starves. Of a lender that slab
-is emptied in which nobody runs, else where the least urgent do, else with the least to compute again; never
-one with a task whose deadline was promised.
+share gets them from those that use more than theirs, whatever bands are at stake, and while it waits for them
+nobody borrows; beyond its share it gets them from lower bands of those, if they use enough more. So no two
+models take from each other in turn, and none starves. Of a lender that slab is emptied in which nobody runs,
+else where the least urgent do, else with the least to compute again; never one with a task whose deadline
+was promised.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ class Claim(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Debts:
-    """Memory's word: slabs left of a model's share, and the arenas that use more than theirs."""
+    """Memory's word: slabs of a model's share that are not to be had, and the arenas that use more than
+    theirs, with how many more."""
 
     owed: int = 0
-    lenders: list[str] = field(default_factory=list)
+    lenders: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, details: dict[str, Any]) -> Debts:
         """As it comes beside a refusal."""
         owed, lenders = details.get("owed"), details.get("lenders")
-        return cls(owed, lenders) if isinstance(owed, int) and isinstance(lenders, list) else cls()
+        return cls(owed, lenders) if isinstance(owed, int) and isinstance(lenders, dict) else cls()
 
 
 class Lending:
@@ -51,6 +53,7 @@ class Lending:
         self._ceding: list[Task] = []  # are swapped out for a neighbour
         self._stirred: set[str] = set()  # models for whom pages may have become free
         self._freed: Counter[str] = Counter()  # by pool: how often pages were given back
+        self._hungry: dict[str, Task] = {}  # by arena: who waits for pages of its share
 
     def neighbours(self, host: Host) -> list[Host]:
         """The other hosts of a host's pool."""
@@ -63,6 +66,7 @@ class Lending:
         members = [*self.neighbours(host), *([host] if self._core.hosts.get(host.arena) is host else [])]
         for each in members:
             each.sharers = len(members)
+        self._hungry.pop(host.arena, None)
         self.gave(host)
 
     def gave(self, host: Host) -> None:
@@ -75,6 +79,9 @@ class Lending:
 
     def wake(self, now: float) -> None:
         """Seat whom the pages may help that were given back."""
+        for arena, task in list(self._hungry.items()):
+            if task.place in (Place.ENDED, Place.STOPPED):
+                self._feed(arena)
         while self._stirred:
             model = self._stirred.pop()
             if model in self._core.queues and len(self._core.queues[model]):
@@ -98,19 +105,38 @@ class Lending:
         """Whether a task was refused pages and none were given back meanwhile."""
         return task.asked == self._freed[host.pool]
 
+    def received(self, host: Host) -> None:
+        """A task of this host got pages that it asked for."""
+        if host.arena in self._hungry:
+            self._feed(host.arena)
+
+    def _feed(self, arena: str) -> None:
+        del self._hungry[arena]
+        self._tell()
+
+    def _tell(self) -> None:
+        """Say who may borrow: not while another of the pool waits for its share."""
+        for host in self._core.hosts.values():
+            others = self.neighbours(host) if self._hungry else []
+            host.may_borrow = not any(other.arena in self._hungry for other in others)
+
     def claim(self, host: Host, needy: Task, debts: Debts, lacking: int) -> Claim:
         """Let a lender empty a slab for a task of another model that lacks so many pages."""
         lenders = [lender for lender in self.neighbours(host) if lender.arena in debts.lenders]
-        if not lenders:
+        count = -(-lacking // max(1, host.model.slab_pages))
+        within = count <= debts.owed
+        if within:
+            self._hungry[host.arena] = needy
+            self._tell()
+        elif not host.may_borrow or count > sum(debts.lenders.values()):
             return Claim.NOBODY
         self._ceding = [task for task in self._ceding if task.swap is Swap.OUT]
         if any(task.arena == lender.arena for task in self._ceding for lender in self.neighbours(host)):
             return Claim.COMING
-        within = -(-lacking // host.model.slab_pages) <= debts.owed
-        found = _cheapest(lenders, None if within else needy.urgency[0])
-        if found is None:
+        found = _candidates(lenders, None if within else needy.urgency[0])
+        if not found or (not within and len(found) < count):
             return Claim.NOBODY
-        lender, tasks = found
+        lender, tasks = min(found, key=lambda each: _cost(each[1]))
         for task in tasks:
             if not self._core.paging.take(lender, task, needy):
                 self._ceding.append(task)
@@ -118,20 +144,16 @@ class Lending:
         return Claim.COMING if self._ceding else Claim.FREED
 
 
-def _cheapest(lenders: list[Host], rank: int | None) -> tuple[Host, list[Task]] | None:
-    """The lender and the tasks that hold pages in its cheapest slab; with a ``rank`` only lower bands."""
-    best: tuple[Host, list[Task]] | None = None
-    least: tuple[bool, int, int] | None = None
-    for lender in lenders:
-        for tasks in _by_slab(lender).values():
-            if any(t.id in lender.promised for t in tasks):
-                continue
-            if rank is not None and min(t.urgency[0] for t in tasks) <= rank:
-                continue
-            cost = _cost(tasks)
-            if least is None or cost < least:
-                best, least = (lender, tasks), cost
-    return best
+def _candidates(lenders: list[Host], rank: int | None) -> list[tuple[Host, list[Task]]]:
+    """Each slab that could be emptied: whose it is, and the tasks that hold pages in it; with a ``rank`` only
+    those of lower bands."""
+    return [
+        (lender, tasks)
+        for lender in lenders
+        for tasks in _by_slab(lender).values()
+        if not any(t.id in lender.promised for t in tasks)
+        and (rank is None or min(t.urgency[0] for t in tasks) > rank)
+    ]
 
 
 def _by_slab(host: Host) -> dict[int, list[Task]]:

@@ -62,6 +62,7 @@ class Paging:
     def received(self, host: Host, task: Task, pages: list[int], cached: int) -> None:
         """A task has its first pages here, with the KV of its ``cached`` first tokens."""
         task.committed, task.shared_pages = len(task.tokens), cached // host.model.page_tokens
+        self._core.lending.received(host)
         if task.first_cached < 0:
             task.first_cached = cached
         if task.place is Place.RESERVING:

@@ -52,7 +52,6 @@ class Lane:
         self.queue: deque[tuple[Device, Quantum | Callable[[], None]]] = deque()
         self.next_step = 0
         self.entered = False
-        self.preempted = 0
         self.in_flight = 0
         self.free_at = 0.0
 
@@ -64,6 +63,7 @@ class Device:
         self._sim = simulator
         self._host = host
         self._lane = lane or Lane()
+        self._preempted = 0
         self._seats: dict[int, _Seat] = {}
         self._link_free = {"device": 0.0, "host": 0.0, "disk": 0.0}  # by source: each direction is its own
         self.dead = False
@@ -75,7 +75,7 @@ class Device:
         self._dispatch()
 
     def preempt(self, quantum: int) -> None:
-        self._lane.preempted = max(self._lane.preempted, quantum)
+        self._preempted = max(self._preempted, quantum)
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -96,7 +96,7 @@ class Device:
         lane, sim, host = self._lane, self._sim, self._host
         if not lane.entered:
             self._enter(quantum)
-        cut = quantum.id <= lane.preempted
+        cut = quantum.id <= self._preempted
         step = None if cut or lane.next_step >= quantum.steps else self._step(quantum)
         if step is None:
             lane.queue.popleft()

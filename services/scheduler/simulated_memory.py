@@ -64,11 +64,11 @@ class MemoryCalls(Clock):
         self._ask(host, call, lambda _: None, lambda _: None)
 
     def reserve(self, host: Host, task: Task, extra: int) -> None:
-        hurry = host.tiers.hurries(task)
+        hurry, borrow = host.tiers.hurries(task), host.may_borrow
 
         def call(memory: Arena) -> tuple[list[int], int, Transfer | None, bool]:
             pages, cached = memory.reserve(
-                task.id, task.tenant, list(task.tokens), extra, task.max_pages, hurry
+                task.id, task.tenant, list(task.tokens), extra, task.max_pages, hurry, task.adapter, borrow
             )
             return pages, cached, _transfer(memory, task), memory.tiers.low
 
@@ -87,12 +87,12 @@ class MemoryCalls(Clock):
             self._ask(host, call, reply, fail)
 
     def grow(self, host: Host, wants: list[tuple[Task, int]]) -> None:
-        asked = {task.id: (task, task.residence) for task, _ in wants}
+        asked, borrow = {task.id: (task, task.residence) for task, _ in wants}, host.may_borrow
 
         def call(memory: Arena) -> tuple[list[tuple[int, list[int]]], bool, Debts]:
             # A task that gave its pages back meanwhile is unknown to memory by now.
             known = [(t.id, n) for t, n in wants if t.id in memory.tasks and not memory.tasks[t.id].away]
-            return memory.grow(known), memory.tiers.low, Debts(*memory.pool.debts())
+            return memory.grow(known, borrow), memory.tiers.low, Debts(*memory.pool.debts())
 
         def reply(got: tuple[list[tuple[int, list[int]]], bool, Debts]) -> None:
             self.core.paging.grown(host, [(*asked[i], pages) for i, pages in got[0]], self.now, *got[1:])
@@ -124,10 +124,10 @@ class MemoryCalls(Clock):
 
     def swap_in(self, host: Host, task: Task, extra: int, spare: int) -> None:
         residence, swapping = task.residence, self.core.swapping
-        hurry = host.tiers.hurries(task)
+        hurry, borrow = host.tiers.hurries(task), host.may_borrow
 
         def call(memory: Arena) -> tuple[list[int], int, Transfer | None]:
-            pages, cached = memory.tiers.swap_in(task.id, extra, spare, hurry)
+            pages, cached = memory.tiers.swap_in(task.id, extra, spare, hurry, borrow)
             return pages, cached, _transfer(memory, task)
 
         self._ask(

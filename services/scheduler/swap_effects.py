@@ -55,9 +55,9 @@ class SwapMessages:
             swapping.coming(host, task, residence, body.pages, body.cached, body.transfer, now())
             swapping.relieve(host, body.low)
 
-        self._server.call(
-            "memory.swap_in", SwapIn(host.arena, task.id, extra, spare, host.tiers.hurries(task)), answered
-        )
+        hurry = host.tiers.hurries(task)
+        body = SwapIn(host.arena, task.id, extra, spare, hurry, host.may_borrow)
+        self._server.call("memory.swap_in", body, answered)
 
     def demote(self, host: Host) -> None:
         def answered(answer: Answer) -> None:

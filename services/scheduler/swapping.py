@@ -248,6 +248,7 @@ class Swapping:
         if journey.kind is Kind.HIT:
             self._core.paging.received(host, task, journey.pages, journey.cached)
             return
+        self._core.lending.received(host)
         if task.place is Place.RESERVING:
             host.begin(task, journey.pages, min(journey.cached, len(task.tokens) - 1))
             return
