@@ -12,7 +12,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from llmos.drivers.null.pages import Pages, page_size
+from llmos.drivers.null.slabs import DEFAULT_PAGES, SharedMemory, SlabPages, shared_bytes
 from llmos.drivers.sdk.driver import (
     Driver,
     Finish,
@@ -48,7 +51,6 @@ from llmos.drivers.sdk.tiers import Tiers
 from llmos.ipc.errors import Busy, InvalidArgument, NoMemory, NotFound
 
 VOCABULARY = 256
-DEFAULT_PAGES = 4096
 
 
 def next_token(tokens: list[int], adapter: str = "") -> int:
@@ -92,8 +94,10 @@ class _Sequence:
 class _Cache:
     """The pages of one model, on the device and beside it."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, shared: SharedMemory | None) -> None:
         self.device = Pages(loaded.pages, loaded.page_tokens)
+        if shared is not None:
+            self.device = SlabPages(shared, loaded.model, loaded.page_tokens)
         self.tiers = Tiers(loaded.model, loaded.page_bytes, loaded.host_pages, loaded.disk_pages)
 
 
@@ -128,6 +132,7 @@ class NullDriver(Driver):
         self._parked: set[str] = set()
         self._models: dict[str, LoadedModel] = {}
         self._caches: dict[tuple[str, int], _Cache] = {}
+        self._shared: dict[int, SharedMemory] = {}  # by replica
         self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
         self._free_at: dict[int, float] = {}
         self._adapters: dict[str, set[str]] = {}
@@ -163,11 +168,29 @@ class NullDriver(Driver):
             adapters=request.adapters,
         )
         self._adapters[request.model] = set()
+        if request.arena == "shared" and not encodes:
+            loaded = self._in_shared_memory(loaded, request)
         self._models[request.model] = loaded
         for number in range(loaded.replicas):
-            self._caches[request.model, number] = _Cache(loaded)
+            shared = self._shared[number] if loaded.pool else None
+            self._caches[request.model, number] = _Cache(loaded, shared)
         self.reset(request.model)
         return loaded
+
+    def _in_shared_memory(self, loaded: LoadedModel, request: LoadRequest) -> LoadedModel:
+        for number in range(loaded.replicas):
+            if number not in self._shared:
+                self._shared[number] = SharedMemory(shared_bytes(request), loaded.page_bytes)
+        shared = self._shared[0]
+        slab_pages = shared.slab_pages(request)
+        return msgspec.structs.replace(
+            loaded,
+            pages=shared.slabs * slab_pages,
+            pool="shared",
+            slabs=shared.slabs,
+            slab_pages=slab_pages,
+            slab_bytes=shared.slab_bytes,
+        )
 
     def reset(self, model: str, replica: int = -1) -> None:
         if model not in self._models:
@@ -210,6 +233,8 @@ class NullDriver(Driver):
         for number in range(loaded.replicas):
             del self._slots[model, number]
             self._caches.pop((model, number)).tiers.close()
+        if not any(each.pool for each in self._models.values()):
+            self._shared.clear()
 
     def load_adapter(self, request: LoadAdapter) -> PendingAdapter:
         loaded, known = self._models[request.model], self._adapters[request.model]
@@ -270,6 +295,7 @@ class NullDriver(Driver):
             moved = self._moved(written, began)
 
             def finish() -> Moved:
+                device.give(pages)
                 for page, data in zip(pages, written, strict=True):
                     device[page][:] = data
                 return moved()
@@ -317,6 +343,9 @@ class NullDriver(Driver):
                 raise InvalidArgument(f"slot {start.slot}: adapter {start.adapter} is not loaded")
             salt = zlib.crc32(start.adapter.encode())
             cache.device.check(start.pages, start.tokens[: start.cached], salt)
+            cache.device.give(start.pages[-(-start.cached // model.page_tokens) :])
+        for growth in quantum.grow:
+            cache.device.give(growth.pages)
         for slot in quantum.release:
             del slots[slot]
         for start in quantum.start:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from llmos.ipc.errors import InvalidArgument
 
@@ -34,6 +34,9 @@ class Pages:
     def __getitem__(self, page: int) -> memoryview:
         """The bytes of a page."""
         return self._memory[page * self.size : (page + 1) * self.size]
+
+    def give(self, pages: Iterable[int]) -> None:
+        """These pages are this model's from now on, whatever was in them."""
 
     def write(
         self, table: Sequence[int], tokens: Sequence[int], start: int, stop: int, salt: int = 0

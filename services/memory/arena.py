@@ -105,8 +105,8 @@ class Arena:
 
         ``quota`` bounds the pages that the tenant owns in this arena, 0 for no bound. Raises NoMemory with
         ``free``, ``evictable`` and ``needed``, and ``demotable`` where pages worth keeping would be dropped
-        and there is no ``hurry``; InvalidArgument for a task that holds pages already. Without ``borrow`` an arena
-        of a pool gets no more slabs than its share.
+        and there is no ``hurry``; InvalidArgument for a task that holds pages already. Without ``borrow`` an
+        arena of a pool gets no more slabs than its share.
         """
         if id in self.tasks:
             raise InvalidArgument(f"task {id} holds pages already: free them first")

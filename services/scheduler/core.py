@@ -154,7 +154,7 @@ class Core:
     def forget_host(self, host: Host, now: float) -> None:
         """Memory has taken back the pages of a host that was lost: its neighbours may have them."""
         self.lending.changed(host)
-        self.lending.unpark(host)
+        self.lending.left(host)
         self.lending.wake(now)
 
     def fail_host(self, host: Host, error: LLMOSError, now: float) -> None:

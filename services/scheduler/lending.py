@@ -87,9 +87,9 @@ class Lending:
             if model in self._core.queues and len(self._core.queues[model]):
                 self._core.seating.admit(model, now)
 
-    def unpark(self, host: Host) -> None:
-        """Who waits in this pool for pages that are leaving looks whether they are there."""
-        for each in (host, *self.neighbours(host)):
+    def left(self, host: Host) -> None:
+        """Pages of a host have left the device: those of its neighbours who wait for that look for them."""
+        for each in self.neighbours(host):
             parked = [task for task, _ in each.tiers.parked.values()]
             each.tiers.parked.clear()
             for task in parked:

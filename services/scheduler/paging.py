@@ -190,7 +190,6 @@ class Paging:
         self.give_up(host, task)
         host.keepers.pop(task.id, None)
         host.short_of_pages = False
-        self._core.lending.gave(host)
 
     def give_up(self, host: Host, task: Task) -> None:
         """Memory takes back what a task has in any tier."""
@@ -198,6 +197,7 @@ class Paging:
         self._core.swapping.forget(host, task)
         self.strip(task)
         self._capped.discard(task.tenant)
+        self._core.lending.gave(host)
 
     def strip(self, task: Task) -> None:
         """A task has nothing any more; what it is still given on an older request is not for it."""

@@ -129,6 +129,7 @@ class Swapping:
         if not self._is(host, task, residence, Swap.OUT):
             return
         self._recompute(host, task)
+        self._core.lending.left(host)
         self._go_on(host, now)
 
     def coming(
@@ -196,6 +197,8 @@ class Swapping:
             else:
                 self._arrive(host, journey, now)
         self.teach(host)
+        if journey.kind in (Kind.OUT, Kind.DEMOTE):
+            self._core.lending.left(host)
         self._go_on(host, now)
         self.relieve(host, low)
 
@@ -264,7 +267,11 @@ class Swapping:
 
     def _go_on(self, host: Host, now: float) -> None:
         """Pages may be free now: for those who wait seated, for those who run, for those who queue."""
-        self._core.lending.unpark(host)
+        parked = [task for task, _ in host.tiers.parked.values()]
+        host.tiers.parked.clear()
+        for task in parked:
+            if task.place is Place.RESERVING:
+                self._core.paging.reserve(host, task)
         host.short_of_pages = False
         self._core.paging.uncap()
         self._core.pump(host.model.model, now)

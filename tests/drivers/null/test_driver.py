@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from llmos.drivers.null.driver import NullDriver, next_token
-from llmos.drivers.sdk.messages import Chunk, Growth, LoadAdapter, LoadRequest, Quantum, Start, Step
+from llmos.drivers.sdk.messages import (
+    Chunk,
+    Growth,
+    LoadAdapter,
+    LoadedModel,
+    LoadRequest,
+    Quantum,
+    Start,
+    Step,
+)
 from llmos.ipc.errors import Busy, InvalidArgument, NotFound
 
 
@@ -100,3 +109,53 @@ def test_tokens_and_kv_depend_on_the_adapter(driver: NullDriver, tmp_path: Path)
     driver.unload_adapter("m", "x")
     with pytest.raises(NotFound):
         driver.unload_adapter("m", "x")
+
+
+def shared(*sizes: int) -> tuple[NullDriver, list[LoadedModel]]:
+    """Models with pages of so many tokens in one memory of 32 slabs."""
+    driver = NullDriver()
+    requests = [
+        LoadRequest(
+            model=f"m{i}", source="", slots=2, page_tokens=size, max_context=64, chunk_tokens=16,
+            arena="shared", arena_bytes=32 * 144,
+        )
+        for i, size in enumerate(sizes)
+    ]  # fmt: skip
+    return driver, [driver.load(request, lambda progress: None) for request in requests]
+
+
+def test_models_share_one_memory_of_slabs() -> None:
+    _, (small, large) = shared(4, 16)
+    assert small.pool == large.pool == "shared"
+    assert (small.slabs, small.slab_bytes) == (large.slabs, large.slab_bytes) == (32, 144)
+    assert (small.slab_pages, large.slab_pages) == (6, 2)
+    assert small.pages == 32 * 6
+
+
+def test_a_page_that_does_not_fit_in_a_slab_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="make the arena larger"):
+        shared(4, 64)
+
+
+def test_a_slab_that_was_given_to_another_model_is_missed() -> None:
+    driver, _ = shared(4, 16)
+
+    def go(model: str, pages: list[int], **fields: Any) -> None:
+        quantum = Quantum(
+            id=1, model=model, steps=1, start=[start(pages=pages)], chunks=[Chunk(0, 0, 0, 3)], **fields
+        )
+        for pending in driver.execute(quantum):
+            pending()
+
+    go("m0", [6, 7])  # in slab 1
+    go("m1", [2])  # slab 1 as well
+    with pytest.raises(InvalidArgument, match="in a slab that 'm1' was given"):
+        list(driver.execute(Quantum(id=2, model="m0", steps=1, decode=[0])))
+
+
+def test_memory_is_given_back_with_the_last_model() -> None:
+    driver, _ = shared(4, 16)
+    driver.unload("m0")
+    driver.unload("m1")
+    request = LoadRequest(model="m", source="", page_tokens=4, pages=64, arena="shared")
+    assert driver.load(request, lambda progress: None).slabs == 32
