@@ -172,8 +172,9 @@ class Swapping:
             self._begin(host, transfer, Journey(Kind.DEMOTE))
         else:
             host.tiers.demoting = False
-            host.tiers.hasty |= host.tiers.parked.keys()
-            self._go_on(host, now)
+            if host.tiers.parked:
+                host.tiers.hasty |= host.tiers.parked.keys()
+                self._go_on(host, now)
             waiting = [t for t in host.keepers.values() if t.id not in host.tiers.fetched]
             victim = max(waiting, key=displace.expendable, default=None)
             if victim is not None and not host.tiers.leaving:
