@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llmos.services.memory.messages import ArenaUsage, TierUsage, Usage
+from llmos.services.memory.messages import ArenaUsage, PoolUsage, TierUsage, Usage
 from llmos.services.scheduler.messages import Cont, Kill, Nice, Pause
 from llmos.shell import saving, session
 from llmos.shell.output import size, table
 
 ARENAS = ("ARENA", "PAGES", "OWNED", "CACHED", "FREE", "SIZE", "HITS")
+POOLS = ("POOL", "ARENA", "SLABS", "SHARE", "SIZE", "OWNED", "CACHED", "FREE")
 TIERS = ("ARENA", "TIER", "SIZE", "OWNED", "CACHED", "FREE", "MOVING")
 TENANTS = ("ARENA", "TIER", "TENANT", "OWNED", "CACHED")
 
@@ -42,11 +43,15 @@ def cont(options: argparse.Namespace) -> int:
 def free(options: argparse.Namespace) -> int:
     """Print the pages of every arena in every tier, and whose they are."""
     with session.connect() as client:
-        arenas = client.call("memory.usage", None, Usage).arenas
+        usage = client.call("memory.usage", None, Usage)
+    arenas = usage.arenas
     if not arenas:
         print("no model has memory")
         return 0
     print(arena_table(arenas))
+    if usage.pools:
+        print()
+        print(pool_table(usage.pools, arenas))
     if any(arena.tiers for arena in arenas):
         print()
         print(tier_table(arenas))
@@ -71,6 +76,19 @@ def arena_table(arenas: list[ArenaUsage]) -> str:
         for arena in arenas
     ]
     return table(ARENAS, rows, right=ARENAS[1:])
+
+
+def pool_table(pools: list[PoolUsage], arenas: list[ArenaUsage]) -> str:
+    """Every pool: which arena has how many of its slabs, for what; and what nobody has. In bytes."""
+    rows = []
+    for pool in pools:
+        for arena in (arena for arena in arenas if arena.pool == pool.pool):
+            counts = (arena.owned, arena.cached, arena.free)
+            held = size(arena.slabs * pool.slab_bytes)
+            used = (size(count * arena.page_bytes) for count in counts)
+            rows.append((pool.pool, arena.arena, arena.slabs, pool.share, held, *used))
+        rows.append((pool.pool, "-", pool.free, "-", size(pool.free * pool.slab_bytes), "-", "-", "-"))
+    return table(POOLS, rows, right=POOLS[2:])
 
 
 def tier_table(arenas: list[ArenaUsage]) -> str:

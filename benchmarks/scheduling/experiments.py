@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.scheduling import traces
+from benchmarks.scheduling.models import pool
 from benchmarks.scheduling.policies import POLICIES, core
 from benchmarks.scheduling.tiers import conversations, displaced
 from benchmarks.scheduling.visits import visits
@@ -301,5 +302,6 @@ EXPERIMENTS: dict[str, Callable[[], Figures]] = {
         cost,
         conversations,
         displaced,
+        pool,
     )
 }

@@ -7,12 +7,12 @@ from types import TracebackType
 import msgspec
 import pytest
 
-from llmos.services.memory.messages import ArenaUsage, TenantUsage, TierUsage
+from llmos.services.memory.messages import ArenaUsage, PoolUsage, TenantUsage, TierUsage
 from llmos.services.scheduler.messages import Cont, Kill, Nice, Pause
 from llmos.shell import session
 from llmos.shell.main import main
 from llmos.shell.output import size
-from llmos.shell.tasks import arena_table, tenant_table, tier_table
+from llmos.shell.tasks import arena_table, pool_table, tenant_table, tier_table
 
 ARENA = ArenaUsage(
     arena="jax0/m",
@@ -35,6 +35,14 @@ def test_an_arena_shows_its_pages_by_use_and_its_hits() -> None:
 
 def test_a_tenant_shows_its_bytes() -> None:
     assert tenant_table([ARENA]).split("\n")[1].split() == ["jax0/m", "device", "a", "30MiB", "10MiB"]
+
+
+def test_a_pool_shows_who_has_its_slabs_and_what_nobody_has() -> None:
+    arena = msgspec.structs.replace(ARENA, pool="jax0/p", slabs=5)
+    pool = PoolUsage(pool="jax0/p", slabs=8, free=3, slab_bytes=21 << 20, share=4, arenas=["jax0/m"])
+    lines = [line.split() for line in pool_table([pool], [arena]).split("\n")]
+    assert lines[1] == ["jax0/p", "jax0/m", "5", "4", "105MiB", "30MiB", "10MiB", "60MiB"]
+    assert lines[2] == ["jax0/p", "-", "3", "-", "63MiB", "-", "-", "-"]
 
 
 def test_the_other_tiers_show_their_bytes_by_use_and_by_tenant() -> None:
