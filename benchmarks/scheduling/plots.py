@@ -17,7 +17,7 @@ POLICIES = ("LLM OS", "FCFS", "vLLM priority", "FastServe MLFQ")
 def draw(figures: dict[str, Any], folder: Path) -> None:
     """Write a file for each experiment that has a plot."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, plot in (("bands", _bands), ("overload", _overload), ("fairness", _fairness)):
+    for name, plot in (("bands", _bands), ("overload", _overload), ("fairness", _fairness), ("pool", _pool)):
         if name in figures:
             figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
             plot(axes, figures[name])
@@ -57,4 +57,14 @@ def _fairness(axes: Any, figures: dict[str, Any]) -> None:
             )  # fmt: skip
     axes.set_xlabel("seconds")
     axes.set_ylabel("service / weight")
+    axes.legend(fontsize=8)
+
+
+def _pool(axes: Any, figures: dict[str, Any]) -> None:
+    width = 0.35
+    for at, way in enumerate(("static", "shared")):
+        bars = [figures[traffic][way]["tokens_per_s_to_the_end"] for traffic in figures]
+        axes.bar([i + (at - 0.5) * width for i in range(len(bars))], bars, width, label=way)
+    axes.set_xticks(range(len(figures)), list(figures))
+    axes.set_ylabel("tokens/s")
     axes.legend(fontsize=8)
