@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmos.drivers.sdk.messages import Preempt, Quantum, QuantumDone, Step
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
-from llmos.ipc.errors import HostDown, IOFailure, LLMOSError, NoMemory
+from llmos.ipc.errors import Busy, HostDown, IOFailure, LLMOSError, NoMemory
 from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming
 from llmos.services.memory.messages import (
@@ -63,7 +63,8 @@ class MessageEffects(SwapMessages):
                 )
             elif isinstance(answer.error, NoMemory):
                 self._server.core.paging.refused(host, task, now(), answer.error)
-            elif isinstance(answer.error, HostDown):
+            elif isinstance(answer.error, HostDown | Busy):
+                # What was sent to a memory that has just died finds its queue full.
                 self._server.after(RETRY_SECONDS, lambda: self.reserve(host, task, extra))
             else:
                 self._server.core.kill(task, answer.error, now())
