@@ -62,7 +62,7 @@ def _machine(host: Host, safety: float, others: tuple[int, int] = (0, 0)) -> Mac
     def step(rows: float, context: float, prefilled: float) -> float:
         return safety * host.times.seconds(rows, context, prefilled, cautious=True)
 
-    slots, pages = host.model.slots, host.model.pages
+    slots, pages = host.model.slots, host.guaranteed
     return Machine(step, partial(pacing.room, host), slots, pages, pacing.SHARE, others, TURNOVER)
 
 
