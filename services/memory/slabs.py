@@ -197,8 +197,8 @@ class SlabPages(PagePool):
         return self.slab_pages - self._spare[slab] - len(self._loose[slab])
 
     def _most(self, borrow: bool) -> int:
-        """How many slabs more it may have."""
-        return len(self.slabs.holders) if borrow else max(0, self.slabs.share - self.used)
+        """How many slabs more it may hold."""
+        return len(self.slabs.holders) if borrow else max(0, self.slabs.share - len(self.held))
 
     def _fitness(self, slab: int) -> tuple[bool, int, int]:
         spare = self._spare[slab]
