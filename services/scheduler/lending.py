@@ -52,7 +52,7 @@ class Lending:
         self._core = core
         self._ceding: list[Task] = []  # are swapped out for a neighbour
         self._stirred: set[str] = set()  # models for whom pages may have become free
-        self._freed: Counter[str] = Counter()  # by pool: how often pages were given back
+        self._freed: Counter[str] = Counter()  # by pool or arena: how often pages were given back
         self._hungry: dict[str, Task] = {}  # by arena: who waits for pages of its share
 
     def neighbours(self, host: Host) -> list[Host]:
@@ -71,11 +71,10 @@ class Lending:
 
     def gave(self, host: Host) -> None:
         """Pages of a host were given back: its neighbours may have them."""
-        if host.pool:
-            self._freed[host.pool] += 1
-            for each in self.neighbours(host):
-                each.short_of_pages = False
-                self._stirred.add(each.model.model)
+        self._freed[host.pool or host.arena] += 1
+        for each in self.neighbours(host):
+            each.short_of_pages = False
+            self._stirred.add(each.model.model)
 
     def wake(self, now: float) -> None:
         """Seat whom the pages may help that were given back."""
@@ -99,11 +98,11 @@ class Lending:
 
     def asks(self, host: Host, task: Task) -> None:
         """A task asks for pages."""
-        task.asked = self._freed[host.pool]
+        task.asked = self._freed[host.pool or host.arena]
 
     def asked_in_vain(self, host: Host, task: Task) -> bool:
         """Whether a task was refused pages and none were given back meanwhile."""
-        return task.asked == self._freed[host.pool]
+        return task.asked == self._freed[host.pool or host.arena]
 
     def received(self, host: Host) -> None:
         """A task of this host got pages that it asked for."""

@@ -51,6 +51,10 @@ class Paging:
             self._effects.free(host, [task])
             if transfer is not None:
                 swapping.abort(host, transfer)
+            # Who was refused pages meanwhile may have these.
+            host.short_of_pages = False
+            self._core.lending.gave(host)
+            self._core.pump(host.model.model, now)
             return
         if transfer is not None:
             swapping.incoming(host, task, pages, cached, transfer)
