@@ -202,7 +202,7 @@ class NullDriver(Driver):
         def finish() -> Moved:
             self._parked.add(model)
             self.reset(model)
-            for number in range(loaded.replicas):
+            for number in range(0 if loaded.pool else loaded.replicas):
                 self._caches[model, number].device = Pages(loaded.pages, loaded.page_tokens)
             return self._swapped()
 

@@ -204,3 +204,15 @@ def test_weights_travel_in_their_own_layout() -> None:
     for x, y in zip(store.back(store.out(near, []), []), near, strict=True):
         assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_pool_stays_where_it_is_when_one_of_its_models_is_parked(
+    load: Any, helpers: Any, away: bool
+) -> None:
+    one, other = (load(name, arena="shared", arena_bytes=64 << 20) for name in ("pooled", "beside"))
+    tasks = [helpers.Task(PROMPT, 12)]
+    before = one.run(*tasks)
+    park(one.driver, "pooled")
+    assert other.run(*tasks) == before
+    wake(one.driver, "pooled")
+    assert one.run(*tasks) == before
