@@ -148,6 +148,7 @@ def test_a_row_on_8_bit_weights_gets_the_same_whatever_is_beside_it(
     driver.unload("tiny")
 
 
+@pytest.mark.slow
 def test_speculation_gives_the_tokens_of_plain_decoding(
     loaded: Any, request_of: LoadRequest, helpers: Any, adapters: Any, fresh_cache: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_speculation_gives_the_tokens_of_plain_decoding(
     driver.unload("tiny")
 
 
+@pytest.mark.slow
 def test_every_replica_has_the_adapter(
     loaded: Any, request_of: LoadRequest, helpers: Any, adapters: Any, fresh_cache: Path
 ) -> None:

@@ -172,6 +172,7 @@ def check_programs(driver: JaxDriver, name: str) -> None:
         assert key[0] == "gather" or memory.alias_size_in_bytes == array.nbytes
 
 
+@pytest.mark.slow
 def test_guesses_from_the_past_are_verified_in_a_pool(
     models: Models, alone: dict[str, list[list[int]]], driver: JaxDriver
 ) -> None:
@@ -271,6 +272,7 @@ def test_the_last_model_to_go_frees_the_pool(models: Models, driver: JaxDriver, 
     assert not driver._pools._pools
 
 
+@pytest.mark.slow
 def test_replicas_have_a_pool_on_each_device(
     models: Models, alone: dict[str, list[list[int]]], driver: JaxDriver
 ) -> None:

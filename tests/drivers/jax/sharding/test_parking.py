@@ -11,7 +11,14 @@ from llmos.drivers.jax.parking import Parked
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"tensor": 2}, {"data": 2}, {"data": 2, "tensor": 2}, {"pipeline": 2}], ids=str
+    "mesh",
+    [
+        {"tensor": 2},
+        {"pipeline": 2},
+        pytest.param({"data": 2}, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_model_on_a_mesh_computes_the_same_after_waking(
     on_mesh: Callable[..., Any], mesh: dict[str, int]

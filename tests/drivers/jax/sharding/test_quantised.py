@@ -11,8 +11,10 @@ import pytest
 
 @pytest.mark.parametrize(
     ("name", "axes"),
-    [("llama", {"tensor": 2}), ("mixtral", {"expert": 2, "tensor": 2})],
-    ids=["dense", "sparse"],
+    [
+        pytest.param("llama", {"tensor": 2}, marks=pytest.mark.slow, id="dense"),
+        pytest.param("mixtral", {"expert": 2, "tensor": 2}, id="sparse"),
+    ],
 )
 def test_a_mesh_gives_what_one_device_gives(
     on_mesh: Callable[..., Any], name: str, axes: dict[str, int]
