@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.cluster import DRIVER, Cluster
-from benchmarks.preemption import Play, Request
+from benchmarks.play import Play, Request
 from benchmarks.report import Report, arguments
 from llmos.drivers.null.pages import page_size
 from llmos.drivers.sdk.messages import LoadRequest
@@ -47,10 +47,10 @@ class Asked(Request):
 class PlayAll(Play):
     """Plays requests to several models on one connection."""
 
-    def _send(self, request: Request) -> None:
+    def send(self, request: Request) -> None:
         assert isinstance(request, Asked)
         self._model = request.model
-        super()._send(request)
+        super().send(request)
 
 
 def requests(options: Any) -> list[LoadRequest]:

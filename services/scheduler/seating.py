@@ -24,6 +24,7 @@ class Seating:
         self._share = share
         self.placing = Placing(order.for_slot)
         self.displaced = 0
+        self._rows: headroom.Rows | None = None
 
     # --- asked by the core ---
 
@@ -32,6 +33,7 @@ class Seating:
         queue, hosts = self._core.queues[model], self._core.hosts_of(model)
         passed: set[int] = set()
         while hosts:
+            self._rows = None
             vacant = any(host.vacant for host in hosts)
             task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task), vacant)
             if task is None:
@@ -143,8 +145,10 @@ class Seating:
     def _floods(self, task: Task) -> bool:
         """Whether a tenant has its share of the slots while another is here that asks for little."""
         hosts = self._core.hosts_of(task.model)
-        if sum(host.tenants[task.tenant] for host in hosts) < self._share * task.weight:
+        slots = sum(host.model.slots for host in hosts)
+        if sum(host.tenants[task.tenant] for host in hosts) < int(self._share * slots * task.weight):
             return False
-        rows = headroom.Rows(hosts, self._share)
+        # Many tasks are looked at before one is seated, and only that changes the rows.
+        self._rows = rows = self._rows or headroom.Rows(hosts, self._share)
         waits = self._core.queues[task.model].interactive
         return not rows.within(task.tenant, task.weight) and rows.light(task.tenant, waits)
