@@ -16,7 +16,6 @@ import json
 import statistics
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks.engine import Session
+from benchmarks.report import Report, arguments
 from llmos.drivers.jax.adapters import targets
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.driver import JaxDriver
@@ -134,7 +134,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print, or write as JSON."""
-    parser = argparse.ArgumentParser(description="What LoRA adapters cost.")
+    parser = arguments("What LoRA adapters cost.")
     parser.add_argument("--model", required=True, help="GGUF file, safetensors folder, or random:CONFIG_JSON")
     parser.add_argument("--cache", default="", help="folder for converted weights and compiled programs")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -147,7 +147,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--page-tokens", type=int, default=16)
     parser.add_argument("--chunk-tokens", type=int, default=2048)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     figures = measure(options)
     base = {kind: figures.get(f"{kind}_0_tokens_per_s", 0.0) for kind in ("decode", "prefill")}
@@ -157,15 +156,9 @@ def main() -> None:
         if name.endswith("_per_s") and base[name.partition("_")[0]]
     }
     fields = ("model", "dtype", "weights", "rank", "batch", "prompt")
-    environment = {name: getattr(options, name) for name in fields} | {"jax": metadata.version("jax")}
+    environment = {name: getattr(options, name) for name in fields}
     environment["device"] = JaxDriver().describe().devices[0].name
-    report = {
-        "name": "lora", "figures": figures, "peers": {}, "ratios": ratios, "environment": environment,
-    }  # fmt: skip
-    text = json.dumps(report, indent=2)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    Report("lora", figures, {}, ratios, environment).write(options.json)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ where ``--weights`` are of 8 bits and are multiplied so, the quantisation of wha
 what a queue of requests meets is the last. ``bound`` is what that rate would allow without attention, norms,
 sampling and everything else a step needs. ``--way`` replaces the one that ``quant.choose`` picks.
 
-``--product`` says who multiplies on a GPU: what XLA finds fastest among its Triton kernels and cuBLASLt's
-(``tuned``, its default), or cuBLASLt with an algorithm that is timed (``lt``) or that its heuristic picks
-(``lt-untimed``).
+``--product`` says who multiplies on a GPU: whoever does in the driver (``own``), what XLA finds fastest among
+its Triton kernels and cuBLASLt's (``tuned``, XLA's default), or cuBLASLt with an algorithm that is timed
+(``lt``) or that its heuristic picks (``lt-untimed``).
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ import jax.numpy as jnp
 import msgspec
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax import quant
+from llmos.drivers.jax import platform, quant
 from llmos.drivers.jax.layers import product
 from llmos.drivers.sdk.messages import PRECISIONS, Precision
 
 Weight = tuple[jax.Array, jax.Array | None]
 """Values [out, in], and the scale [out] of quantised ones."""
-Product = Literal["tuned", "lt", "lt-untimed"]
+Product = Literal["own", "tuned", "lt", "lt-untimed"]
 
 NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
 OPTIONS: dict[Product, dict[str, Any]] = {
-    "tuned": {},
+    "tuned": {"xla_gpu_enable_triton_gemm": True},
     "lt": NO_TRITON,
     "lt-untimed": NO_TRITON | {"xla_gpu_autotune_level": 0},
 }
@@ -67,7 +67,7 @@ def make(key: jax.Array, shape: tuple[int, int], precision: Precision) -> Weight
 
 
 def sustain(
-    config: dict[str, Any], rows: int, seconds: float, precision: Precision, by: Product = "tuned"
+    config: dict[str, Any], rows: int, seconds: float, precision: Precision, by: Product = "own"
 ) -> dict[str, float]:
     """Rates of the products for ``rows`` tokens at a time, in TFLOP/s, at the start and at the end."""
     keys = jax.random.split(jax.random.key(0), 5)
@@ -80,8 +80,9 @@ def sustain(
 
     x = jax.random.normal(keys[4], (rows, config["hidden_size"]), jnp.bfloat16)
     jax.block_until_ready((weights, x))
+    options = OPTIONS.get(by) or platform.compiler_options(jax.devices()[0], rows)
     begun = time.perf_counter()
-    program = jax.jit(run).lower(weights, x).compile(compiler_options=OPTIONS[by])
+    program = jax.jit(run).lower(weights, x).compile(options)
     compiled = time.perf_counter() - begun
     program(weights, x).block_until_ready()
     work = 2e-12 * rows * config["num_hidden_layers"] * sum(weight.size for weight, _ in weights)
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--weights", default="same", choices=PRECISIONS)
     parser.add_argument("--way", choices=get_args(quant.Way))
-    parser.add_argument("--product", default="tuned", choices=get_args(Product))
+    parser.add_argument("--product", default="own", choices=get_args(Product))
     options = parser.parse_args()
     config = msgspec.json.decode(options.model.read_bytes())
     report = Report("roofline")

@@ -103,15 +103,9 @@ def product(x: jax.Array, weight: jax.Array, scale: jax.Array, out: Any, dense: 
 
 
 def native(values: jax.Array, weight: jax.Array, out: Any) -> jax.Array:
-    """8-bit values [rows, in] times an 8-bit weight [out, in]: int32, or ``out`` where they are float8.
-
-    cuBLASLt has no float8 product of a vector: XLA would convert the whole matrix for one row.
-    """
-    rows = values.shape[0]
-    lonely = rows == 1 and values.dtype != jnp.int8
+    """8-bit values [rows, in] times an 8-bit weight [out, in]: int32, or ``out`` where they are float8."""
     wide = jnp.int32 if values.dtype == jnp.int8 else out
-    fed = jnp.pad(values, ((0, FLOAT8_TILE - 1), (0, 0))) if lonely else values
-    return jax.lax.dot_general(fed, weight, (((1,), (1,)), ((), ())), preferred_element_type=wide)[:rows]
+    return jax.lax.dot_general(values, weight, (((1,), (1,)), ((), ())), preferred_element_type=wide)
 
 
 def blocked(rows: jax.Array, weight: jax.Array, out: Any, dense: Dense) -> jax.Array:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,11 +207,9 @@ def left_behind(running: Running, known: Status) -> list[str]:
     return processes + [str(path) for path in running.run.rglob("*")]
 
 
-@pytest.fixture(scope="session")
-def up() -> Iterator[Running]:
-    """The system; when the last test is done it is stopped as people stop it, and must leave nothing."""
-    folder = Path(tempfile.mkdtemp(prefix="llmos-"))
-    running = prepare(folder)
+@contextmanager
+def booted(running: Running) -> Iterator[Running]:
+    """Boot what was prepared; in the end it is stopped as people stop it, and must leave nothing."""
     try:
         boot(running)
         yield running
@@ -221,7 +220,14 @@ def up() -> Iterator[Running]:
     finally:
         running.close()
         running.llmos("down", timeout=90.0)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(running.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def up() -> Iterator[Running]:
+    """The system of all tests."""
+    with booted(prepare(Path(tempfile.mkdtemp(prefix="llmos-")))) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from llmos.drivers.null.driver import next_token
 from llmos.services.models.tokenizer import BYTES
 from tests.services.models.gguf_file import METADATA, write_gguf
-from tests.system.conftest import Running, boot, free_port, left_behind
+from tests.system.conftest import Running, booted, free_port
 
 MODEL, DRIVER = "bytes", "driver.null0"
 PAGE = 16
@@ -42,18 +41,8 @@ def small_system(driver: str = "", model: str = "", folder: Path | None = None) 
         f"page_tokens = {PAGE}\n{model}\n"
     )
     own = {f"LLMOS_{name.upper()}": str(folder / name) for name in ("run", "state", "cache")}
-    running = Running(folder, port, {**os.environ, **own})
-    try:
-        boot(running)
+    with booted(Running(folder, port, {**os.environ, **own})) as running:
         yield running
-        known = running.status()
-        done = running.llmos("down", timeout=90.0)
-        assert done.returncode == 0, done.stderr
-        assert left_behind(running, known) == []
-    finally:
-        running.close()
-        running.llmos("down", timeout=90.0)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def said(prompt: list[int], count: int) -> list[int]:

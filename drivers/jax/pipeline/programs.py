@@ -162,11 +162,11 @@ class PipelinePrograms(Programs):
         """Dispatch to the first stage what it is owed for any of ``slots``, and no more: it would wait."""
         # What was sampled for nobody, in a rehearsal, goes with the next.
         due = [not rows.slots or not rows.slots.isdisjoint(slots) for rows, _ in batch.owed]
-        for now, (rows, packed) in zip(due, batch.owed):
-            if now:
+        for wanted, (rows, packed) in zip(due, batch.owed):
+            if wanted:
                 program = self.stages[0].get(("absorb", rows.shape[0]))
                 batch.first = program(batch.first, rows.first, packed)
-        batch.owed = [each for now, each in zip(due, batch.owed) if not now]
+        batch.owed = [each for wanted, each in zip(due, batch.owed) if not wanted]
 
 
 def _both(first: Program, last: Program, batch: Batch, *arguments: Any) -> Batch:
