@@ -8,13 +8,16 @@ The real kernel, memory, scheduler and driver process. MODEL is a GGUF file, or 
 
 ``first_token``: batch work takes every slot and needs more pages than there are; realtime requests (with
 deadlines) and interactive ones come at fixed times. Reported: time to first token by band, the deadlines
-kept, how much longer the batch took beyond the steps that the urgent work itself needs, and whether every
-batch task produced the tokens that it produces undisturbed. ``deadlines``: see ``benchmarks.deadlines``.
+kept, how much longer the batch took beyond the steps that the urgent work itself needs, and how many batch
+tasks produced other tokens than undisturbed. Where bfloat16 rounds, tokens depend on what else is in a step,
+disturbed or not: beside it is how many differ between two undisturbed runs.
+``deadlines``: see ``benchmarks.deadlines``.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,8 @@ def measure(play: Play, client: Client, model: LoadedModel, options: Any) -> dic
     batch, urgent = traffic(model, options)
     play.run(again(urgent))
     say("first token: batch work, once to warm up")
-    play.run(again(batch))  # compiles, and fills the prefix cache alike for what is measured
+    warm = again(batch)
+    play.run(warm)  # fills the prefix cache alike for what is measured
     say("first token: urgent requests alone")
     idle = again(urgent)
     play.run(idle)
@@ -92,8 +96,14 @@ def measure(play: Play, client: Client, model: LoadedModel, options: Any) -> dic
         ),
         "displaced": after.displaced - before.displaced,
         "batch_tasks": len(work),
-        "batch_tasks_with_other_tokens": sum(a.got != b.got for a, b in zip(alone, work, strict=True)),
+        "batch_tasks_with_other_tokens": differing(alone, work),
+        "with_other_tokens_undisturbed": differing(warm, alone),
     }
+
+
+def differing(some: list[Request], others: list[Request]) -> int:
+    """How many requests got other tokens the second time."""
+    return sum(one.got != other.got for one, other in zip(some, others, strict=True))
 
 
 def first_token(requests: list[Request], band: str) -> dict[str, float]:
@@ -125,6 +135,10 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=0.09, help="seconds between them")
     parser.add_argument("--deadline", type=float, default=1.0, help="of realtime requests, in seconds")
     parser.add_argument("--pages", type=float, default=0.85, help="pages, as a share of what all slots need")
+    parser.add_argument("--host-pages", type=int, default=0, help="pages in RAM that tasks can be moved to")
+    parser.add_argument(
+        "--settle", type=float, default=0.0, help="seconds left for what compiles after loading"
+    )
     deadlines.add_options(parser)
     options = parser.parse_args()
     if options.driver == "jax" and not options.model:
@@ -144,17 +158,19 @@ def main() -> None:
         slots=options.slots,
         max_context=2 * (options.prompt + options.count),
         chunk_tokens=options.chunk_tokens,
+        host_pages=options.host_pages,
     )
     with Cluster(driver) as cluster:
         model, seconds = cluster.load(request)
         figures: dict[str, Any] = {"load_s": round(seconds, 1)}
+        time.sleep(options.settle)
         with cluster.connect("user") as client:
             play = Play(client, "m")
             # Whatever the shape, a few short requests first: nothing is timed on a cold driver.
             play.run([Request("batch", list(range(1, 100 + i)), 8) for i in range(min(8, model.slots))])
             for name in options.only:
                 figures[name] = EXPERIMENTS[name](play, cluster.client, model, options)
-    names = ("driver", "model", "dtype", "slots", "prompt", "count", "pages")
+    names = ("driver", "model", "dtype", "slots", "prompt", "count", "pages", "host_pages", "settle")
     settings = {name: getattr(options, name) for name in names}
     Report("preemption", figures, environment={"options": settings}).write(options.json)
 

@@ -76,7 +76,6 @@ class JaxDriver(Driver):
         if request.model in self._engines or request.model in self._encoders:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
         from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
-        from llmos.drivers.jax.parking import lacking
         from llmos.drivers.jax.pool import Pools
 
         if is_encoder(request.source):
@@ -85,7 +84,7 @@ class JaxDriver(Driver):
             return loaded
         self._pools = self._pools or Pools()
         try:
-            with lacking("the device has not got the memory to load this model"):
+            with platform.lacking("the device has not got the memory to load this model"):
                 return self._load_decoder(request, progress)
         finally:
             self._pools.keep(self._engines)

@@ -7,7 +7,7 @@ Nothing here waits for the device: programs are dispatched, and the tokens of a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -103,16 +103,16 @@ class Engine:
             self._grow(quantum)
         return self._steps(quantum)
 
-    def read_pages(self, numbers: list[int]) -> jax.Array:
-        """Dispatch a gather: the pages as one block, as the steps dispatched so far leave them."""
+    def read_pages(self, numbers: list[int]) -> Sequence[jax.Array]:
+        """Dispatch a gather: the pages' rows, as the steps dispatched so far leave them."""
         program = self.programs.get(("gather", len(numbers)))
-        block: jax.Array = program(self._caches, np.asarray(numbers, np.int32))
-        return block
+        rows: Sequence[jax.Array] = program(self._caches, np.asarray(numbers, np.int32))
+        return rows
 
-    def write_pages(self, numbers: list[int], block: jax.Array) -> None:
-        """Dispatch a scatter: the steps that follow find the block in these pages."""
+    def write_pages(self, numbers: list[int], rows: Sequence[jax.Array]) -> None:
+        """Dispatch a scatter: the steps that follow find the rows in these pages."""
         program = self.programs.get(("scatter", len(numbers)))
-        self._caches = program(self._caches, block, np.asarray(numbers, np.int32))
+        self._caches = program(self._caches, tuple(rows), np.asarray(numbers, np.int32))
 
     def rehearse(self) -> bool:
         """Run the next of ``unrehearsed`` on rows that hold no sequence, and wait; False when none is left.

@@ -1,82 +1,88 @@
-"""The way between a device and RAM: blocks are copied asynchronously, through memory it can reach."""
+"""The way between a device and RAM: pages as arrays, page-locked where the device is behind a bus.
+
+A device copies page-locked memory by itself, at the speed of its bus. So a page that leaves it is kept as the
+array it arrives in: nothing is copied by the CPU, and one that is written anew drops the one before.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, Protocol
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-Fill = Callable[[np.ndarray], None]
-"""Writes the bytes [n, page bytes] of a block."""
+from llmos.drivers.jax import platform
+from llmos.drivers.sdk.driver import Bytes
+from llmos.ipc.errors import IOFailure, NoMemory
+
+_NO_HOST_MEMORY = f"the host has not got the memory for these pages, or {platform.PAGE_LOCKED}"
 
 
-class Link(Protocol):
-    """Blocks are arrays [n, width] on the device."""
+class Link:
+    """Copies rows, arrays [width], between a device and RAM; where both are one, nothing is copied."""
 
-    def fetch(self, block: jax.Array) -> jax.Array:
-        """Begin to copy a block to RAM."""
-        ...
-
-    def send(self, shape: Any, fill: Fill) -> jax.Array:
-        """Fill a block of this shape and begin to copy it to the device; used from one thread."""
-        ...
-
-
-class SharedMemory:
-    """For a device that computes in RAM: nothing has to be copied but the pages themselves."""
-
-    def __init__(self, device: Any) -> None:
-        self._device = device
-
-    def fetch(self, block: jax.Array) -> jax.Array:
-        return block
-
-    def send(self, shape: Any, fill: Fill) -> jax.Array:
-        # Fresh each time, since jax may use this very memory for as long as the block lives.
-        rows = np.empty(shape.shape, shape.dtype)
-        fill(rows.view(np.uint8))
-        sent: jax.Array = jax.device_put(rows, self._device)
-        return sent
-
-
-class Pinned:
-    """For a device behind a bus: blocks pass through page-locked memory, which it copies from by itself."""
-
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, bus: bool | None = None) -> None:
+        """``bus`` overrides whether the device is behind one."""
+        behind = device.platform != "cpu" if bus is None else bus
         self._near = jax.sharding.SingleDeviceSharding(device)
-        self._far = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        self._staging: dict[int, list[tuple[jax.Array, jax.Array | None]]] = {}
+        self._far = self._near.with_memory_kind("pinned_host") if behind else self._near
 
-    def fetch(self, block: jax.Array) -> jax.Array:
-        fetched: jax.Array = jax.device_put(block, self._far)
-        return fetched
+    def fetch(self, rows: Sequence[jax.Array]) -> list[jax.Array]:
+        """Begin to copy rows to RAM."""
+        with platform.lacking(_NO_HOST_MEMORY):
+            return list(jax.device_put(list(rows), self._far))
 
-    def send(self, shape: Any, fill: Fill) -> jax.Array:
-        """Two blocks of a size take turns: one is filled while the other is sent."""
-        turns = self._staging.setdefault(shape.shape[0], [])
-        if len(turns) < 2:
-            empty = jax.device_put(np.zeros(shape.shape, shape.dtype), self._far, may_alias=False)
-            turns.append((empty, None))
-        else:
-            turns.append(turns.pop(0))
-        staging, sent = turns[-1]
-        jax.block_until_ready((staging, sent))  # type: ignore[no-untyped-call]
-        fill(view(staging))
-        arriving: jax.Array = jax.device_put(staging, self._near, may_alias=False)
-        turns[-1] = staging, arriving
-        return arriving
+    def send(self, rows: Sequence[jax.Array | np.ndarray]) -> list[jax.Array]:
+        """Begin to copy rows to the device."""
+        return list(jax.device_put(list(rows), self._near))
+
+    def lay(self, row: np.ndarray) -> jax.Array:
+        """A row in RAM as the device wants it there."""
+        (laid,) = self.fetch([row])  # type: ignore[list-item]
+        return laid
 
 
-def view(block: jax.Array) -> np.ndarray:
-    """The bytes [n, page bytes] of a block in RAM, in place; the block must outlive it."""
-    memory = (ctypes.c_uint8 * block.nbytes).from_address(block.unsafe_buffer_pointer())
-    rows: np.ndarray = np.ctypeslib.as_array(memory).reshape(block.shape[0], -1)
-    return rows
+class RowTier:
+    """Blocks in RAM, each the row that it came as. NoMemory if the machine has not got that much."""
+
+    def __init__(self, link: Link, shape: Any, blocks: int) -> None:
+        self._link = link
+        self._shape = shape
+        self._rows: dict[int, jax.Array] = {}
+        size = shape.size * np.dtype(shape.dtype).itemsize
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if blocks * size > there:
+            raise NoMemory(
+                f"{blocks} host pages of {size} bytes are more than the {there} bytes of this machine"
+            )
+
+    def __getitem__(self, block: int) -> memoryview:
+        """The bytes of a block, to read."""
+        return view(self.row(block)).data
+
+    def __setitem__(self, block: int, data: Bytes) -> None:
+        self.keep(block, self._link.lay(np.frombuffer(data, self._shape.dtype)))
+
+    def row(self, block: int) -> jax.Array:
+        """A block as it came; IOFailure if none did."""
+        row = self._rows.get(block)
+        if row is None:
+            raise IOFailure(f"block {block} in RAM holds nothing")
+        return row
+
+    def keep(self, block: int, row: jax.Array) -> None:
+        """Have a row, in RAM already, as a block."""
+        self._rows[block] = row
+
+    def close(self) -> None:
+        self._rows.clear()
 
 
-def open_link(device: Any) -> Link:
-    """The link of a device."""
-    return SharedMemory(device) if device.platform == "cpu" else Pinned(device)
+def view(row: jax.Array) -> np.ndarray:
+    """The bytes of a row in RAM, in place."""
+    memory = (ctypes.c_uint8 * row.nbytes).from_address(row.unsafe_buffer_pointer())
+    memory.row = row  # type: ignore[attr-defined]  # lives as long as the view does
+    return np.ctypeslib.as_array(memory)

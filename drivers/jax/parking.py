@@ -24,10 +24,7 @@ from llmos.ipc.errors import NoMemory
 # models, which take the same way, to get through between two copies.
 WINDOW_BYTES = 128 << 20
 
-_NO_HOST_MEMORY = (
-    "the host has not got the memory to park this model in, or XLA may not page-lock so much: it is allowed "
-    "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB (64) in the environment of the driver"
-)
+_NO_HOST_MEMORY = f"the host has not got the memory to park this model in, or {platform.PAGE_LOCKED}"
 
 
 class Parkable(Protocol):
@@ -146,22 +143,11 @@ class Parked:
 
 
 @contextmanager
-def lacking(message: str) -> Iterator[None]:
-    """NoMemory where XLA finds that memory is short."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise NoMemory(f"{message}: {str(error).splitlines()[0]}") from None
-
-
-@contextmanager
 def _all_or_none(message: str) -> Iterator[list[jax.Array]]:
-    """As ``lacking``; what was put in the list until then is given up at once, not when it is collected."""
+    """NoMemory where memory is short: what is in the list is given up at once, not when it is collected."""
     made: list[jax.Array] = []
     try:
-        with lacking(message):
+        with platform.lacking(message):
             yield made
     except NoMemory:
         for x in made:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 from llmos.drivers.sdk.messages import Device
+from llmos.ipc.errors import NoMemory
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEEP_BYTES = 1 << 30
+PAGE_LOCKED = (
+    "XLA may not page-lock so much: it is allowed XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB (64) in the environment "
+    "of the driver"
+)
 FEW_TOKENS = 16  # a product with no more rows waits for its weight: there Triton's kernels are the faster
 
 
@@ -98,3 +105,14 @@ def free_memory(device: Any) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     stats = device.memory_stats() or {}
     return max(0, int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0)))
+
+
+@contextmanager
+def lacking(message: str) -> Iterator[None]:
+    """NoMemory where XLA finds that memory is short."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise NoMemory(f"{message}: {str(error).splitlines()[0]}") from None

@@ -253,7 +253,7 @@ class Programs:
             case ("gather", int(size)):
                 return pages.gather, (), (spec.caches, _ints(size))
             case ("scatter", int(size)):
-                return pages.scatter, (0,), (spec.caches, pages.block(spec.caches, size), _ints(size))
+                return pages.scatter, (0,), (spec.caches, (pages.row(spec.caches),) * size, _ints(size))
         raise KeyError(key)
 
     def _describe_verify(

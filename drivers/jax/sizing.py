@@ -97,7 +97,7 @@ def spec_of(
         prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
         # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
         first=_FIRST_ON_CPU if on_cpu else 1 << 30,
-        move_sizes=pages.block_sizes(caches) if tiers else (),
+        move_sizes=pages.sizes(caches) if tiers else (),
     )
 
 

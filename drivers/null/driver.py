@@ -47,7 +47,7 @@ from llmos.drivers.sdk.messages import (
     Step,
 )
 from llmos.drivers.sdk.sizes import with_tiers
-from llmos.drivers.sdk.tiers import Tiers
+from llmos.drivers.sdk.tiers import HostTier, Tiers
 from llmos.ipc.errors import Busy, InvalidArgument, NoMemory, NotFound
 
 VOCABULARY = 256
@@ -98,7 +98,8 @@ class _Cache:
         self.device = Pages(loaded.pages, loaded.page_tokens)
         if shared is not None:
             self.device = SlabPages(shared, loaded.model, loaded.page_tokens)
-        self.tiers = Tiers(loaded.model, loaded.page_bytes, loaded.host_pages, loaded.disk_pages)
+        host = HostTier(loaded.host_pages, loaded.page_bytes)
+        self.tiers = Tiers(loaded.model, loaded.page_bytes, host, loaded.disk_pages)
 
 
 class NullDriver(Driver):

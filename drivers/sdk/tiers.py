@@ -14,6 +14,7 @@ import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from llmos.drivers.sdk.driver import Bytes, Finish, PendingMove
 from llmos.drivers.sdk.messages import Move, Moved
@@ -22,6 +23,13 @@ from llmos.ipc.errors import IOFailure, NoMemory
 from llmos.services.security import keys
 
 _ALIGN = 4096
+
+
+class Blocks(Protocol):
+    """A tier in RAM."""
+
+    def __getitem__(self, block: int) -> memoryview: ...
+    def __setitem__(self, block: int, data: Bytes) -> None: ...
 
 
 class HostTier:
@@ -40,8 +48,11 @@ class HostTier:
         self._memory = memoryview(memory)
 
     def __getitem__(self, block: int) -> memoryview:
-        """The bytes of a block, to read and to write."""
-        return self._memory[block * self._size : (block + 1) * self._size]
+        """The bytes of a block, to read."""
+        return self._memory[block * self._size : (block + 1) * self._size].toreadonly()
+
+    def __setitem__(self, block: int, data: Bytes) -> None:
+        self._memory[block * self._size : (block + 1) * self._size] = data
 
 
 class DiskTier:
@@ -102,9 +113,9 @@ class DiskTier:
 class Tiers:
     """Both tiers of one model."""
 
-    def __init__(self, model: str, block_bytes: int, host_pages: int, disk_pages: int) -> None:
+    def __init__(self, model: str, block_bytes: int, host: Blocks, disk_pages: int) -> None:
         self.block_bytes = block_bytes
-        self.host = HostTier(host_pages, block_bytes)
+        self.host = host
         self.disk = DiskTier(paths.state_dir() / "pages", model, disk_pages, block_bytes)
 
     def get(self, tier: str, block: int, key: bytes) -> Bytes:
@@ -113,7 +124,7 @@ class Tiers:
 
     def put(self, tier: str, block: int, data: Bytes, key: bytes) -> None:
         if tier == "host":
-            self.host[block][:] = data
+            self.host[block] = data
         else:
             self.disk.write(block, data, key)
 

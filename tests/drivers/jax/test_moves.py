@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ import pytest
 
 from llmos.drivers.jax import pages
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.jax.link import Link, Pinned, SharedMemory, view
+from llmos.drivers.jax.link import Link, RowTier, view
 from llmos.drivers.jax.moves import Mover
 from llmos.drivers.sdk.messages import LoadRequest, Move, Moved, Sampling
-from llmos.drivers.sdk.tiers import Tiers
-from llmos.ipc.errors import IOFailure
+from llmos.ipc.errors import IOFailure, NoMemory
 
 KEY = bytes(32)
 COUNT = 40
@@ -39,28 +38,15 @@ class FakeDevice:
     def __init__(self) -> None:
         self.caches = caches()
 
-    def read_pages(self, numbers: list[int]) -> jax.Array:
-        return jax.jit(pages.gather)(self.caches, jnp.asarray(numbers))
+    def read_pages(self, numbers: list[int]) -> Sequence[jax.Array]:
+        rows: Sequence[jax.Array] = jax.jit(pages.gather)(self.caches, jnp.asarray(numbers))
+        return rows
 
-    def write_pages(self, numbers: list[int], block: jax.Array) -> None:
-        self.caches = jax.jit(pages.scatter, donate_argnums=0)(self.caches, block, jnp.asarray(numbers))
+    def write_pages(self, numbers: list[int], rows: Sequence[jax.Array]) -> None:
+        self.caches = jax.jit(pages.scatter, donate_argnums=0)(self.caches, rows, jnp.asarray(numbers))
 
     def bits(self, number: int) -> bytes:
         return b"".join(np.asarray(leaf[number]).tobytes() for leaf in jax.tree.leaves(self.caches))
-
-
-@pytest.fixture(params=[SharedMemory, Pinned])
-def link(request: pytest.FixtureRequest) -> Link:
-    made: Link = request.param(jax.devices("cpu")[0])
-    return made
-
-
-@pytest.fixture
-def tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiers]:
-    monkeypatch.setenv("LLMOS_STATE", str(tmp_path))
-    made = Tiers("m", pages.page_bytes(caches()), COUNT, COUNT)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -68,20 +54,30 @@ def device() -> FakeDevice:
     return FakeDevice()
 
 
+@pytest.fixture(params=["cpu", "bus"])
+def link(request: pytest.FixtureRequest) -> Link:
+    """As on a device that computes in RAM, and as on one behind a bus."""
+    return Link(jax.devices("cpu")[0], request.param == "bus")
+
+
 @pytest.fixture
-def mover(device: FakeDevice, link: Link, tiers: Tiers) -> Mover:
-    return Mover(device, jax.eval_shape(caches), link, tiers)
+def mover(device: FakeDevice, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mover]:
+    monkeypatch.setenv("LLMOS_STATE", str(tmp_path))
+    shapes = jax.eval_shape(caches)
+    made = Mover(device, "m", shapes, link, RowTier(link, pages.row(shapes), COUNT), COUNT)
+    yield made
+    made.close()
 
 
 def run(mover: Mover, source: Any, target: Any, pairs: list[tuple[int, int]], key: bytes = KEY) -> Moved:
     return mover.move(Move(model="m", source=source, target=target, pages=pairs, tenant="a"), key)()()
 
 
-def test_a_block_is_the_bytes_of_its_pages_in_the_order_of_the_leaves(device: FakeDevice) -> None:
-    block = device.read_pages([7, 3])
-    assert block.dtype == np.uint8
-    assert [row.tobytes() for row in view(block)] == [device.bits(7), device.bits(3)]
-    assert block.nbytes == 2 * pages.page_bytes(device.caches)
+def test_a_row_is_the_bytes_of_its_page_in_the_order_of_the_leaves(device: FakeDevice) -> None:
+    rows = device.read_pages([7, 3])
+    assert [row.dtype for row in rows] == [np.uint8] * 2
+    assert [view(row).tobytes() for row in rows] == [device.bits(7), device.bits(3)]
+    assert rows[0].nbytes == pages.page_bytes(device.caches)
 
 
 def test_pages_come_back_to_other_places_bit_for_bit(device: FakeDevice, mover: Mover) -> None:
@@ -126,6 +122,24 @@ def test_an_error_is_raised_once_every_row_has_ended(mover: Mover) -> None:
     with pytest.raises(IOFailure, match="the disk failed"):
         mover.save(list(range(16)), put)()
     assert sorted(begun) == list(range(16))
+
+
+def test_a_block_in_ram_that_was_never_written_is_refused(mover: Mover) -> None:
+    with pytest.raises(IOFailure, match="block 3 in RAM holds nothing"):
+        run(mover, "host", "device", [(3, 0)])
+
+
+def test_more_host_pages_than_the_machine_has_memory_are_refused(link: Link) -> None:
+    with pytest.raises(NoMemory, match="host pages"):
+        RowTier(link, pages.row(jax.eval_shape(caches)), 1 << 50)
+
+
+def test_a_row_outlives_the_block_that_it_was(device: FakeDevice, link: Link) -> None:
+    tier = RowTier(link, pages.row(device.caches), COUNT)
+    tier[0] = device.bits(4)
+    held = tier[0]
+    tier[0] = device.bits(5)
+    assert (bytes(held), bytes(tier[0])) == (device.bits(4), device.bits(5))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 37, 64, 100])

@@ -115,5 +115,5 @@ def test_a_full_disk_is_told_and_other_blocks_live_on(
 
 def test_host_blocks_do_not_touch_each_other() -> None:
     host = HostTier(3, 10)
-    host[1][:] = b"x" * 10
+    host[1] = b"x" * 10
     assert [bytes(host[i]) for i in range(3)] == [bytes(10), b"x" * 10, bytes(10)]
