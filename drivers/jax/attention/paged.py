@@ -112,7 +112,8 @@ def paged_attention(
         interpret=interpret,
         name="paged_attention",
     )(tables, lengths, visible, q, *parts)
-    return results[0] if splits == 1 else _join(*results).astype(q.dtype)
+    out: jax.Array = results[0] if splits == 1 else _join(results, q, interpret)
+    return out
 
 
 def _check(q: jax.Array, cache: Cache, tables: jax.Array, lengths: jax.Array, visible: jax.Array) -> None:
@@ -253,8 +254,33 @@ def _read(pages: Any, page: Any, head: Any, q: Any) -> Any:
     return plgpu.load(pages.at[where], mask=mask, other=jnp.zeros((), pages.dtype)).astype(q.dtype)
 
 
-def _join(acc: jax.Array, top: jax.Array, total: jax.Array) -> jax.Array:
-    """Join the splits, axis 0, by their running maxima (in log2) and sums."""
+def _join(parts: list[jax.Array], like: jax.Array, interpret: bool) -> jax.Array:
+    """Join the splits, axis 0, by their running maxima (in log2) and sums, in one kernel: XLA makes four."""
+    acc, top, total = parts
+    splits, size = acc.shape[0], acc.shape[-1]
+    heads = top.size // splits
+    column = pl.BlockSpec((splits, None), lambda n: (0, n))
+    joined: jax.Array = pl.pallas_call(
+        _join_kernel,
+        grid=(heads,),
+        in_specs=[pl.BlockSpec((splits, None, size), lambda n: (0, n, 0)), column, column],
+        out_specs=pl.BlockSpec((None, size), lambda n: (n, 0)),
+        out_shape=struct((heads, size), like.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="join_splits",
+    )(acc.reshape(splits, heads, size), top.reshape(splits, heads), total.reshape(splits, heads))
+    return joined.reshape(like.shape)
+
+
+def _join_kernel(acc_ref: Any, top_ref: Any, total_ref: Any, out_ref: Any) -> None:
+    splits, size = acc_ref.shape  # and [splits] twice; the result is [size]
+    split, place = jnp.arange(_power(splits)), jnp.arange(_power(size))
+    real = split < splits
+    top = plgpu.load(top_ref.at[split], mask=real, other=_MASKED)
     share = jnp.exp2(top - top.max(axis=0))
-    total = (total * share).sum(axis=0)
-    return (acc * share[..., None]).sum(axis=0) / jnp.maximum(total, 1e-30)[..., None]
+    total = (plgpu.load(total_ref.at[split], mask=real, other=0.0) * share).sum(axis=0)
+    mask = real[:, None] & (place < size)[None, :]
+    acc = plgpu.load(acc_ref.at[_wide((split,), place.shape[0])], mask=mask, other=0.0)
+    mixed = (acc * share[:, None]).sum(axis=0) / jnp.maximum(total, 1e-30)
+    plgpu.store(out_ref.at[place], mixed.astype(out_ref.dtype), mask=place < size)
