@@ -9,6 +9,7 @@ from llmos.services.scheduler.task import Place, Task
 
 STEP_BUDGET = (0.025, 0.065, 0.250)  # seconds of a step while a task of each band decodes
 STRETCH = (1.5, 2.0, 2.0)  # a step without prefill may take longer than that; then so much longer with it
+ALERT = 10.0  # seconds for which steps stay short after a task of a band has started
 
 
 def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
@@ -22,6 +23,7 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     starts = [task for task in host.starting if task.place is Place.READY]
     for task in starts:
         task.place = Place.RUNNING
+        host.started[task.rank] = now
     tasks = [task for task in host.slots if task is not None and task.place is Place.RUNNING]
     host.solo = _starts_alone(host, starts)
     lowest = 0 if host.crunch or host.solo else 2
@@ -75,7 +77,7 @@ def _prefill(host: Host, tasks: list[Task], max_steps: int, now: float) -> tuple
     if not todo:
         return chunks, complete
     decoding = [task for task in tasks if task.prefilled >= task.base and task.planned < task.limit]
-    rank, room = decode_room(host, decoding)
+    rank, room = decode_room(host, decoding, now)
     paces = Paces(host, decoding, now)
     step, used = 0, 0
     for task in sorted(todo, key=lambda t: (t.urgency, t.arrived, t.id)):
@@ -94,9 +96,11 @@ def _prefill(host: Host, tasks: list[Task], max_steps: int, now: float) -> tuple
     return chunks, complete
 
 
-def decode_room(host: Host, decoding: list[Task]) -> tuple[int, int]:
-    """The most urgent band that decodes, and how many tokens a step may prefill beside it."""
-    rank = min((task.rank for task in decoding), default=2)
+def decode_room(host: Host, decoding: list[Task], now: float) -> tuple[int, int]:
+    """The most urgent band that decodes, or has started something lately and may again, and how many tokens
+    a step may prefill for its sake: whoever comes next waits for the step that runs."""
+    lately = [rank for rank, at in enumerate(host.started) if now - at < ALERT]
+    rank = min([task.rank for task in decoding] + lately, default=2)
     context = sum(len(task.tokens) for task in decoding)
     return rank, chunk_room(host, rank, len(decoding), context)
 
@@ -106,7 +110,7 @@ def chunk_room(host: Host, rank: int, rows: float, context: float) -> int:
     to compile), such that the step stays within the band's budget, or within a multiple of what it takes
     anyway; never less than a page or a sixteenth."""
     full = host.model.chunk_tokens
-    if not host.times or not rows:
+    if not host.times or not (rows or rank < 2):
         return full
     least = finest(host)
     alone = host.times.seconds(rows, context, 0)

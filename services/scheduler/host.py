@@ -5,8 +5,10 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from math import inf
 
 from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, QuantumDone, Step
+from llmos.ipc.grant import BANDS
 from llmos.services.scheduler.prefixes import Computing
 from llmos.services.scheduler.steptime import StepTimes
 from llmos.services.scheduler.task import Place, Task
@@ -63,9 +65,10 @@ class Host:
     never by I/O.
 
     ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
-    them, ``solo`` that they did in the last quantum, for a start; ``resting`` are the ids of tasks that
-    hold still for the sake of other tenants; ``keepers`` have pages here and no slot; ``tenants`` counts the
-    slots of each, ``sharers`` the models in its pool, of which none waits for its share if it ``may_borrow``.
+    them, ``solo`` that they did in the last quantum, for a start; ``started`` when each band last started a
+    task; ``resting`` are the ids of tasks that hold still for the sake of other tenants; ``keepers`` have
+    pages here and no slot; ``tenants`` counts the slots of each, ``sharers`` the models in its pool, of which
+    none waits for its share if it ``may_borrow``.
     """
 
     driver: str
@@ -88,6 +91,7 @@ class Host:
     promised: dict[int, Task] = field(default_factory=dict)
     crunch: bool = False
     solo: bool = False
+    started: list[float] = field(default_factory=lambda: [-inf] * len(BANDS))
     resting: set[int] = field(default_factory=set)
     keepers: dict[int, Task] = field(default_factory=dict)
     tenants: Counter[str] = field(default_factory=Counter)

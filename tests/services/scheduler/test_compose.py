@@ -1,0 +1,50 @@
+"""How much of a prompt one step may compute, for the sake of those who decode and of those who may come."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmos.services.scheduler.compose import ALERT, compose, decode_room
+from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.task import Place, Task
+from tests.services.scheduler.traffic import model, task
+
+NOW = 100.0
+
+
+@pytest.fixture
+def host() -> Host:
+    """Steps of 10 ms and 50 us for each prompt token; chunks of up to 2,048 tokens."""
+    made = Host("h", model(slots=8, pages=1000, page_tokens=16, chunk_tokens=2048))
+    for prefilled in (0, 64, 512, 2048):
+        for _ in range(8):
+            made.times.observe(1, 0, prefilled, 0.010 + 5e-5 * prefilled)
+    return made
+
+
+def starting(host: Host, band: int) -> Task:
+    """A task that starts in the next quantum, with a prompt of 64 tokens."""
+    one = task(7, [1] * 64, 10, band=band)
+    one.slot, one.place, one.base = 0, Place.READY, 64
+    host.slots[0] = one
+    host.starting = [one]
+    return one
+
+
+def test_batch_work_alone_prefills_in_large_steps(host: Host) -> None:
+    assert decode_room(host, [task(1, [1], 10, band=2)], NOW) == (2, 2048)
+    assert decode_room(host, [], NOW) == (2, 2048)
+
+
+@pytest.mark.parametrize(("band", "room"), [(0, 256), (1, 1024)], ids=["realtime", "interactive"])
+def test_steps_stay_short_for_a_while_after_somebody_urgent_has_come(
+    host: Host, band: int, room: int
+) -> None:
+    starting(host, band)
+    compose(host, 1, 8, NOW)
+    batch = [task(1, [1], 10, band=2)]
+    assert decode_room(host, batch, NOW + 0.9 * ALERT) == (band, room)
+    assert decode_room(host, [], NOW + 0.9 * ALERT) == (band, room), (
+        "the next one waits for prompts alone, too"
+    )
+    assert decode_room(host, batch, NOW + 1.1 * ALERT) == (2, 2048)
