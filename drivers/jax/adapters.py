@@ -88,14 +88,16 @@ class Room:
     places: tuple[tuple[int, int], ...]
 
 
-def room(config: DecoderConfig, request: LoadRequest, paths: list[str], dtype: Any) -> Room | None:
-    """The room that ``make_room`` made; None if it made none. ``paths`` are those of the parameters."""
-    if not request.adapters:
+def room(config: DecoderConfig, stacks: tuple[int, int], paths: list[str], dtype: Any) -> Room | None:
+    """The room for so many adapters of a rank that ``make_room`` made; None if it made none. ``paths`` are
+    those of the parameters."""
+    adapters, rank = stacks
+    if not adapters:
         return None
     index = {path: at for at, path in enumerate(paths)}
     a, b = _NAMES
     places = tuple((index[f"{path}.{a}"], index[f"{path}.{b}"]) for path in targets(config))
-    return Room(config, request.adapter_rank, dtype, places)
+    return Room(config, rank, dtype, places)
 
 
 def pairs(stacks: list[Pair]) -> list[Pair]:

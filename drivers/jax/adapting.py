@@ -25,8 +25,9 @@ class Adapters:
             engine.ledger.adapters = self._table.numbers
 
     def load(self, request: LoadAdapter) -> PendingAdapter:
-        """Read an adapter and copy it to the devices on a worker thread; then a program puts it in its place
-        behind the steps that were dispatched before."""
+        """Read an adapter and copy it to the devices on a worker thread, and the first time compile what
+        steps with adapters need; then a program puts it in its place behind the steps that were dispatched
+        before."""
         self._table.check_room(request.adapter)
         room = self._room
 
@@ -35,8 +36,11 @@ class Adapters:
             rank, pairs = peft.read(Path(request.source), room)
             size = sum(a.nbytes + b.nbytes for a, b in pairs)
             placed = [jax.block_until_ready(each.place_adapter(pairs)) for each in self._engines]  # type: ignore[no-untyped-call]
+            compiled = [each for each in self._engines if each.programs.compile_adapted()]
 
             def finish() -> LoadedAdapter:
+                for engine in compiled:
+                    engine.rehearse_later(engine.programs.adapted())
                 number = self._table.take(request.adapter)
                 for engine, own in zip(self._engines, placed, strict=True):
                     engine.adapt(number, own)

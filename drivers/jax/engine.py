@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from llmos.drivers.jax.buckets import group
+from llmos.drivers.jax.forward import heading
 from llmos.drivers.jax.ledger import Ledger, Limits, Slot
 from llmos.drivers.jax.pool import Own, Share
-from llmos.drivers.jax.programs import ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Key, Programs
+from llmos.drivers.jax.programs import ADAPTED, ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Key, Programs, plain
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
 from llmos.drivers.jax.speculating import Speculation
 from llmos.drivers.jax.state import (
@@ -123,12 +124,14 @@ class Engine:
         if not self.unrehearsed or self.parked:
             return False
         key = self.unrehearsed.pop(0)
-        program = self.programs.get(key)
-        match key:
+        program, adapters = self.programs.get(key), key[0] == ADAPTED
+        match plain(key):
             case ("decode", int(size)):
                 self._caches, _ = program(self._weights, self._caches, self._batch, self._row_index([], size))
             case ("prefill", int(height), int(size), bool()):
-                self._caches, _ = program(self._weights, self._caches, self._chunk([], height, size))
+                self._caches, _ = program(
+                    self._weights, self._caches, self._chunk([], height, size, adapters)
+                )
             case ("sample", "greedy" | "plain" | "filtered", int(size)):
                 logits = jax.device_put(np.zeros((size, self.limits.vocab_size), np.float32), self._common)
                 self._batch, *_ = program(logits, self._row_index([], size), self._batch)
@@ -137,9 +140,14 @@ class Engine:
                 numbers = list(range(size))
                 self.write_pages(numbers, self.read_pages(numbers))
             case (str(name), *_) if self.speculation is not None:
-                self._rehearse_speculation(self.speculation, name, key, program)
+                self._rehearse_speculation(self.speculation, name, plain(key), program)
         jax.block_until_ready((self._caches, self._batch))  # type: ignore[no-untyped-call]
         return True
+
+    def rehearse_later(self, keys: list[Key]) -> None:
+        """More programs to rehearse, on a device that needs it."""
+        if self.programs.spec.place.device.platform != "cpu":
+            self.unrehearsed += keys
 
     def _rehearse_speculation(self, speculation: Speculation, name: str, key: Key, program: Any) -> None:
         if name == "verify":
@@ -249,7 +257,7 @@ class Engine:
     def _decode(self, rows: list[int]) -> Output:
         if self.speculation is not None:
             return self._speculate(self.speculation, rows)
-        size, program = self.programs.decode(len(rows))
+        size, program = self.programs.decode(len(rows), self._adapted(rows))
         index = self._row_index(rows, size)
         self._caches, logits = program(self._weights, self._caches, self._batch, index)
         for number in rows:
@@ -260,9 +268,10 @@ class Engine:
         slots = self.ledger.slots
         served = [(row, number, slots[number]) for row, number in enumerate(rows)]
         variant: Variant = max((slot.variant for *_, slot in served), key=VARIANTS.index)
-        size, guesses = speculation.choose(rows, variant)
+        adapters = self._adapted(rows)
+        size, guesses = speculation.choose(rows, variant, adapters)
         index = self._row_index(rows, size)
-        verify, accept = speculation.programs(variant, size, guesses)
+        verify, accept = speculation.programs(variant, size, guesses, adapters)
         held = (self._weights, self._caches, self._batch, speculation.history, index)
         self._caches, logits, guess = speculation.verify(verify, guesses, held)
         tallies = (self._tallies,) if variant == "full" else ()
@@ -284,24 +293,29 @@ class Engine:
         return outputs
 
     def _prefill_rows(self, calls: list[Chunk], size: int, fresh: bool) -> list[Output]:
-        height, program = self.programs.prefill(len(calls), size, fresh)
-        chunk = self._chunk(calls, height, size)
+        adapters = self._adapted([call.slot for call in calls])
+        height, program = self.programs.prefill(len(calls), size, fresh, adapters)
+        chunk = self._chunk(calls, height, size, adapters)
         self._caches, logits = program(self._weights, self._caches, chunk)
         complete = [call.slot if self.ledger.fill(call) else self.limits.slots for call in calls]
         if all(slot == self.limits.slots for slot in complete):
             return []
         return [self._sample(complete, self._row_index(complete, height), logits)]
 
-    def _chunk(self, calls: list[Chunk], height: int, size: int) -> np.ndarray:
+    def _adapted(self, slots: list[int]) -> bool:
+        """Whether a sequence in these slots has an adapter."""
+        return any(self.ledger.slots[slot].adapter for slot in slots)
+
+    def _chunk(self, calls: list[Chunk], height: int, size: int, adapters: bool) -> np.ndarray:
         """What ``forward.prefill`` takes: [height, heading + width + size], padded with empty rows."""
-        shape, width = self.programs.spec.shape, self._batch.tables.shape[1]
-        table, tokens = shape.heading, shape.heading + width
+        table, width = heading(adapters), self._batch.tables.shape[1]
+        tokens = table + width
         chunk = np.zeros((height, tokens + size), np.int32)
         chunk[:, table:tokens] = self.limits.pages
         for row, call in enumerate(calls):
             slot = self.ledger.slots[call.slot]
             chunk[row, :2] = call.start, call.length
-            if shape.adapters:
+            if adapters:
                 chunk[row, 2] = slot.adapter
             chunk[row, table : table + slot.held] = slot.table
             part = slot.tokens[call.start : call.start + call.length]
@@ -399,7 +413,7 @@ class Engine:
         tables = [start.pages + [spare] * (width - len(start.pages)) for start in starts]
         tables += [[spare] * width] * (ADMIT_ROWS - len(starts))
         adapters = [self.ledger.slots[start.slot].adapter for start in starts]
-        own = adapters if self.programs.spec.shape.adapters else None
+        own = adapters if self.programs.spec.room else None
         packed: tuple[Any, Any] = pack_admission(starts, ADMIT_ROWS, self.limits.slots, tables, own)
         return packed
 

@@ -34,7 +34,8 @@ class Shape:
 
     Weights are passed as a flat list: ``graph`` and ``tree`` make the decoder of it while tracing, since
     flattening nnx variables in Python at every call would cost a millisecond. ``native`` lets products
-    use the CPU's own kernels. With ``adapters`` every row has the number of one, or 0.
+    use the CPU's own kernels. With ``adapters`` every row has the number of one, or 0; without, the program
+    is that of a model that has no room for any.
     """
 
     graph: Any
@@ -45,10 +46,10 @@ class Shape:
     native: bool = False
     adapters: bool = False
 
-    @property
-    def heading(self) -> int:
-        """Columns of a chunk before the block table."""
-        return 3 if self.adapters else 2
+
+def heading(adapters: bool) -> int:
+    """Columns of a chunk before the block table."""
+    return 3 if adapters else 2
 
 
 def decode(
@@ -92,9 +93,10 @@ def prefill(
 
     Returns the caches and the float32 logits [R, vocab] after each row's last new token.
     """
-    heading, tables, tokens = jnp.split(chunk, [shape.heading, shape.heading + width], axis=1)
-    starts, counts = heading[:, 0], heading[:, 1]
-    adapter = heading[:, 2] if shape.adapters else None
+    table = heading(shape.adapters)
+    head, tables, tokens = jnp.split(chunk, [table, table + width], axis=1)
+    starts, counts = head[:, 0], head[:, 1]
+    adapter = head[:, 2] if shape.adapters else None
     position, plan = _plan(shape, tables, starts, counts, tokens.shape[1])
     last = jnp.maximum(counts - 1, 0)
     return run(shape, weights, caches, tokens if x is None else x, position, plan, last, fresh, adapter)

@@ -129,6 +129,8 @@ class Linear(nnx.Module):  # type: ignore[misc]
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.scale[...] if self.quantised else None
         result = total(product(x, self.weight[...], scale=scale), self.join)
+        if self.biased:
+            result = result + self.bias[...]
         if self.parts:
-            result = result + lora.delta(x, self.lora_a[...], self.lora_b[...], self.parts, product)
-        return result + self.bias[...] if self.biased else result
+            result = lora.add(result, x, self.lora_a[...], self.lora_b[...], self.parts, product)
+        return result

@@ -19,6 +19,7 @@ import msgspec
 from llmos.drivers.jax import (
     adapters,
     attention,
+    lora,
     platform,
     quant,
     rope,
@@ -90,8 +91,7 @@ class Parts:
             speculation=speculation,
             make=self.make,
         )
-        if self.place.device.platform != "cpu":
-            engine.unrehearsed = self.programs.ahead()
+        engine.rehearse_later(self.programs.ahead())
         return engine
 
     def _speculation(self) -> Speculation | None:
@@ -183,8 +183,9 @@ class Load:
         """As ``_parts``, of one pipeline stage of a replica, or of all of it."""
         request = self.request
         config = rope.for_context(plan.config, request.max_context)
-        stacks = (request.adapters, request.adapter_rank)
-        graph, tree, whole = parameters(config, DTYPES[request.dtype], place, request.weights, stacks)
+        rank = lora.stored_rank(request.adapter_rank, place.device.platform)
+        dtype, stacks = DTYPES[request.dtype], (request.adapters, rank)
+        graph, tree, whole = parameters(config, dtype, place, request.weights, stacks)
         kept = {path: x for path, x in whole.items() if not adapters.is_stack(path)}
         shapes = place.arranged(config, whole)
         self._native = self._timed("kernels", lambda: self._kernels(place))
@@ -201,17 +202,16 @@ class Load:
             page_tokens=limits.page_tokens,
             pages=limits.pages + (member.geometry.slab_pages if member is not None else 1),
             native=self._native,
-            adapters=request.adapters > 0,
         )
         kv = member.pool.dtype if member is not None else KV_DTYPES[request.kv_dtype]
         allocate = lambda config: backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
-        batch = lambda: state.empty_state(limits.slots, width, limits.pages, shape.adapters)  # noqa: E731
+        batch = lambda: state.empty_state(limits.slots, width, limits.pages, request.adapters > 0)  # noqa: E731
         cache_shapes, caches = place.caches(allocate, plan.config)
         ordered = list(shapes.values())
         spec = spec_of(request, shape, place, ordered, cache_shapes, jax.eval_shape(batch), limits)
         on_cpu = place.device.platform == "cpu"
         guesses = speculating_of(request, limits, draft, spec.decode_sizes, on_cpu)
-        room = adapters.room(config, request, list(shapes), DTYPES[request.dtype])
+        room = adapters.room(config, stacks, list(shapes), dtype)
         spec = replace(spec, speculating=guesses, room=room)
         hold = member.caches if member is not None else lambda: Own(_placed(caches()))
         make = lambda: (hold(), _placed(jax.jit(batch, out_shardings=place.common)()))  # noqa: E731

@@ -1,17 +1,18 @@
 """Low-rank adapters (LoRA; Hu et al., 2021) in a product: ``x W' + x A' B'``, each row with its own A and B.
 
 All adapters that are loaded lie stacked on the device, so that loading and dropping them changes values and
-never a program. A batch's rows are multiplied in one of two ways, chosen when a program is traced:
+never a program. Steps in which no row has one run programs that are traced without them. In the others a
+batch's rows are multiplied in one of three ways, chosen when a program is traced:
 
+- "grouped", on a GPU: two kernels of our own, in which each token meets its own adapter alone; see
+  ``grouped``.
 - "all": every row with every adapter, two dense products with n * rank columns, and what is not a row's own
   is set to 0 in between. It reads each adapter once, however many rows there are, and costs n * rank * (in +
-  out) multiplications a token: for 8 adapters of rank 16 about 6% of a 4,096 by 4,096 product. 256 rows that
-  decode wait for weights to be read anyway, so that this is what it costs in bytes that counts.
+  out) multiplications a token: for 8 adapters of rank 16 about 6% of a 4,096 by 4,096 product.
 - "own": each row with a copy of its own adapter, rank * (in + out) multiplications a token, the least there
   is; but the copies are written and read again, three times as many bytes for each row as an adapter has.
 
-A row of many tokens (a prompt's chunk) is worth a copy, many rows of one token are not. After the grouped
-products of Punica (Chen et al., 2023) and S-LoRA (Sheng et al., 2023), which need kernels of their own.
+Without the kernels, a row of many tokens (a prompt's chunk) is worth a copy, many rows of one token are not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Way = Literal["all", "own"]
+Way = Literal["grouped", "all", "own"]
 Dense = Callable[[jax.Array, jax.Array], jax.Array]
 """(x [..., in], weight [out, in]) -> [..., out]."""
 
@@ -32,13 +33,16 @@ BALANCE = {"cpu": 10}  # multiplications in the time it takes to read one number
 ACCELERATED = 200
 COPIES = 3  # a gathered adapter is read, written and read again
 
+LEAST_RANK, MOST_RANK = 16, 128  # that the kernels take, powers of two: Triton multiplies no smaller matrices
+MULTIPLE = 32  # of outputs in each part, and twice as many inputs, so that no tile is cut
+
 _rows: ContextVar[jax.Array | None] = ContextVar("adapter_rows", default=None)
 
 
 @contextmanager
 def serving(rows: jax.Array | None) -> Iterator[None]:
     """Products traced inside are for ``rows`` [R]: the number of each row's adapter from 1 on, 0 for none.
-    R is the first axis of their inputs."""
+    R is the first axis of their inputs. With None no row has one."""
     token = _rows.set(rows)
     try:
         yield
@@ -46,26 +50,56 @@ def serving(rows: jax.Array | None) -> Iterator[None]:
         _rows.reset(token)
 
 
-def choose(rows: int, tokens: int, adapters: int, platform: str) -> Way:
-    """How ``rows`` of ``tokens`` each are multiplied, by the numbers that are read or the time they leave."""
+def choose(rows: int, tokens: int, a: Any, b: Any, parts: tuple[int, ...], platform: str) -> Way:
+    """How ``rows`` of ``tokens`` each are multiplied: on a GPU by the kernels if these take such stacks, else
+    by the numbers that are read or the time they leave."""
+    if platform in ("gpu", "cuda") and b.dtype == jnp.bfloat16 and fits(a, b, parts):
+        return "grouped"
     balance = BALANCE.get(platform, ACCELERATED)
-    own, every = COPIES * rows, adapters * (1 + rows * tokens / balance)
+    own, every = COPIES * rows, a.shape[0] * (1 + rows * tokens / balance)
     return "own" if own < every else "all"
 
 
-def delta(x: jax.Array, a: jax.Array, b: jax.Array, parts: tuple[int, ...], dense: Dense) -> jax.Array:
-    """What the rows' adapters add to a product of ``x`` [R, in] or [R, C, in], [..., out]; 0 without one.
+def fits(a: Any, b: Any, parts: tuple[int, ...]) -> bool:
+    """Whether the kernels take stacks of these shapes."""
+    rank = b.shape[2]
+    return (
+        rank == stored_rank(rank, "gpu") <= MOST_RANK
+        and a.shape[2] % (2 * MULTIPLE) == 0
+        and all(size % MULTIPLE == 0 for size in parts)
+    )
 
-    ``a`` is [adapters, P * rank, in] and ``b`` [out, adapters, rank], scale included: a fused product has an
-    A for each of its P ``parts``, whose sizes add up to ``out``.
+
+def stored_rank(rank: int, platform: str) -> int:
+    """The rank of stacks for adapters of up to ``rank``: on a GPU one that the kernels take, if any is."""
+    if platform not in ("gpu", "cuda") or rank > MOST_RANK:
+        return rank
+    return max(LEAST_RANK, 1 << (rank - 1).bit_length())
+
+
+def add(
+    y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, parts: tuple[int, ...], dense: Dense
+) -> jax.Array:
+    """A product's result ``y`` [..., out] and what the rows' adapters add to it.
+
+    ``x`` is [R, in] or [R, C, in], ``a`` [adapters, P * rank, in] and ``b`` [out, adapters, rank], scale
+    included: a fused product has an A for each of its P ``parts``, whose sizes add up to ``out``.
     """
     rows = _rows.get()
-    assert rows is not None, "a product with adapters is traced outside of lora.serving"
+    if rows is None:
+        return y
     wide = x.reshape(x.shape[0], -1, x.shape[-1])
-    way = choose(wide.shape[0], wide.shape[1], a.shape[0], jax.default_backend())
+    way = choose(*wide.shape[:2], a, b, parts, jax.default_backend())
+    if way == "grouped":
+        from llmos.drivers.jax import grouped  # what a CPU has no use for is not imported there
+
+        tokens = jnp.repeat(rows, wide.shape[1])
+        flat = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        return grouped.add(*flat, tokens, a, b, parts).reshape(y.shape)
+    # XLA would copy two weights that x is multiplied by into one, at every step, to multiply but once.
+    wide = jax.lax.optimization_barrier(wide)
     run = _own if way == "own" else _all
-    added = run(wide, rows, a, b, parts, dense)
-    return added.reshape(*x.shape[:-1], b.shape[0])
+    return y + run(wide, rows, a, b, parts, dense).reshape(y.shape)
 
 
 def _all(

@@ -3,6 +3,9 @@
 The expensive programs are the forward passes: one per decode batch size and one per chunk length, for any
 context length. Sampling is a program of its own per batch size and variant, so that the two do not
 multiply; the rare variants and the penalty tables are compiled when a sequence first asks for them.
+
+A model with room for adapters has each forward program twice: the plain one, which is that of a model without
+room and serves steps in which no row has an adapter, and an adapted one, whose key begins with "adapted".
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -35,6 +38,9 @@ HEARTBEAT_S = 0.5
 
 Key = tuple[str | int, ...]
 
+ADAPTED = "adapted"
+_FORWARD = ("decode", "prefill", "verify")
+
 
 @dataclass(frozen=True)
 class Speculating:
@@ -55,7 +61,7 @@ class Spec:
 
     ``chunk_tokens`` bounds the prompt tokens of one prefill program over all its rows; ``first`` is how many
     programs are compiled before a model counts as loaded; ``move_sizes`` how many pages are moved at once.
-    ``room`` is that for adapters, if there is any.
+    ``room`` is that for adapters, if there is any; ``shape`` is that of the plain programs.
     """
 
     shape: Shape
@@ -83,6 +89,7 @@ class Programs:
         self._ready: dict[Key, Callable[..., Any]] = {}
         self._compiling: dict[Key, Future[Callable[..., Any]]] = {}
         self._lock = threading.Lock()
+        self._adapting = threading.Lock()
         self._closed = threading.Event()
         self._behind: threading.Thread | None = None
 
@@ -104,6 +111,10 @@ class Programs:
         keys += [("adapt",)] if spec.room else []
         return list(dict.fromkeys(keys))
 
+    def adapted(self) -> list[Key]:
+        """Those for rows with adapters, which are not compiled before there is one."""
+        return [with_adapters(key, True) for key in self.ahead() if key[0] in _FORWARD]
+
     def _stepping(self) -> list[Key]:
         """Keys of the programs that decode."""
         sizes, speculating = self.spec.decode_sizes, self.spec.speculating
@@ -122,17 +133,40 @@ class Programs:
         ``progress`` is called with (done, total) twice a second.
         """
         keys = self.ahead()
-        first, rest = keys[: self.spec.first], keys[self.spec.first :]
+        self._compile_all(keys[: self.spec.first], progress)
+        self._compile_behind(keys[self.spec.first :])
+
+    def compile_adapted(self) -> bool:
+        """Compile for adapters the forward programs that ``compile_ahead`` compiled, and the rest behind; on
+        any thread. False if that was done before."""
+        ahead = self.ahead()
+        first, rest = (
+            [with_adapters(key, True) for key in keys if key[0] in _FORWARD]
+            for keys in (ahead[: self.spec.first], ahead[self.spec.first :])
+        )
+        with self._adapting:
+            if all(self.ready(key) for key in first):
+                return False
+            self._compile_all(first)
+            self._compile_behind(rest)
+            return True
+
+    def _compile_all(self, keys: list[Key], progress: Callable[[int, int], None] = lambda *_: None) -> None:
         workers = max(2, min(8, (os.cpu_count() or 2) // 2))
         with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
-            pending: set[Future[Any]] = {pool.submit(self.get, key) for key in first}
+            pending: set[Future[Any]] = {pool.submit(self.get, key) for key in keys}
             while pending:
-                progress(len(first) - len(pending), len(first))
+                progress(len(keys) - len(pending), len(keys))
                 done, pending = wait(pending, timeout=HEARTBEAT_S)
                 for future in done:
                     future.result()
-        progress(len(first), len(first))
-        self._behind = threading.Thread(target=self._compile_rest, args=(rest,), name="compile-rest")
+        progress(len(keys), len(keys))
+
+    def _compile_behind(self, keys: list[Key]) -> None:
+        """Compile in the background, after what is being compiled there."""
+        self._behind = threading.Thread(
+            target=self._compile_rest, args=(keys, self._behind), name="compile-rest"
+        )
         self._behind.start()
 
     def close(self) -> None:
@@ -160,7 +194,9 @@ class Programs:
         self._ready[key] = future.result()
         return self._ready[key]
 
-    def _compile_rest(self, keys: list[Key]) -> None:
+    def _compile_rest(self, keys: list[Key], after: threading.Thread | None) -> None:
+        if after is not None:
+            after.join()
         for key in keys:
             if self._closed.is_set():
                 return
@@ -170,10 +206,10 @@ class Programs:
         """Whether a program can be had without waiting."""
         return key in self._ready
 
-    def decode(self, rows: int) -> tuple[int, Callable[..., Any]]:
+    def decode(self, rows: int, adapters: bool) -> tuple[int, Callable[..., Any]]:
         """The batch size that holds ``rows`` and its decode program."""
         size = bucket(rows, self.spec.decode_sizes)
-        return size, self.get(("decode", size))
+        return size, self.get(with_adapters(("decode", size), adapters))
 
     def microbatches(self, rows: list[int]) -> list[list[int]]:
         """The rows of a decode step as programs take them: one after another, in one piece on one device."""
@@ -187,10 +223,11 @@ class Programs:
         """How many rows prefill programs of this chunk length come with: together no more than a chunk."""
         return [rows for rows in self.spec.prefill_rows if rows == 1 or rows * size <= self.spec.chunk_tokens]
 
-    def prefill(self, rows: int, size: int, fresh: bool) -> tuple[int, Callable[..., Any]]:
+    def prefill(self, rows: int, size: int, fresh: bool, adapters: bool) -> tuple[int, Callable[..., Any]]:
         """The number of rows that holds ``rows`` and the prefill program for chunks of ``size``."""
         height = bucket(rows, self.rows_for(size))
-        return height, self.get(("prefill", height, size, fresh and self.spec.shape.backend.knows_fresh))
+        key = ("prefill", height, size, fresh and self.spec.shape.backend.knows_fresh)
+        return height, self.get(with_adapters(key, adapters))
 
     def _compile(self, key: Key) -> Callable[..., Any]:
         function, donated, arguments = self._describe(key)
@@ -199,6 +236,7 @@ class Programs:
 
     def _outputs(self, key: Key) -> Any:
         """For each output of a program, the argument that it is laid out like; None: every device has it."""
+        key = plain(key)
         if key[0] == "verify":
             return (1, 6, None, None) if self._draft(key) else (1, None, None)
         return {"decode": (1, None), "prefill": (1, None), "scrub": 0, "scatter": 0}.get(str(key[0]))
@@ -211,17 +249,18 @@ class Programs:
     def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         """The function of a program, which arguments it donates, and their shapes."""
         spec = self.spec
-        match key:
+        shape = replace(spec.shape, adapters=key[0] == ADAPTED)
+        match plain(key):
             case ("decode", int(size)):
                 return (
-                    partial(forward.decode, spec.shape),
+                    partial(forward.decode, shape),
                     (1,),
                     (spec.weights, spec.caches, spec.batch, _ints(size)),
                 )
             case ("prefill", int(rows), int(size), bool(fresh)):
                 width = spec.batch.tables.shape[1]
-                chunk = _ints(rows, spec.shape.heading + width + size)
-                prefill = partial(forward.prefill, spec.shape, fresh, width)
+                chunk = _ints(rows, forward.heading(shape.adapters) + width + size)
+                prefill = partial(forward.prefill, shape, fresh, width)
                 return prefill, (1,), (spec.weights, spec.caches, chunk)
             case ("sample", "full", int(size)):
                 full = (self._logits(size), _ints(size), spec.batch, self._tallies())
@@ -230,7 +269,7 @@ class Programs:
                 lean: Callable[..., Any] = partial(sampling.sample, cast(Variant, variant), tallies=None)
                 return lean, (2,), (self._logits(size), _ints(size), spec.batch)
             case ("verify", int(size), int(guesses)):
-                return self._describe_verify(size, guesses)
+                return self._describe_verify(shape, size, guesses)
             case ("accept", str(variant), int(size), int(guesses)):
                 return self._describe_accept(cast(Variant, variant), size, guesses)
             case ("recall", int(rows)):
@@ -257,15 +296,15 @@ class Programs:
         raise KeyError(key)
 
     def _describe_verify(
-        self, size: int, guesses: int
+        self, shape: Shape, size: int, guesses: int
     ) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         spec = self.spec
         arguments = (spec.weights, spec.caches, spec.batch, self._history(), _ints(size))
         draft = self._draft(("verify", size, guesses))
         if draft is None:
-            return partial(verification.step, spec.shape, guesses), (1,), arguments
-        shape, *held = draft
-        return partial(drafting.step, spec.shape, shape, guesses), (1, 6), (*arguments, *held)
+            return partial(verification.step, shape, guesses), (1,), arguments
+        guesser, *held = draft
+        return partial(drafting.step, shape, guesser, guesses), (1, 6), (*arguments, *held)
 
     def _describe_accept(
         self, variant: Variant, size: int, guesses: int
@@ -295,14 +334,24 @@ class Programs:
 
     def _admission(self) -> tuple[Any, Any]:
         width = self.spec.batch.tables.shape[1]
-        own: list[int] | None = [] if self.spec.shape.adapters else None
+        own: list[int] | None = [] if self.spec.room else None
         packed = state.pack_admission([], ADMIT_ROWS, 0, [[0] * width] * ADMIT_ROWS, own)
         return jax.eval_shape(lambda: packed)  # type: ignore[no-any-return]
 
 
+def with_adapters(key: Key, adapters: bool) -> Key:
+    """The key of a forward program for rows of which some have ``adapters``, or none has."""
+    return (ADAPTED, *key) if adapters else key
+
+
+def plain(key: Key) -> Key:
+    """The key of the program that does the same for rows without adapters."""
+    return key[1:] if key[0] == ADAPTED else key
+
+
 def _tokens(key: Key) -> int:
     """How many tokens a program takes through the model's products; 0 of one that has none."""
-    match key:
+    match plain(key):
         case ("decode", int(size)):
             return size
         case ("prefill", int(rows), int(size), _):

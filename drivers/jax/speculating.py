@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from llmos.drivers.jax.buckets import bucket
-from llmos.drivers.jax.programs import ADMIT_ROWS, Programs
+from llmos.drivers.jax.programs import ADMIT_ROWS, Programs, with_adapters
 from llmos.drivers.jax.sampling import Variant
 from llmos.drivers.jax.speculation import Policy
 from llmos.drivers.jax.verification import History
@@ -78,8 +78,8 @@ class Speculation:
         for at in range(0, len(starts), ADMIT_ROWS):
             self._recall(starts[at : at + ADMIT_ROWS], ADMIT_ROWS)
 
-    def choose(self, rows: list[int], variant: Variant) -> tuple[int, int]:
-        """The batch size for these slots, and how many guesses the step verifies.
+    def choose(self, rows: list[int], variant: Variant, adapters: bool) -> tuple[int, int]:
+        """The batch size for these slots, some with ``adapters``, and how many guesses the step verifies.
 
         None with penalties, which depend on the tokens before, and none where a program would have to be
         compiled first.
@@ -88,14 +88,17 @@ class Speculation:
         if variant == "full":
             return size, 0
         guesses = self.policy.choose(rows, size)
-        keys = ("verify", size, guesses), ("accept", variant, size, guesses)
+        verify = with_adapters(("verify", size, guesses), adapters)
+        keys = verify, ("accept", variant, size, guesses)
         ready = self.policy.always or all(self._programs.ready(key) for key in keys)
         return size, guesses if ready else 0
 
-    def programs(self, variant: Variant, size: int, guesses: int) -> tuple[Any, Any]:
+    def programs(self, variant: Variant, size: int, guesses: int, adapters: bool) -> tuple[Any, Any]:
         """The programs that compute and that accept."""
         get = self._programs.get
-        return get(("verify", size, guesses)), get(("accept", variant, size, guesses))
+        return get(with_adapters(("verify", size, guesses), adapters)), get(
+            ("accept", variant, size, guesses)
+        )
 
     def verify(self, program: Any, guesses: int, held: tuple[Any, ...]) -> tuple[Any, Any, Any]:
         """Run a program of ``programs`` on what the engine holds: the caches, logits, and the guess."""

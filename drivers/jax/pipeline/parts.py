@@ -65,8 +65,7 @@ class Pipeline:
         ]
         place = self.stages[-1].place
         engine = Engine(self.limits, self.programs, ordered, caches, batch, place.common, make=self.make)
-        if place.device.platform != "cpu":
-            engine.unrehearsed = self.programs.ahead()
+        engine.rehearse_later(self.programs.ahead())
         return engine
 
 

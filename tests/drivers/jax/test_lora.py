@@ -12,6 +12,8 @@ import pytest
 
 from llmos.drivers.jax import lora
 from llmos.drivers.jax.driver import JaxDriver
+from llmos.drivers.jax.modules import struct
+from llmos.drivers.jax.programs import ADAPTED
 from llmos.drivers.sdk.messages import Chunk, LoadAdapter, LoadedModel, LoadRequest, Start
 from llmos.ipc.errors import Busy, InvalidArgument, NotFound
 from tests.drivers.jax.lora_files import make_adapter, merged, write_adapter
@@ -26,8 +28,8 @@ Load = Callable[..., tuple[JaxDriver, LoadedModel]]
 @pytest.fixture(scope="module")
 def request_of(tiny_folder: Path, cache_folder: Path) -> LoadRequest:
     return LoadRequest(
-        model="tiny", source=str(tiny_folder), cache=str(cache_folder), page_tokens=8, pages=128, slots=8,
-        max_context=128, chunk_tokens=64, adapters=3, adapter_rank=8,
+        model="tiny", source=str(tiny_folder), cache=str(cache_folder), page_tokens=8, pages=256, slots=8,
+        max_context=256, chunk_tokens=64, adapters=3, adapter_rank=8,
     )  # fmt: skip
 
 
@@ -93,18 +95,71 @@ def test_a_mixed_batch_gives_each_what_it_gets_alone(loaded: Any, helpers: Any) 
     )
 
 
-def test_a_model_with_room_computes_without_an_adapter_exactly_what_it_did(
-    loaded: Any, helpers: Any, tiny_driver: tuple[JaxDriver, LoadedModel]
+@pytest.fixture
+def steps(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The keys of the forward programs that the model runs from now on."""
+    ran: list[tuple[Any, ...]] = []
+    programs = loaded.driver._engines["tiny"][0].programs
+    get = programs.get
+
+    def noting(key: tuple[Any, ...]) -> Any:
+        if {"decode", "prefill"} & set(key):
+            ran.append(key)
+        return get(key)
+
+    monkeypatch.setattr(programs, "get", noting)
+    return ran
+
+
+def test_without_an_adapter_in_it_a_batch_runs_the_programs_of_a_model_without_room(
+    loaded: Any, helpers: Any, tiny_driver: tuple[JaxDriver, LoadedModel], steps: list[tuple[Any, ...]]
 ) -> None:
     plain = helpers.Runner(*tiny_driver)
     assert run(loaded, helpers, [""] * 4, PROMPTS) == run(plain, helpers, [""] * 4, PROMPTS)
+    assert not any(key[0] == ADAPTED for key in steps)
+    for key in {*steps}:
+        roomy, without = (each.driver._engines["tiny"][0].programs.get(key) for each in (loaded, plain))
+        assert roomy.as_text() == without.as_text()
 
 
-def test_the_two_ways_of_multiplying_agree(
-    loaded: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+def test_only_the_steps_in_which_a_row_has_an_adapter_run_adapted_programs(
+    loaded: Any, helpers: Any, steps: list[tuple[Any, ...]]
 ) -> None:
+    starts = [loaded.start(slot, helpers.Task(PROMPTS[slot], COUNT)) for slot in range(2)]
+    starts[0] = msgspec.structs.replace(starts[0], adapter="all")
+    chunks = [Chunk(slot, slot, 0, len(PROMPTS[slot])) for slot in range(2)]
+    loaded.steps(2, start=starts, chunks=chunks)
+    assert [(key[0] == ADAPTED, "prefill" in key) for key in steps] == [(True, True), (False, True)]
+    steps.clear()
+    loaded.steps(1, decode=[0, 1])
+    loaded.steps(1, decode=[1])
+    loaded.steps(1, release=[0], decode=[1])
+    assert [key[0] == ADAPTED for key in steps] == [True, False, False]
+    loaded.steps(1, release=[1])
+
+
+def test_programs_with_adapters_are_compiled_when_the_first_is_loaded(
+    request_of: LoadRequest, helpers: Any, adapters: Any, fresh_cache: Path
+) -> None:
+    driver = JaxDriver("cpu")
+    wanted = msgspec.structs.replace(request_of, cache=str(fresh_cache))
+    runner = helpers.Runner(driver, driver.load(wanted, helpers.ignore))
+    programs = driver._engines["tiny"][0].programs
+    assert not any(key[0] == ADAPTED for key in programs.ahead())
+    first = [key for key in programs.adapted() if key[1:] in programs.ahead()[: programs.spec.first]]
+    before = run(runner, helpers, [""], PROMPTS[:1])
+    assert first and not any(programs.ready(key) for key in programs.adapted())
+    load_adapter(driver, "all", adapters["all"][0])
+    assert all(programs.ready(key) for key in first)
+    assert not programs.compile_adapted()
+    assert run(runner, helpers, [""], PROMPTS[:1]) == before != run(runner, helpers, ["all"], PROMPTS[:1])
+    driver.unload("tiny")
+
+
+def test_the_ways_of_multiplying_without_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((4, 3, 16)).astype(np.float32)
+    y = rng.standard_normal((4, 3, 10)).astype(np.float32)
     a = rng.standard_normal((2, 2 * 4, 16)).astype(np.float32)
     b = rng.standard_normal((10, 2, 4)).astype(np.float32)
     rows = np.asarray([1, 0, 2, 1], np.int32)
@@ -112,24 +167,45 @@ def test_the_two_ways_of_multiplying_agree(
     for way in ("all", "own"):
         monkeypatch.setattr(lora, "choose", lambda *_, way=way: way)
         with lora.serving(rows):
-            results.append(np.asarray(lora.delta(x, a, b, (4, 6), lambda x, w: x @ w.T)))
-    expected = np.zeros((4, 3, 10))
+            results.append(np.asarray(lora.add(y, x, a, b, (4, 6), lambda x, w: x @ w.T)))
+    expected = y.copy()
     for row, number in enumerate(rows):
         if number:
             inner = x[row] @ a[number - 1].T
             own = b[:, number - 1]
-            expected[row] = np.concatenate([inner[:, :4] @ own[:4].T, inner[:, 4:] @ own[4:].T], axis=-1)
+            expected[row] += np.concatenate([inner[:, :4] @ own[:4].T, inner[:, 4:] @ own[4:].T], axis=-1)
     for result in results:
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_outside_of_serving_a_product_is_what_it_is() -> None:
+    y = np.ones((2, 4), np.float32)
+    with lora.serving(None):
+        assert lora.add(y, y, y, y, (4,), np.matmul) is y
+
+
+def way(rows: int, tokens: int, adapters: int, platform: str, rank: int = 16, dtype: str = "float32") -> str:
+    a, b = struct((adapters, 2 * rank, 64), dtype), struct((96, adapters, rank), dtype)
+    return lora.choose(rows, tokens, a, b, (64, 32), platform)
+
+
 def test_many_rows_of_one_token_read_each_adapter_once_and_prompts_copy_theirs() -> None:
-    assert lora.choose(256, 1, 8, "gpu") == "all"
-    assert lora.choose(256, 1, 32, "gpu") == "all"
-    assert lora.choose(1, 1, 32, "gpu") == "own"
-    assert lora.choose(4, 2048, 8, "gpu") == "own"
-    assert lora.choose(32, 8, 8, "gpu") == "all"
-    assert lora.choose(32, 1, 8, "cpu") == "all"
+    assert way(256, 1, 8, "tpu") == "all"
+    assert way(256, 1, 32, "tpu") == "all"
+    assert way(1, 1, 32, "tpu") == "own"
+    assert way(4, 2048, 8, "tpu") == "own"
+    assert way(32, 8, 8, "tpu") == "all"
+    assert way(32, 1, 8, "cpu") == "all"
+
+
+def test_a_gpu_has_kernels_for_bfloat16_and_ranks_that_it_can_multiply() -> None:
+    assert way(256, 1, 8, "gpu", dtype="bfloat16") == way(1, 2048, 8, "cuda", dtype="bfloat16") == "grouped"
+    assert way(256, 1, 8, "gpu") == "all"
+    assert way(256, 1, 8, "gpu", rank=8, dtype="bfloat16") == "all"
+    assert way(256, 1, 8, "gpu", rank=256, dtype="bfloat16") == "all"
+    ranks = [1, 8, 16, 24, 64, 128, 129]
+    assert [lora.stored_rank(rank, "gpu") for rank in ranks] == [16, 16, 16, 32, 64, 128, 129]
+    assert [lora.stored_rank(rank, "cpu") for rank in ranks] == ranks
 
 
 def test_a_row_on_8_bit_weights_gets_the_same_whatever_is_beside_it(
@@ -225,7 +301,7 @@ def test_a_model_without_room_has_the_programs_it_always_had(
 ) -> None:
     driver, _ = tiny_driver
     spec = driver._engines["tiny"][0].programs.spec
-    assert (spec.room, spec.batch.adapter, spec.shape.heading) == (None, None, 2)
+    assert (spec.room, spec.batch.adapter, spec.shape.adapters) == (None, None, False)
     assert ("adapt",) not in driver._engines["tiny"][0].programs.ahead()
     with pytest.raises(InvalidArgument, match="without room for adapters"):
         load_adapter(driver, "all", adapters["all"][0])
