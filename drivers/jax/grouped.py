@@ -14,7 +14,7 @@ a decode step takes about as long as starting it, so that what counts is how man
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from math import gcd
 from typing import Any
 
@@ -79,22 +79,25 @@ def add(
     tile = tiling(x.shape[0], a, b, parts)
     blocks = pl.cdiv(x.shape[0], tile.tokens)
     warps = 4 if rank < COLUMNS else 8
-    options = {"compiler_params": plgpu.CompilerParams(num_warps=warps, num_stages=3), "interpret": interpret}
-    inner = pl.pallas_call(
+    call = partial(
+        pl.pallas_call,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=3),
+        interpret=interpret,
+    )
+    inner = call(
         partial(_shrink, tile=tile),
         grid=(adapters * len(parts), tile.splits, blocks),
         out_shape=struct((len(parts), tile.splits, x.shape[0], rank), jnp.float32),
         name="lora_shrink",
-        **options,
     )(numbers, x, a.reshape(adapters * len(parts), rank, -1))
-    return pl.pallas_call(
+    result: jax.Array = call(
         partial(_expand, tile=tile, parts=parts),
         grid=(b.shape[0] // tile.outer, blocks),
         out_shape=struct(y.shape, y.dtype),
         input_output_aliases={3: 0},
         name="lora_expand",
-        **options,
     )(numbers, inner, b.reshape(b.shape[0], -1), y)
+    return result
 
 
 def _shrink(
@@ -147,7 +150,7 @@ def _expand(
         mask = jnp.broadcast_to((number > 0)[:, None], (tile.tokens, rank))
         part = _part(first, parts)
         pieces = (inner.at[part, jnp.int32(split), tokens, :] for split in range(tile.splits))
-        own = sum(plgpu.load(piece, mask=mask, other=0) for piece in pieces)
+        own = reduce(jnp.add, (plgpu.load(piece, mask=mask, other=0) for piece in pieces))
         spread = jnp.broadcast_to(own[:, None, :], (tile.tokens, tile.group, rank)).reshape(-1, width)
 
         def step(group: Any, total: Any) -> Any:

@@ -89,7 +89,7 @@ def add(
     if rows is None:
         return y
     wide = x.reshape(x.shape[0], -1, x.shape[-1])
-    way = choose(*wide.shape[:2], a, b, parts, jax.default_backend())
+    way = choose(wide.shape[0], wide.shape[1], a, b, parts, jax.default_backend())
     if way == "grouped":
         from llmos.drivers.jax import grouped  # what a CPU has no use for is not imported there
 
@@ -97,7 +97,7 @@ def add(
         flat = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         return grouped.add(*flat, tokens, a, b, parts).reshape(y.shape)
     # XLA would copy two weights that x is multiplied by into one, at every step, to multiply but once.
-    wide = jax.lax.optimization_barrier(wide)
+    wide = jax.lax.optimization_barrier(wide)  # type: ignore[no-untyped-call]
     run = _own if way == "own" else _all
     return y + run(wide, rows, a, b, parts, dense).reshape(y.shape)
 

@@ -30,6 +30,7 @@ from llmos.drivers.jax.modules import struct
 from llmos.drivers.jax.sampling import Variant
 from llmos.drivers.jax.sharding.placement import Placement
 from llmos.drivers.sdk.checks import BIAS_LIMIT
+from llmos.ipc.errors import Canceled
 
 ADMIT_ROWS = 8
 GROW_ROWS = 64
@@ -157,6 +158,9 @@ class Programs:
             pending: set[Future[Any]] = {pool.submit(self.get, key) for key in keys}
             while pending:
                 progress(len(keys) - len(pending), len(keys))
+                if self._closed.is_set():
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise Canceled("the model was unloaded while programs for it were compiled")
                 done, pending = wait(pending, timeout=HEARTBEAT_S)
                 for future in done:
                     future.result()

@@ -92,9 +92,10 @@ class DriverServer(Server):
         self._executor = Executor(driver)
         self._background = Background(self)
         self._moves = Moves(self._executor, self._background)
-        self._copying = Background(self)  # of whole models, which take longer than pages
+        # Of whole models and of adapters, which take longer than pages: the first has programs compiled.
+        self._copying = Background(self)
         self._parking = Parking(driver, self._copying, self._abandon)
-        self._adapters = Adapters(driver, self._executor, self._background, self._parking.check)
+        self._adapters = Adapters(driver, self._executor, self._copying, self._parking.check)
         self._keys = StorageKeys(self)
         self._limit = STEP_LIMIT
         self._loaded: dict[str, tuple[LoadRequest, LoadedModel]] = {}

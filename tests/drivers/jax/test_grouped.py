@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import grouped
+from llmos.drivers.jax import grouped, lora
+from llmos.drivers.jax.layers import product
 
 
 def arrays(tokens: int, inner: int, parts: tuple[int, ...], adapters: int, rank: int) -> list[np.ndarray]:
@@ -24,14 +27,12 @@ def arrays(tokens: int, inner: int, parts: tuple[int, ...], adapters: int, rank:
 def expected(
     y: np.ndarray, x: np.ndarray, numbers: np.ndarray, a: np.ndarray, b: np.ndarray, parts: tuple[int, ...]
 ) -> np.ndarray:
-    rank, made = b.shape[2], y.copy()
+    made, bounds = y.copy(), np.cumsum(parts)[:-1]
     for token, number in enumerate(numbers):
         if number:
             pieces = np.split(a[number - 1] @ x[token], len(parts))
-            bounds = np.cumsum(parts)[:-1]
-            halves = zip(np.split(b[:, number - 1], bounds), pieces, strict=True)
-            made[token] += np.concatenate([part @ inner for part, inner in halves])
-            assert pieces[0].shape == (rank,)
+            outer = zip(np.split(b[:, number - 1], bounds), pieces, strict=True)
+            made[token] += np.concatenate([part @ inner for part, inner in outer])
     return made
 
 
@@ -65,7 +66,8 @@ def test_what_has_no_adapter_is_left_exactly_as_it_is_whatever_is_beside_it() ->
     result = np.asarray(grouped.add(y, x, jnp.asarray(numbers), a, b, (64, 32), interpret=True))
     others = np.delete(np.arange(80), [3, 7])
     np.testing.assert_array_equal(result[others], np.asarray(y)[others])
-    assert np.isnan(result[3].astype(np.float32)).all() and (result[7] != np.asarray(y)[7]).any()
+    assert np.isnan(result[3].astype(np.float32)).all()
+    assert (result[7] != np.asarray(y)[7]).any()
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 100, 2048, 8192])
@@ -77,8 +79,9 @@ def test_the_work_is_cut_so_that_nothing_is_left_over(
 ) -> None:
     a, b = np.empty((8, 16 * len(parts), inner), bool), np.empty((sum(parts), 8, 16), bool)
     tile = grouped.tiling(tokens, a, b, parts)
-    assert inner % tile.inner == 0 and all(size % tile.outer == 0 for size in parts)
-    assert tile.tokens in (16, 32, 64) and tile.group == 8
+    assert inner % tile.inner == 0
+    assert all(size % tile.outer == 0 for size in parts)
+    assert (tile.tokens in (16, 32, 64), tile.group) == (True, 8)
     assert tile.splits == 1 or inner // tile.splits >= grouped.SPAN
     assert tile.splits == 1 or tile.splits * -(-tokens // tile.tokens) <= 2 * grouped.PROGRAMS
 
@@ -89,6 +92,18 @@ def test_a_decode_step_of_an_8b_model_keeps_all_multiprocessors_busy() -> None:
     tile = grouped.tiling(64, a, b, parts)
     assert 8 * len(parts) * tile.splits >= grouped.PROGRAMS
     assert sum(parts) // tile.outer >= grouped.PROGRAMS
+
+
+def test_rows_of_several_tokens_have_their_adapter_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "choose", lambda *_: "grouped")
+    monkeypatch.setattr(grouped, "add", partial(grouped.add, interpret=True))
+    y, x, a, b = arrays(12, 64, (64, 32), 2, 16)
+    with lora.serving(jnp.asarray([2, 0, 1])):
+        result = lora.add(y.reshape(3, 4, -1), x.reshape(3, 4, -1), a, b, (64, 32), product)
+    numbers = np.repeat([2, 0, 1], 4)
+    np.testing.assert_allclose(
+        result.reshape(12, -1), expected(y, x, numbers, a, b, (64, 32)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_shapes_that_do_not_fit_are_refused_with_all_of_them() -> None:

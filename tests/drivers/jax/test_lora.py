@@ -148,7 +148,8 @@ def test_programs_with_adapters_are_compiled_when_the_first_is_loaded(
     assert not any(key[0] == ADAPTED for key in programs.ahead())
     first = [key for key in programs.adapted() if key[1:] in programs.ahead()[: programs.spec.first]]
     before = run(runner, helpers, [""], PROMPTS[:1])
-    assert first and not any(programs.ready(key) for key in programs.adapted())
+    assert first
+    assert not any(programs.ready(key) for key in programs.adapted())
     load_adapter(driver, "all", adapters["all"][0])
     assert all(programs.ready(key) for key in first)
     assert not programs.compile_adapted()
