@@ -5,8 +5,14 @@
 
 Row i of a batch has adapter i modulo their number, so that a batch mixes all of them. ``--model`` may be
 ``random:CONFIG_JSON``; of an 8B shape each takes 16 GB and its own KV, so lower ``--batch`` or name fewer.
-The adapter is one random file for all seven kinds of products, loaded under as many names: what is in it does
-not matter to the time. ``idle`` is the model with the most room and no row that has an adapter.
+The adapter is one random file for all seven kinds of products, loaded under as many names: what is in it
+does not matter to the time. ``idle`` is the model with the most room and no row that has an adapter. ``load``
+is the time to load an adapter; ``first_load`` that of the first, which has the adapted programs compiled.
+
+A prompt is one chunk unless ``--chunk-tokens`` says otherwise, since fewer chunk lengths are fewer programs;
+the plain programs of all models are the same, and ``--cache`` (else a folder that is removed) keeps them. On
+an H200: ``--model random:benchmarks/shapes/llama-3.1-8b.json --dtype bfloat16 --page-tokens 64 --adapters 0 8
+--batch 64 --prompt 128``.
 """
 
 from __future__ import annotations
@@ -62,7 +68,7 @@ class Contender:
     """A loaded model with as many adapters as it has room for; ``used`` of them are in a batch."""
 
     def __init__(self, options: argparse.Namespace, adapters: int) -> None:
-        self.used, self.options, self.load_s = adapters, options, 0.0
+        self.used, self.options = adapters, options
         driver = JaxDriver()
         total = options.prompt + STEPS * (options.repeats + 2) + 16
         self.total = -(-total // options.page_tokens) * options.page_tokens
@@ -70,21 +76,27 @@ class Contender:
             model="bench", source=options.model, cache=options.cache, dtype=options.dtype,
             weights=options.weights, kv_dtype=options.dtype, slots=options.batch, max_context=self.total,
             pages=options.batch * self.total // options.page_tokens, page_tokens=options.page_tokens,
-            chunk_tokens=options.chunk_tokens, adapters=adapters, adapter_rank=options.rank,
+            chunk_tokens=options.chunk_tokens or options.prompt, adapters=adapters, adapter_rank=options.rank,
         )  # fmt: skip
         self.session = Session(driver, driver.load(request, lambda _: None))
+        self.load_s = self.load_adapters(driver) if adapters else []
+        behind = driver._engines["bench"][0].programs._behind
+        assert behind is not None
+        behind.join()  # what is compiled behind would be measured too
         while driver.idle():
             pass
-        if not adapters:
-            return
+
+    def load_adapters(self, driver: JaxDriver) -> list[float]:
+        """Seconds that loading each of them took."""
+        times: list[float] = []
         room = driver._engines["bench"][0].programs.spec.room
         with tempfile.TemporaryDirectory() as folder:
-            source = str(write_adapter(Path(folder), room.config, options.rank))
-            begun = time.perf_counter()
-            for number in range(adapters):
-                loading = LoadAdapter(model="bench", adapter=f"a{number}", source=source)
-                driver.load_adapter(loading)()()
-            self.load_s = (time.perf_counter() - begun) / adapters
+            source = str(write_adapter(Path(folder), room.config, self.options.rank))
+            for number in range(self.used):
+                begun = time.perf_counter()
+                driver.load_adapter(LoadAdapter(model="bench", adapter=f"a{number}", source=source))()()
+                times.append(time.perf_counter() - begun)
+        return times
 
     def admit(self, slots: int, used: int) -> tuple[list[Start], list[Chunk]]:
         starts, chunks = self.session.admit(slots, self.options.prompt, self.total)
@@ -128,7 +140,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     figures = {f"decode_{name}_tokens_per_s": round(rate(times), 1) for name, times in decode.items()}
     for name, times in prefill.items():
         figures[f"prefill_{name}_tokens_per_s"] = round(options.prompt / statistics.median(times), 1)
-    figures |= {f"load_{name}_s": round(each.load_s, 3) for name, each in made.items() if each.used}
+    for name, each in made.items():
+        if each.used:
+            figures[f"first_load_{name}_s"] = round(each.load_s[0], 3)
+            figures[f"load_{name}_s"] = round(statistics.median(each.load_s[1:] or each.load_s), 3)
     return figures
 
 
@@ -146,9 +161,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--page-tokens", type=int, default=16)
-    parser.add_argument("--chunk-tokens", type=int, default=2048)
+    parser.add_argument("--chunk-tokens", type=int, default=0, help="0: those of the prompt")
     options = parser.parse_args()
-    figures = measure(options)
+    with tempfile.TemporaryDirectory() as folder:
+        options.cache = options.cache or folder
+        figures = measure(options)
     base = {kind: figures.get(f"{kind}_0_tokens_per_s", 0.0) for kind in ("decode", "prefill")}
     ratios = {
         name.removesuffix("_tokens_per_s"): round(value / base[name.partition("_")[0]], 3)
