@@ -80,24 +80,28 @@ def empty(shapes: dict[str, Any]) -> dict[str, jax.Array]:
 @dataclass(frozen=True)
 class Room:
     """That of a model for adapters of up to ``rank``: (A, B) of each target are at ``places`` among the
-    parameters, in ``dtype``."""
+    parameters, in ``dtype``; at ``plain`` is what a model without room has. ``decoder`` is the graph and the
+    tree of one that has the stacks."""
 
     config: DecoderConfig
     rank: int
     dtype: Any
     places: tuple[tuple[int, int], ...]
+    plain: tuple[int, ...]
+    decoder: tuple[Any, Any]
+
+    def without(self, weights: list[Any]) -> list[Any]:
+        """Of all parameters those that plain programs take: what they do not need would cost time a call."""
+        return [weights[at] for at in self.plain]
 
 
-def room(config: DecoderConfig, stacks: tuple[int, int], paths: list[str], dtype: Any) -> Room | None:
-    """The room for so many adapters of a rank that ``make_room`` made; None if it made none. ``paths`` are
-    those of the parameters."""
-    adapters, rank = stacks
-    if not adapters:
-        return None
+def room(config: DecoderConfig, rank: int, paths: list[str], dtype: Any, decoder: tuple[Any, Any]) -> Room:
+    """The room that ``make_room`` made; ``paths`` are those of the parameters."""
     index = {path: at for at, path in enumerate(paths)}
     a, b = _NAMES
     places = tuple((index[f"{path}.{a}"], index[f"{path}.{b}"]) for path in targets(config))
-    return Room(config, rank, dtype, places)
+    plain = tuple(at for path, at in index.items() if not is_stack(path))
+    return Room(config, rank, dtype, places, plain, decoder)
 
 
 def pairs(stacks: list[Pair]) -> list[Pair]:

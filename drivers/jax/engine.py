@@ -64,7 +64,7 @@ class Engine:
         self.ledger = Ledger(limits)
         self.unrehearsed: list[Key] = []
         self.programs = programs
-        self._weights = weights
+        self._keep(weights)
         self._held = caches
         self._batch = batch
         self._common = common
@@ -127,11 +127,11 @@ class Engine:
         program, adapters = self.programs.get(key), key[0] == ADAPTED
         match plain(key):
             case ("decode", int(size)):
-                self._caches, _ = program(self._weights, self._caches, self._batch, self._row_index([], size))
+                rows = self._row_index([], size)
+                self._caches, _ = program(self._taken(adapters), self._caches, self._batch, rows)
             case ("prefill", int(height), int(size), bool()):
-                self._caches, _ = program(
-                    self._weights, self._caches, self._chunk([], height, size, adapters)
-                )
+                chunk = self._chunk([], height, size, adapters)
+                self._caches, _ = program(self._taken(adapters), self._caches, chunk)
             case ("sample", "greedy" | "plain" | "filtered", int(size)):
                 logits = jax.device_put(np.zeros((size, self.limits.vocab_size), np.float32), self._common)
                 self._batch, *_ = program(logits, self._row_index([], size), self._batch)
@@ -140,7 +140,7 @@ class Engine:
                 numbers = list(range(size))
                 self.write_pages(numbers, self.read_pages(numbers))
             case (str(name), *_) if self.speculation is not None:
-                self._rehearse_speculation(self.speculation, name, plain(key), program)
+                self._rehearse_speculation(self.speculation, name, key, program)
         jax.block_until_ready((self._caches, self._batch))  # type: ignore[no-untyped-call]
         return True
 
@@ -151,9 +151,10 @@ class Engine:
 
     def _rehearse_speculation(self, speculation: Speculation, name: str, key: Key, program: Any) -> None:
         if name == "verify":
-            rows = self._row_index([], int(key[1]))
-            held = (self._weights, self._caches, self._batch, speculation.history, rows)
-            self._caches, *_ = speculation.verify(program, int(key[2]), held)
+            _, size, guesses = plain(key)
+            rows, weights = self._row_index([], int(size)), self._taken(key[0] == ADAPTED)
+            held = (weights, self._caches, self._batch, speculation.history, rows)
+            self._caches, *_ = speculation.verify(program, int(guesses), held)
         elif name == "accept" and "full" not in key:
             size, guesses = int(key[2]), int(key[3])
             logits = np.zeros((size, guesses + 1, self.limits.vocab_size), np.float32)
@@ -175,7 +176,7 @@ class Engine:
         weights = list(self._weights)
         for (a, b), pair in zip(room.places, program(stacks, pairs, np.int32(number - 1)), strict=True):
             weights[a], weights[b] = pair
-        self._weights = weights
+        self._keep(weights)
 
     def close(self) -> None:
         """Stop what still runs in the background, and leave pages behind that others can use."""
@@ -232,9 +233,17 @@ class Engine:
 
     def _take_weights(self, weights: list[jax.Array]) -> None:
         count = len(jax.tree.leaves(self._weights))
-        self._weights = jax.tree.unflatten(jax.tree.structure(self._weights), weights[:count])
+        self._keep(jax.tree.unflatten(jax.tree.structure(self._weights), weights[:count]))
         if self.speculation is not None:
             self.speculation.weights = weights[count:]
+
+    def _keep(self, weights: Any) -> None:
+        room = self.programs.spec.room
+        self._weights, self._plain = weights, room.without(weights) if room is not None else weights
+
+    def _taken(self, adapters: bool) -> Any:
+        """The weights that forward programs take, those for rows with ``adapters`` or the plain ones."""
+        return self._weights if adapters else self._plain
 
     def _steps(self, quantum: Quantum) -> Iterator[PendingStep]:
         chunks: dict[int, list[Chunk]] = {}
@@ -257,9 +266,10 @@ class Engine:
     def _decode(self, rows: list[int]) -> Output:
         if self.speculation is not None:
             return self._speculate(self.speculation, rows)
-        size, program = self.programs.decode(len(rows), self._adapted(rows))
+        adapters = self._adapted(rows)
+        size, program = self.programs.decode(len(rows), adapters)
         index = self._row_index(rows, size)
-        self._caches, logits = program(self._weights, self._caches, self._batch, index)
+        self._caches, logits = program(self._taken(adapters), self._caches, self._batch, index)
         for number in rows:
             self.ledger.advance(number)
         return self._sample(rows, index, logits)
@@ -272,7 +282,7 @@ class Engine:
         size, guesses = speculation.choose(rows, variant, adapters)
         index = self._row_index(rows, size)
         verify, accept = speculation.programs(variant, size, guesses, adapters)
-        held = (self._weights, self._caches, self._batch, speculation.history, index)
+        held = (self._taken(adapters), self._caches, self._batch, speculation.history, index)
         self._caches, logits, guess = speculation.verify(verify, guesses, held)
         tallies = (self._tallies,) if variant == "full" else ()
         results = accept(logits, guess, index, self._batch, speculation.history, *tallies)
@@ -296,7 +306,7 @@ class Engine:
         adapters = self._adapted([call.slot for call in calls])
         height, program = self.programs.prefill(len(calls), size, fresh, adapters)
         chunk = self._chunk(calls, height, size, adapters)
-        self._caches, logits = program(self._weights, self._caches, chunk)
+        self._caches, logits = program(self._taken(adapters), self._caches, chunk)
         complete = [call.slot if self.ledger.fill(call) else self.limits.slots for call in calls]
         if all(slot == self.limits.slots for slot in complete):
             return []

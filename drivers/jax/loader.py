@@ -183,11 +183,13 @@ class Load:
         """As ``_parts``, of one pipeline stage of a replica, or of all of it."""
         request = self.request
         config = rope.for_context(plan.config, request.max_context)
-        rank = lora.stored_rank(request.adapter_rank, place.device.platform)
-        dtype, stacks = DTYPES[request.dtype], (request.adapters, rank)
-        graph, tree, whole = parameters(config, dtype, place, request.weights, stacks)
-        kept = {path: x for path, x in whole.items() if not adapters.is_stack(path)}
-        shapes = place.arranged(config, whole)
+        dtype, rank = DTYPES[request.dtype], lora.stored_rank(request.adapter_rank, place.device.platform)
+        graph, tree, kept = parameters(config, dtype, place, request.weights)
+        roomy = graph, tree, kept
+        if request.adapters:
+            stacks = (request.adapters, rank)
+            roomy = parameters(config, dtype, place, request.weights, stacks)
+        shapes = place.arranged(config, roomy[2])
         self._native = self._timed("kernels", lambda: self._kernels(place))
         draft = self._draft(plan.config, place)
         member = self._member(plan.config, place, shapes)
@@ -211,7 +213,7 @@ class Load:
         spec = spec_of(request, shape, place, ordered, cache_shapes, jax.eval_shape(batch), limits)
         on_cpu = place.device.platform == "cpu"
         guesses = speculating_of(request, limits, draft, spec.decode_sizes, on_cpu)
-        room = adapters.room(config, stacks, list(shapes), dtype)
+        room = adapters.room(config, rank, list(shapes), dtype, roomy[:2]) if request.adapters else None
         spec = replace(spec, speculating=guesses, room=room)
         hold = member.caches if member is not None else lambda: Own(_placed(caches()))
         make = lambda: (hold(), _placed(jax.jit(batch, out_shardings=place.common)()))  # noqa: E731

@@ -253,19 +253,16 @@ class Programs:
     def _describe(self, key: Key) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         """The function of a program, which arguments it donates, and their shapes."""
         spec = self.spec
-        shape = replace(spec.shape, adapters=key[0] == ADAPTED)
+        shape, weights = self._model(key)
         match plain(key):
             case ("decode", int(size)):
-                return (
-                    partial(forward.decode, shape),
-                    (1,),
-                    (spec.weights, spec.caches, spec.batch, _ints(size)),
-                )
+                decode = partial(forward.decode, shape)
+                return decode, (1,), (weights, spec.caches, spec.batch, _ints(size))
             case ("prefill", int(rows), int(size), bool(fresh)):
                 width = spec.batch.tables.shape[1]
                 chunk = _ints(rows, forward.heading(shape.adapters) + width + size)
                 prefill = partial(forward.prefill, shape, fresh, width)
-                return prefill, (1,), (spec.weights, spec.caches, chunk)
+                return prefill, (1,), (weights, spec.caches, chunk)
             case ("sample", "full", int(size)):
                 full = (self._logits(size), _ints(size), spec.batch, self._tallies())
                 return partial(sampling.sample, "full"), (2, 3), full
@@ -273,7 +270,7 @@ class Programs:
                 lean: Callable[..., Any] = partial(sampling.sample, cast(Variant, variant), tallies=None)
                 return lean, (2,), (self._logits(size), _ints(size), spec.batch)
             case ("verify", int(size), int(guesses)):
-                return self._describe_verify(shape, size, guesses)
+                return self._describe_verify(key, size, guesses)
             case ("accept", str(variant), int(size), int(guesses)):
                 return self._describe_accept(cast(Variant, variant), size, guesses)
             case ("recall", int(rows)):
@@ -299,11 +296,22 @@ class Programs:
                 return pages.scatter, (0,), (spec.caches, (pages.row(spec.caches),) * size, _ints(size))
         raise KeyError(key)
 
+    def _model(self, key: Key) -> tuple[Shape, list[Any]]:
+        """What specialises a forward program, and the shapes of the weights that it takes."""
+        spec, room = self.spec, self.spec.room
+        if room is None:
+            return spec.shape, spec.weights
+        if key[0] != ADAPTED:
+            return spec.shape, room.without(spec.weights)
+        graph, tree = room.decoder
+        return replace(spec.shape, graph=graph, tree=tree, adapters=True), spec.weights
+
     def _describe_verify(
-        self, shape: Shape, size: int, guesses: int
+        self, key: Key, size: int, guesses: int
     ) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
         spec = self.spec
-        arguments = (spec.weights, spec.caches, spec.batch, self._history(), _ints(size))
+        shape, weights = self._model(key)
+        arguments = (weights, spec.caches, spec.batch, self._history(), _ints(size))
         draft = self._draft(("verify", size, guesses))
         if draft is None:
             return partial(verification.step, shape, guesses), (1,), arguments

@@ -25,7 +25,7 @@ CONFIG = DecoderConfig(
     vocab_size=101, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=48, norm_eps=1e-5,
     rope_theta=1e4, max_positions=64,
 )  # fmt: skip
-ROOM = Room(CONFIG, 8, jnp.float32, ())
+ROOM = Room(CONFIG, 8, jnp.float32, (), (), (None, None))
 LAYER = f"{PREFIX}model.layers.1."
 
 
