@@ -3,9 +3,9 @@
 After the grouped products of Punica (Chen et al., 2023) and S-LoRA (Sheng et al., 2023). A small product in
 a decode step takes about as long as starting it, so that what counts is how many there are:
 
-- ``_shrink`` multiplies tokens by A. A program takes a block of tokens, one part of one adapter, and a split
-  of the inputs; it writes the rows that are the adapter's own and ends at once if there are none. So what it
-  writes, [parts, splits, tokens, rank], does not grow with the number of adapters.
+- ``_shrink`` multiplies tokens by A. A program takes a block of tokens, one part of a few adapters, and a
+  split of the inputs; it writes the rows that are these adapters' own and ends at once if there are none. So
+  what it writes, [parts, splits, tokens, rank], does not grow with the number of adapters.
 - ``_expand`` joins the splits, spreads a token's values to the columns of its adapter, multiplies by B, and
   adds that to the product's result in place. It reads no adapter before the first or behind the last that a
   block of tokens has, and leaves alone what has none.
@@ -35,12 +35,14 @@ MOST_SPLITS = 16
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut: ``tokens`` for each program; ``inner`` inputs at a time in ``splits``; ``outer``
-    outputs, and ``group`` adapters' columns of B at a time."""
+    """How the work is cut: ``tokens`` for each program. Of the first kernel also ``beside`` adapters, which
+    share what is read of x, and one of ``splits`` of the inputs, ``inner`` at a time; of the second ``outer``
+    outputs, ``group`` adapters' columns of B at a time."""
 
     tokens: int
-    inner: int
+    beside: int
     splits: int
+    inner: int
     outer: int
     group: int
 
@@ -55,8 +57,11 @@ def tiling(tokens: int, a: Any, b: Any, parts: tuple[int, ...]) -> Tiling:
     outer = 128
     while gcd(*parts) % outer or (outer > MULTIPLE and b.shape[0] // outer * blocks < PROGRAMS):
         outer //= 2
-    group = min(COLUMNS // rank, 1 << (adapters - 1).bit_length())
-    return Tiling(rows, inner, 1 << max(0, wanted.bit_length() - 1), outer, group)
+    splits = 1 << max(0, wanted.bit_length() - 1)
+    group = beside = min(COLUMNS // rank, 1 << (adapters - 1).bit_length())
+    while beside > 1 and pl.cdiv(adapters, beside) * len(parts) * splits * blocks < PROGRAMS // 4:
+        beside //= 2
+    return Tiling(rows, beside, splits, inner, outer, group)
 
 
 def add(
@@ -86,7 +91,7 @@ def add(
     )
     inner = call(
         partial(_shrink, tile=tile),
-        grid=(adapters * len(parts), tile.splits, blocks),
+        grid=(pl.cdiv(adapters, tile.beside) * len(parts), tile.splits, blocks),
         out_shape=struct((len(parts), tile.splits, x.shape[0], rank), jnp.float32),
         name="lora_shrink",
     )(numbers, x, a.reshape(adapters * len(parts), rank, -1))
@@ -108,25 +113,37 @@ def _shrink(
     *,
     tile: Tiling,
 ) -> None:
-    parts = inner.shape[0]
-    index, split = pl.program_id(0), pl.program_id(1)
+    parts, rank = inner.shape[0], a.shape[1]
+    first, part, split = pl.program_id(0) // parts * tile.beside, pl.program_id(0) % parts, pl.program_id(1)
     tokens, real, number = _tokens(numbers, pl.program_id(2), tile)
-    own = number == index // parts + 1
-    share = pl.cdiv(x.shape[1] // tile.inner, tile.splits)
+    here = (number > first) & (number <= first + tile.beside)
+    last = jnp.max(jnp.where(here, number, 0))
+    least = jnp.min(jnp.where(here, number, last))
 
-    def step(at: Any, total: Any) -> Any:
-        columns = pl.ds(at * tile.inner, tile.inner)
-        mask = jnp.broadcast_to(real[:, None], (tile.tokens, tile.inner))
-        part = plgpu.load(x.at[tokens, columns], mask=mask, other=0)
-        return total + plgpu.dot(part, a[index, :, columns].T)
+    def multiply(adapters: list[Any]) -> None:
+        def step(at: Any, totals: Any) -> Any:
+            columns = pl.ds(at * tile.inner, tile.inner)
+            mask = jnp.broadcast_to(real[:, None], (tile.tokens, tile.inner))
+            fed = plgpu.load(x.at[tokens, columns], mask=mask, other=0)
+            weights = (a[(adapter - 1) * parts + part, :, columns] for adapter in adapters)
+            return tuple(total + plgpu.dot(fed, own.T) for total, own in zip(totals, weights, strict=True))
 
-    @pl.when(jnp.max(own.astype(jnp.int32)) > 0)
-    def _() -> None:
-        last = jnp.minimum((split + 1) * share, x.shape[1] // tile.inner)
-        zero = jnp.zeros((tile.tokens, a.shape[1]), jnp.float32)
-        total = jax.lax.fori_loop(split * share, last, step, zero)
-        mask = jnp.broadcast_to(own[:, None], total.shape)
-        plgpu.store(inner.at[index % parts, split, tokens, :], total, mask=mask)
+        count = x.shape[1] // tile.inner
+        share = pl.cdiv(count, tile.splits)
+        zeros = (jnp.zeros((tile.tokens, rank), jnp.float32),) * len(adapters)
+        end = jnp.minimum((split + 1) * share, count)
+        made, *others = jax.lax.fori_loop(split * share, end, step, zeros)
+        for adapter, other in zip(adapters[1:], others, strict=True):
+            made = jnp.where((number == adapter)[:, None], other, made)
+        mask = jnp.broadcast_to(here[:, None], made.shape)
+        plgpu.store(inner.at[part, split, tokens, :], made, mask=mask)
+
+    # All tokens of a prompt have one adapter, those of a batch that decodes have many.
+    pl.when((last > 0) & (least == last))(lambda: multiply([last]))
+    if tile.beside > 1:
+        most = a.shape[0] // parts
+        several = [jnp.minimum(first + 1 + index, most) for index in range(tile.beside)]
+        pl.when(least < last)(lambda: multiply(several))
 
 
 def _expand(

@@ -53,7 +53,9 @@ def serving(rows: jax.Array | None) -> Iterator[None]:
 def choose(rows: int, tokens: int, a: Any, b: Any, parts: tuple[int, ...], platform: str) -> Way:
     """How ``rows`` of ``tokens`` each are multiplied: on a GPU by the kernels if these take such stacks, else
     by the numbers that are read or the time they leave."""
-    if platform in ("gpu", "cuda") and b.dtype == jnp.bfloat16 and fits(a, b, parts):
+    largest = max(rows * tokens * max(b.shape[0], a.shape[2]), a.size, b.size)
+    kernels = platform in ("gpu", "cuda") and b.dtype == jnp.bfloat16 and largest < 1 << 31
+    if kernels and fits(a, b, parts):
         return "grouped"
     balance = BALANCE.get(platform, ACCELERATED)
     own, every = COPIES * rows, a.shape[0] * (1 + rows * tokens / balance)

@@ -36,6 +36,7 @@ def expected(
     return made
 
 
+@pytest.mark.parametrize("programs", [132, 8])
 @pytest.mark.parametrize(
     ("tokens", "inner", "parts", "adapters", "rank"),
     [
@@ -47,13 +48,20 @@ def expected(
     ],
 )
 def test_each_token_gets_what_its_own_adapter_adds(
-    tokens: int, inner: int, parts: tuple[int, ...], adapters: int, rank: int
+    tokens: int,
+    inner: int,
+    parts: tuple[int, ...],
+    adapters: int,
+    rank: int,
+    programs: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(grouped, "PROGRAMS", programs)  # few are worth several adapters each
     y, x, a, b = arrays(tokens, inner, parts, adapters, rank)
-    numbers = np.random.default_rng(1).integers(0, adapters + 1, tokens).astype(np.int32)
-    numbers[0] = adapters
-    result = grouped.add(*map(jnp.asarray, (y, x, numbers, a, b)), parts, interpret=True)
-    np.testing.assert_allclose(result, expected(y, x, numbers, a, b, parts), rtol=1e-4, atol=1e-4)
+    mixed = np.random.default_rng(1).integers(0, adapters + 1, tokens).astype(np.int32)
+    for numbers in (mixed, np.full_like(mixed, adapters)):
+        result = grouped.add(*map(jnp.asarray, (y, x, numbers, a, b)), parts, interpret=True)
+        np.testing.assert_allclose(result, expected(y, x, numbers, a, b, parts), rtol=1e-4, atol=1e-4)
 
 
 def test_what_has_no_adapter_is_left_exactly_as_it_is_whatever_is_beside_it() -> None:
@@ -86,11 +94,12 @@ def test_the_work_is_cut_so_that_nothing_is_left_over(
     assert tile.splits == 1 or tile.splits * -(-tokens // tile.tokens) <= 2 * grouped.PROGRAMS
 
 
-def test_a_decode_step_of_an_8b_model_keeps_all_multiprocessors_busy() -> None:
+def test_a_decode_step_of_an_8b_model_keeps_multiprocessors_busy_and_shares_what_it_reads() -> None:
     parts = (4096, 1024, 1024)
     a, b = np.empty((8, 48, 4096), bool), np.empty((6144, 8, 16), bool)
     tile = grouped.tiling(64, a, b, parts)
-    assert 8 * len(parts) * tile.splits >= grouped.PROGRAMS
+    assert (tile.beside, tile.splits) == (4, 8)
+    assert 8 // tile.beside * len(parts) * tile.splits >= grouped.PROGRAMS // 4
     assert sum(parts) // tile.outer >= grouped.PROGRAMS
 
 

@@ -204,6 +204,7 @@ def test_a_gpu_has_kernels_for_bfloat16_and_ranks_that_it_can_multiply() -> None
     assert way(256, 1, 8, "gpu") == "all"
     assert way(256, 1, 8, "gpu", rank=8, dtype="bfloat16") == "all"
     assert way(256, 1, 8, "gpu", rank=256, dtype="bfloat16") == "all"
+    assert way(1 << 20, 32, 8, "gpu", dtype="bfloat16") != "grouped"  # it counts values in 32 bits
     ranks = [1, 8, 16, 24, 64, 128, 129]
     assert [lora.stored_rank(rank, "gpu") for rank in ranks] == [16, 16, 16, 32, 64, 128, 129]
     assert [lora.stored_rank(rank, "cpu") for rank in ranks] == ranks
