@@ -121,7 +121,7 @@ class Engine:
         A GPU loads and plans a program when it first runs, for up to half a second that no request should
         pay. It cannot do so while another program is being compiled.
         """
-        if not self.unrehearsed or self.parked:
+        if not self.unrehearsed or self.parked or self.programs.adapting:
             return False
         key = self.unrehearsed.pop(0)
         program, adapters = self.programs.get(key), key[0] == ADAPTED

@@ -152,6 +152,11 @@ class Programs:
             self._compile_behind(rest)
             return True
 
+    @property
+    def adapting(self) -> bool:
+        """Whether ``compile_adapted`` is at work."""
+        return self._adapting.locked()
+
     def _compile_all(self, keys: list[Key], progress: Callable[[int, int], None] = lambda *_: None) -> None:
         workers = max(2, min(8, (os.cpu_count() or 2) // 2))
         with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:

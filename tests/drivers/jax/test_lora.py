@@ -138,6 +138,20 @@ def test_only_the_steps_in_which_a_row_has_an_adapter_run_adapted_programs(
     loaded.steps(1, release=[1])
 
 
+def test_rehearsing_adapted_programs_changes_nothing_and_waits_until_they_are_compiled(
+    loaded: Any, helpers: Any
+) -> None:
+    before = run(loaded, helpers, NAMES, PROMPTS)
+    engine = loaded.driver._engines["tiny"][0]
+    engine.unrehearsed = engine.programs.adapted()
+    with engine.programs._adapting:
+        assert not engine.rehearse()
+    while engine.rehearse():
+        pass
+    assert engine.unrehearsed == []
+    assert run(loaded, helpers, NAMES, PROMPTS) == before
+
+
 def test_programs_with_adapters_are_compiled_when_the_first_is_loaded(
     request_of: LoadRequest, helpers: Any, adapters: Any, fresh_cache: Path
 ) -> None:
