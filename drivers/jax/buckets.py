@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 
 from llmos.drivers.sdk.messages import Chunk
 
@@ -78,9 +78,15 @@ def group(chunks: Sequence[Chunk], buckets: Sequence[int]) -> list[tuple[int, bo
     return groups
 
 
+def pieces(chunk: Chunk, size: int) -> list[Chunk]:
+    """A chunk cut into so many tokens each, the last with what is left."""
+    return _cut(chunk, [min(size, chunk.length - at) for at in range(0, chunk.length, size)])
+
+
 def _calls(chunk: Chunk, buckets: Sequence[int]) -> list[Chunk]:
-    calls, at = [], chunk.start
-    for length in split(chunk.length, buckets):
-        calls.append(Chunk(chunk.step, chunk.slot, at, length))
-        at += length
-    return calls
+    return _cut(chunk, split(chunk.length, buckets))
+
+
+def _cut(chunk: Chunk, lengths: Sequence[int]) -> list[Chunk]:
+    starts = accumulate(lengths, initial=chunk.start)
+    return [Chunk(chunk.step, chunk.slot, at, length) for at, length in zip(starts, lengths)]

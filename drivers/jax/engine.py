@@ -13,11 +13,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmos.drivers.jax.buckets import group
+from llmos.drivers.jax.buckets import group, pieces
 from llmos.drivers.jax.forward import heading
 from llmos.drivers.jax.ledger import Ledger, Limits, Slot
 from llmos.drivers.jax.pool import Own, Share
-from llmos.drivers.jax.programs import ADAPTED, ADMIT_ROWS, GROW_ROWS, SCRUB_PAGES, Key, Programs, plain
+from llmos.drivers.jax.programs import (
+    ADAPTED,
+    ADMIT_ROWS,
+    GROW_ROWS,
+    PIECE,
+    SCRUB_PAGES,
+    Key,
+    Programs,
+    plain,
+)
 from llmos.drivers.jax.sampling import REASONS, VARIANTS, Variant
 from llmos.drivers.jax.speculating import Speculation
 from llmos.drivers.jax.state import (
@@ -132,6 +141,9 @@ class Engine:
             case ("prefill", int(height), int(size), bool()):
                 chunk = self._chunk([], height, size, adapters)
                 self._caches, _ = program(self._taken(adapters), self._caches, chunk)
+            case ("mixed", int(size), int(height)):
+                index, chunk = self._row_index([], size), self._chunk([], height, PIECE, adapters)
+                self._caches, *_ = program(self._taken(adapters), self._caches, self._batch, index, chunk)
             case ("sample", "greedy" | "plain" | "filtered", int(size)):
                 logits = jax.device_put(np.zeros((size, self.limits.vocab_size), np.float32), self._common)
                 self._batch, *_ = program(logits, self._row_index([], size), self._batch)
@@ -255,8 +267,11 @@ class Engine:
             if not rows and index > last:
                 break
             begun = self._clock()
-            outputs = [self._decode(part) for part in self.programs.microbatches(rows)]
-            outputs += self._prefill(chunks.get(index, []))
+            calls = chunks.get(index, [])
+            outputs = self._mixed(rows, calls) if rows and calls else []
+            if not outputs:
+                outputs = [self._decode(part) for part in self.programs.microbatches(rows)]
+                outputs += self._prefill(calls)
             for _, packed, _ in outputs:
                 packed.copy_to_host_async()
             self._admit()
@@ -273,6 +288,24 @@ class Engine:
         for number in rows:
             self.ledger.advance(number)
         return self._sample(rows, index, logits)
+
+    def _mixed(self, rows: list[int], calls: list[Chunk]) -> list[Output]:
+        """Decode and prefill in one program, if there is one for so little; what either would return."""
+        if self._adapted([*rows, *(call.slot for call in calls)]):
+            return []
+        parts = [part for call in calls for part in pieces(call, PIECE)]
+        found = self.programs.mixed(len(rows), len(parts))
+        if found is None:
+            return []
+        size, height, program = found
+        index, chunk = self._row_index(rows, size), self._chunk(parts, height, PIECE, adapters=False)
+        held = (self._taken(False), self._caches, self._batch, index, chunk)
+        self._caches, logits, others = program(*held)
+        for number in rows:
+            self.ledger.advance(number)
+        outputs = [self._sample(rows, index, logits)]
+        complete = [part.slot if self.ledger.fill(part) else self.limits.slots for part in parts]
+        return outputs + self._sample_complete(complete, height, others)
 
     def _speculate(self, speculation: Speculation, rows: list[int]) -> Output:
         slots = self.ledger.slots
@@ -308,9 +341,13 @@ class Engine:
         chunk = self._chunk(calls, height, size, adapters)
         self._caches, logits = program(self._taken(adapters), self._caches, chunk)
         complete = [call.slot if self.ledger.fill(call) else self.limits.slots for call in calls]
-        if all(slot == self.limits.slots for slot in complete):
+        return self._sample_complete(complete, height, logits)
+
+    def _sample_complete(self, slots: list[int], height: int, logits: jax.Array) -> list[Output]:
+        """The first tokens after prompts: of a row that completes none, the slot is the spare one."""
+        if all(slot == self.limits.slots for slot in slots):
             return []
-        return [self._sample(complete, self._row_index(complete, height), logits)]
+        return [self._sample(slots, self._row_index(slots, height), logits)]
 
     def _adapted(self, slots: list[int]) -> bool:
         """Whether a sequence in these slots has an adapter."""

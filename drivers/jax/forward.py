@@ -1,5 +1,5 @@
-"""The steps of a decoder over the paged cache: one token for many rows, many tokens for few rows, and the
-few tokens that are to be verified.
+"""The steps of a decoder over the paged cache: one token for many rows, many tokens for few rows, both of
+these at once, and the few tokens that are to be verified.
 
 Layers are unrolled (a scan copies each layer's weights on the CPU and costs 1.5 to 5 times as much), but
 one layer is traced only once: the inner jit makes it a function that the lowered program calls.
@@ -19,6 +19,7 @@ from llmos.drivers.jax import lora
 from llmos.drivers.jax.attention import (
     AttentionBackend,
     DecodePlan,
+    MixedPlan,
     PrefillPlan,
     Scoring,
     VerifyPlan,
@@ -26,6 +27,8 @@ from llmos.drivers.jax.attention import (
 )
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.state import BatchState
+
+Plan = DecodePlan | PrefillPlan | VerifyPlan | MixedPlan
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,35 @@ def prefill(
     return run(shape, weights, caches, tokens if x is None else x, position, plan, last, fresh, adapter)
 
 
+def mixed(
+    shape: Shape,
+    width: int,
+    weights: Any,
+    caches: list[Any],
+    state: BatchState,
+    rows: jax.Array,
+    chunk: jax.Array,
+) -> tuple[list[Any], jax.Array, jax.Array]:
+    """Feed the last token of the slots ``rows`` [B] and pieces of prompts in one pass, so that weights are
+    read once. ``chunk`` is as for ``prefill``; a prompt may have several of its rows, in order.
+
+    Returns the caches and the float32 logits [B, vocab] and [R, vocab], after each piece's last token.
+    """
+    position, decoding = decode_plan(shape, state, rows)
+    table = heading(adapters=False)
+    head, tables, tokens = jnp.split(chunk, [table, table + width], axis=1)
+    starts, counts = head[:, 0], head[:, 1]
+    behind, plan = _plan(shape, tables, starts, counts, tokens.shape[1])
+    plan = plan._replace(lengths=jnp.where(counts > 0, plan.lengths, 0))
+    fed = jnp.concatenate([state.token[rows], tokens.reshape(-1)])
+    first = len(rows) + jnp.arange(len(chunk)) * tokens.shape[1]
+    last = jnp.concatenate([jnp.arange(len(rows)), first + jnp.maximum(counts - 1, 0)])
+    both = MixedPlan(decoding, VerifyPlan(*plan))
+    position = jnp.concatenate([position, behind.reshape(-1)])
+    caches, logits = run(shape, weights, caches, fed, position, both, last)
+    return caches, logits[: len(rows)], logits[len(rows) :]
+
+
 def verify(
     shape: Shape,
     weights: Any,
@@ -152,15 +184,15 @@ def run(
     caches: list[Any],
     fed: jax.Array,
     position: jax.Array,
-    plan: DecodePlan | PrefillPlan | VerifyPlan,
+    plan: Plan,
     last: jax.Array | None = None,
     fresh: bool = False,
     adapter: jax.Array | None = None,
 ) -> tuple[list[Any], jax.Array]:
     """Feed token ids, or the activations of the pipeline stage before, at their positions.
 
-    Returns the caches and float32 logits, of the tokens ``last`` [R] of each row where it is given; or, of a
-    stage that is not the last, the activations of all.
+    Returns the caches and float32 logits, of the tokens ``last`` [R] of each row (or of all, if all are one
+    row) where it is given; or, of a stage that is not the last, the activations of all.
     """
     model = nnx.merge(shape.graph, jax.tree.unflatten(shape.tree, weights))
     turns = model.turns(position)
@@ -174,7 +206,7 @@ def run(
     if not model.last:
         return caches, x
     if last is not None:
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        x = x[last] if x.ndim == 2 else jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     with kernels.use(shape.native):
         return caches, model.logits(x)
 
@@ -190,7 +222,7 @@ def _layer(
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    plan: DecodePlan | PrefillPlan | VerifyPlan,
+    plan: Plan,
     adapter: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
@@ -198,8 +230,27 @@ def _layer(
             return backend.decode(plan, cache, q, k, v, scoring)
         if isinstance(plan, VerifyPlan):
             return backend.verify(plan, cache, q, k, v, scoring)
+        if isinstance(plan, MixedPlan):
+            return _attend_both(backend, plan, cache, q, k, v, scoring)
         return backend.prefill(plan, cache, q, k, v, fresh, scoring)
 
     with kernels.use(native), lora.serving(adapter):
         x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
     return x, cache
+
+
+def _attend_both(
+    backend: AttentionBackend,
+    plan: MixedPlan,
+    cache: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scoring: Scoring,
+) -> tuple[jax.Array, Any]:
+    """q, k and v [B + R * C, heads, head_dim] -> output like q, and the cache."""
+    rows, pieces = len(plan.rows.lengths), plan.pieces.pages.shape
+    own, cache = backend.decode(plan.rows, cache, q[:rows], k[:rows], v[:rows], scoring)
+    more_q, more_k, more_v = (x[rows:].reshape(*pieces, *x.shape[1:]) for x in (q, k, v))
+    others, cache = backend.verify(plan.pieces, cache, more_q, more_k, more_v, scoring)
+    return jnp.concatenate([own, others.reshape(-1, *q.shape[1:])]), cache

@@ -34,6 +34,7 @@ from llmos.ipc.errors import Canceled
 
 ADMIT_ROWS = 8
 GROW_ROWS = 64
+PIECE = 16  # tokens of a prompt that are one row of a mixed program
 SCRUB_PAGES = 64
 HEARTBEAT_S = 0.5
 
@@ -62,6 +63,7 @@ class Spec:
 
     ``chunk_tokens`` bounds the prompt tokens of one prefill program over all its rows; ``first`` is how many
     programs are compiled before a model counts as loaded; ``move_sizes`` how many pages are moved at once.
+    ``mixed`` are the numbers of rows that decode, and of pieces of prompts, in programs that do both.
     ``room`` is that for adapters, if there is any; ``shape`` is that of the plain programs.
     """
 
@@ -77,6 +79,7 @@ class Spec:
     chunk_sizes: list[int]
     prefill_rows: list[int]
     first: int
+    mixed: tuple[list[int], list[int]] = ([], [])
     move_sizes: tuple[int, ...] = ()
     speculating: Speculating | None = None
     room: adapters.Room | None = None
@@ -98,7 +101,7 @@ class Programs:
         """Keys of all programs worth compiling, in the order in which requests are likely to need them."""
         spec = self.spec
         known = [True, False] if spec.shape.backend.knows_fresh else [False]
-        sizes = sorted({*spec.prefill_rows, *spec.decode_sizes})
+        sizes = sorted({*spec.prefill_rows, *spec.decode_sizes, *spec.mixed[1]})
         stepping = self._stepping()
         keys: list[Key] = [("admit",), ("grow",), *stepping[: 3 if spec.speculating else 1]]
         keys += [("prefill", 1, size, known[0]) for size in spec.chunk_sizes]
@@ -108,6 +111,7 @@ class Programs:
         keys += [
             ("prefill", r, s, fresh) for fresh in known for s in spec.chunk_sizes for r in self.rows_for(s)
         ]
+        keys += [("mixed", rows, pieces) for rows in spec.mixed[0] for pieces in spec.mixed[1]]
         keys += [(way, size) for size in spec.move_sizes for way in ("gather", "scatter")]
         keys += [("adapt",)] if spec.room else []
         return list(dict.fromkeys(keys))
@@ -238,6 +242,14 @@ class Programs:
         key = ("prefill", height, size, fresh and self.spec.shape.backend.knows_fresh)
         return height, self.get(with_adapters(key, adapters))
 
+    def mixed(self, rows: int, pieces: int) -> tuple[int, int, Callable[..., Any]] | None:
+        """The sizes that hold so many rows and pieces and the program that does both, if there is one."""
+        sizes, heights = self.spec.mixed
+        if not sizes or rows > sizes[-1] or pieces > heights[-1]:
+            return None
+        size, height = bucket(rows, sizes), bucket(pieces, heights)
+        return size, height, self.get(("mixed", size, height))
+
     def _compile(self, key: Key) -> Callable[..., Any]:
         function, donated, arguments = self._describe(key)
         options = platform.compiler_options(self.spec.place.device, _tokens(key))
@@ -248,7 +260,8 @@ class Programs:
         key = plain(key)
         if key[0] == "verify":
             return (1, 6, None, None) if self._draft(key) else (1, None, None)
-        return {"decode": (1, None), "prefill": (1, None), "scrub": 0, "scatter": 0}.get(str(key[0]))
+        laid = {"decode": (1, None), "prefill": (1, None), "mixed": (1, None, None), "scrub": 0, "scatter": 0}
+        return laid.get(str(key[0]))
 
     def _draft(self, key: Key) -> tuple[Shape, Any, Any] | None:
         """The draft model that a verifying program asks, if it does."""
@@ -268,6 +281,11 @@ class Programs:
                 chunk = _ints(rows, forward.heading(shape.adapters) + width + size)
                 prefill = partial(forward.prefill, shape, fresh, width)
                 return prefill, (1,), (weights, spec.caches, chunk)
+            case ("mixed", int(size), int(pieces)):
+                width = spec.batch.tables.shape[1]
+                chunk = _ints(pieces, forward.heading(adapters=False) + width + PIECE)
+                held = (weights, spec.caches, spec.batch)
+                return partial(forward.mixed, shape, width), (1,), (*held, _ints(size), chunk)
             case ("sample", "full", int(size)):
                 full = (self._logits(size), _ints(size), spec.batch, self._tallies())
                 return partial(sampling.sample, "full"), (2, 3), full
@@ -373,6 +391,8 @@ def _tokens(key: Key) -> int:
             return size
         case ("prefill", int(rows), int(size), _):
             return rows * size
+        case ("mixed", int(size), int(pieces)):
+            return size + pieces * PIECE
         case ("verify", int(size), int(guesses)):
             return size * (guesses + 1)
     return 0

@@ -12,8 +12,8 @@ from llmos.drivers.jax.drafts import Draft
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.parameters import bytes_on_one, page_size
-from llmos.drivers.jax.programs import Spec, Speculating
-from llmos.drivers.jax.sharding.placement import Placement
+from llmos.drivers.jax.programs import PIECE, Spec, Speculating
+from llmos.drivers.jax.sharding.placement import OneDevice, Placement
 from llmos.drivers.jax.sharing import HOST_CACHE_BYTES, Member
 from llmos.drivers.sdk.messages import LoadRequest
 from llmos.ipc.errors import NoMemory
@@ -24,6 +24,7 @@ _FIRST_ON_CPU = 7
 # rows already take longer than one.
 _GUESSES = (7, 3)
 _VERIFIED = (256, 32)
+_MIXED = (4, 8, 16, 32)
 
 
 def limits_of(
@@ -97,8 +98,22 @@ def spec_of(
         prefill_rows=[1] if on_cpu else [1, 2, 4, 8, 16],
         # A person at a laptop waits for the first token; a server is ready when it runs at full speed.
         first=_FIRST_ON_CPU if on_cpu else 1 << 30,
+        mixed=mixed_sizes(slots, chunk) if mixes(request, place) else ([], []),
         move_sizes=pages.sizes(caches) if tiers else (),
     )
+
+
+def mixes(request: LoadRequest, place: Placement) -> bool:
+    """Whether to decode and prefill in one program: a CPU computes for longer than it reads weights."""
+    whole = isinstance(place, OneDevice) and request.speculation == "off"
+    return whole and place.device.platform != "cpu"
+
+
+def mixed_sizes(slots: int, chunk_tokens: int) -> tuple[list[int], list[int]]:
+    """Rows and pieces of the programs that decode and prefill at once: for prompts so short that most of
+    their time would be spent on reading weights a second time."""
+    pieces = [count for count in _MIXED if count * PIECE <= chunk_tokens]
+    return sorted({max(1, slots // 8), slots}) if pieces else [], pieces
 
 
 def speculating_of(

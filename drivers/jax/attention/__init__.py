@@ -56,6 +56,13 @@ class VerifyPlan(NamedTuple):
     offsets: jax.Array
 
 
+class MixedPlan(NamedTuple):
+    """One new token for each of B rows, and after them the pieces [R, C] of prompts, in one row of tokens."""
+
+    rows: DecodePlan
+    pieces: VerifyPlan
+
+
 @dataclass(frozen=True)
 class Scoring:
     """How a layer scores keys: with ``window``, only by the last so many tokens (itself included).

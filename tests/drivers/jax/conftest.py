@@ -15,6 +15,7 @@ from gguf import GGUFWriter
 from safetensors.numpy import save_file
 
 from llmos.drivers.jax import platform
+from llmos.drivers.jax import sizing
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.sdk.messages import Chunk, LoadedModel, LoadRequest, Quantum, Sampling, Start, Step
@@ -333,6 +334,14 @@ def tiny_driver(tiny_folder: Path, cache_folder: Path) -> tuple[JaxDriver, Loade
 def staged_driver(tiny_folder: Path, cache_folder: Path) -> tuple[JaxDriver, LoadedModel]:
     """The tiny model in two pipeline stages."""
     return load_tiny(tiny_folder, cache_folder, {"pipeline": 2})
+
+
+@pytest.fixture(scope="session")
+def mixing_driver(tiny_folder: Path, cache_folder: Path) -> tuple[JaxDriver, LoadedModel]:
+    """The tiny model as on a GPU, where prompts and decoding share programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizing, "mixes", lambda request, place: True)
+        return load_tiny(tiny_folder, cache_folder, {})
 
 
 @pytest.fixture

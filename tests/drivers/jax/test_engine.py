@@ -24,7 +24,9 @@ PENALISED = Sampling(
 )
 
 
-@pytest.fixture(params=["tiny_driver", "staged_driver"], ids=["one-device", "two-stages"])
+@pytest.fixture(
+    params=["tiny_driver", "staged_driver", "mixing_driver"], ids=["one-device", "two-stages", "mixing"]
+)
 def runner(request: pytest.FixtureRequest, helpers: Any) -> Iterator[Any]:
     runner = helpers.Runner(*request.getfixturevalue(request.param))
     yield runner
@@ -51,6 +53,25 @@ def test_a_mixed_batch_equals_each_alone(runner: Any, helpers: Any, sampling: Sa
     tasks = [helpers.Task(p, 20 + i, sampling=s) for i, (p, s) in enumerate(zip(PROMPTS, kinds))]
     alone = [runner.run(task)[0] for task in tasks]
     assert runner.run(*tasks) == alone
+
+
+def test_prompts_short_enough_are_prefilled_by_the_program_that_decodes(
+    mixing_driver: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = helpers.Runner(*mixing_driver)
+    (engine,) = runner.driver._engines["tiny"]
+    used: list[Any] = []
+    get = engine.programs.get
+    monkeypatch.setattr(engine.programs, "get", lambda key: used.append(key) or get(key))
+    alone = [runner.run(helpers.Task(prompt, 12))[0] for prompt in (PROMPTS[0], PROMPTS[5])]
+    first, second = helpers.Task(PROMPTS[0], 12), helpers.Task(PROMPTS[5], 12)
+    begun = runner.steps(4, start=[runner.start(0, first)], chunks=[Chunk(0, 0, 0, 4)], decode=[0])
+    used.clear()
+    chunks = [Chunk(0, 1, 0, 17), Chunk(1, 1, 17, 16)]
+    rest = runner.steps(13, start=[runner.start(1, second)], chunks=chunks, decode=[0, 1])
+    assert [key for key in used if key[0] in ("mixed", "prefill")] == [("mixed", 1, 4)] * 2
+    assert [helpers.tokens_of(begun + rest, slot) for slot in (0, 1)] == alone
+    runner.clear()
 
 
 def test_a_prefix_in_cached_pages_equals_a_full_start(runner: Any, helpers: Any) -> None:
