@@ -231,26 +231,9 @@ def _layer(
         if isinstance(plan, VerifyPlan):
             return backend.verify(plan, cache, q, k, v, scoring)
         if isinstance(plan, MixedPlan):
-            return _attend_both(backend, plan, cache, q, k, v, scoring)
+            return backend.mixed(plan, cache, q, k, v, scoring)
         return backend.prefill(plan, cache, q, k, v, fresh, scoring)
 
     with kernels.use(native), lora.serving(adapter):
         x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
     return x, cache
-
-
-def _attend_both(
-    backend: AttentionBackend,
-    plan: MixedPlan,
-    cache: Any,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    scoring: Scoring,
-) -> tuple[jax.Array, Any]:
-    """q, k and v [B + R * C, heads, head_dim] -> output like q, and the cache."""
-    rows, pieces = len(plan.rows.lengths), plan.pieces.pages.shape
-    own, cache = backend.decode(plan.rows, cache, q[:rows], k[:rows], v[:rows], scoring)
-    more_q, more_k, more_v = (x[rows:].reshape(*pieces, *x.shape[1:]) for x in (q, k, v))
-    others, cache = backend.verify(plan.pieces, cache, more_q, more_k, more_v, scoring)
-    return jnp.concatenate([own, others.reshape(-1, *q.shape[1:])]), cache

@@ -104,9 +104,9 @@ def spec_of(
 
 
 def mixes(request: LoadRequest, place: Placement) -> bool:
-    """Whether to decode and prefill in one program: a CPU computes for longer than it reads weights."""
+    """Whether to decode and prefill in one program, which pays where reading weights is what takes time."""
     whole = isinstance(place, OneDevice) and request.speculation == "off"
-    return whole and place.device.platform != "cpu"
+    return whole and place.device.platform in ("gpu", "cuda")
 
 
 def mixed_sizes(slots: int, chunk_tokens: int) -> tuple[list[int], list[int]]:

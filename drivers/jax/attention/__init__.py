@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest
@@ -57,10 +58,29 @@ class VerifyPlan(NamedTuple):
 
 
 class MixedPlan(NamedTuple):
-    """One new token for each of B rows, and after them the pieces [R, C] of prompts, in one row of tokens."""
+    """One new token for each of B rows, and then R pieces of prompts, of C tokens each, all in one row."""
 
     rows: DecodePlan
     pieces: VerifyPlan
+
+    @property
+    def pages(self) -> jax.Array:
+        """Where the tokens go, [B + R * C]; their ``offsets`` likewise."""
+        return jnp.concatenate([self.rows.pages, self.pieces.pages.reshape(-1)])
+
+    @property
+    def offsets(self) -> jax.Array:
+        return jnp.concatenate([self.rows.offsets, self.pieces.offsets.reshape(-1)])
+
+    def part(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B + R * C, ...] -> [B, ...] and [R, C, ...]."""
+        rows = len(self.rows.pages)
+        return x[:rows], x[rows:].reshape(*self.pieces.pages.shape, *x.shape[1:])
+
+
+def joined(own: jax.Array, others: jax.Array) -> jax.Array:
+    """What ``MixedPlan.part`` makes two of."""
+    return jnp.concatenate([own, others.reshape(-1, *own.shape[1:])])
 
 
 @dataclass(frozen=True)
@@ -128,6 +148,15 @@ class AttentionBackend(Protocol):
         """q [B, C, heads, head_dim], k and v [B, C, kv_heads, head_dim] -> output like q, and the cache.
 
         Each token sees those before it; a row's pages are read once for all its tokens.
+        """
+        ...
+
+    def mixed(
+        self, plan: MixedPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        """q [B + R * C, heads, head_dim], k and v likewise -> output like q, and the cache.
+
+        What ``decode`` and ``verify`` would do one after the other; pieces of a prompt see those before them.
         """
         ...
 

@@ -12,7 +12,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention import (
+    PLAIN,
+    DecodePlan,
+    MixedPlan,
+    PrefillPlan,
+    Scoring,
+    VerifyPlan,
+    joined,
+)
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
 from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache, XlaAttention, packed, write
 from llmos.drivers.jax.config import DecoderConfig
@@ -63,6 +71,22 @@ class PallasAttention:
         flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), *flat)
         return self._attend(plan.tables, plan.lengths, plan.starts + 1, cache, q, scoring), cache
+
+    def mixed(
+        self,
+        plan: MixedPlan,
+        cache: Cache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, Cache]:
+        # Written before anything is read: a write between two reads would copy the cache.
+        cache = write(cache, plan.pages, plan.offsets, k, v)
+        (rows, pieces), (own, others) = plan, plan.part(q)
+        first = self._attend(rows.tables, rows.lengths, rows.lengths, cache, own[:, None], scoring)
+        second = self._attend(pieces.tables, pieces.lengths, pieces.starts + 1, cache, others, scoring)
+        return joined(first[:, 0], second), cache
 
     def prefill(
         self,

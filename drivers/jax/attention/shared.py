@@ -19,6 +19,7 @@ from llmos.drivers.jax.attention import (
     PLAIN,
     AttentionBackend,
     DecodePlan,
+    MixedPlan,
     PrefillPlan,
     Scoring,
     VerifyPlan,
@@ -136,6 +137,12 @@ class SharedAttention:
         self, plan: VerifyPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
     ) -> tuple[jax.Array, Any]:
         return self.inner.verify(self._placed(plan), cache, q, k, v, scoring)
+
+    def mixed(
+        self, plan: MixedPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        placed = MixedPlan(self._placed(plan.rows), self._placed(plan.pieces))
+        return self.inner.mixed(placed, cache, q, k, v, scoring)
 
     def _placed(self, plan: Any) -> Any:
         # The same in every layer, so that the compiler does it once.

@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as library
 
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention import (
+    PLAIN,
+    DecodePlan,
+    MixedPlan,
+    PrefillPlan,
+    Scoring,
+    VerifyPlan,
+    joined,
+)
 from llmos.drivers.jax.config import DecoderConfig
 
 
@@ -81,6 +89,20 @@ class TpuAttention:
         scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, PairedCache]:
         return self.verify(VerifyPlan(*plan), cache, q, k, v, scoring)
+
+    def mixed(
+        self,
+        plan: MixedPlan,
+        cache: PairedCache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, PairedCache]:
+        (q, more_q), (k, more_k), (v, more_v) = (plan.part(x) for x in (q, k, v))
+        own, cache = self.decode(plan.rows, cache, q, k, v, scoring)
+        others, cache = self.verify(plan.pieces, cache, more_q, more_k, more_v, scoring)
+        return joined(own, others), cache
 
     def _attend(
         self, tables: jax.Array, lengths: jax.Array, cache: PairedCache, q: jax.Array, scoring: Scoring

@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax import quant
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention import (
+    PLAIN,
+    DecodePlan,
+    MixedPlan,
+    PrefillPlan,
+    Scoring,
+    VerifyPlan,
+    joined,
+)
 from llmos.drivers.jax.config import DecoderConfig
 
 _MASKED = -1e30
@@ -159,6 +167,23 @@ class XlaAttention:
         scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, Cache]:
         return self.prefill(PrefillPlan(*plan), cache, q, k, v, scoring=scoring)
+
+    def mixed(
+        self,
+        plan: MixedPlan,
+        cache: Cache,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, Cache]:
+        # Written before anything is read: a write between two reads would copy the cache.
+        cache = write(cache, self.own(cache, plan.pages), plan.offsets, k, v)
+        (rows, pieces), (own, others) = plan, plan.part(q)
+        first = self.attend(rows.tables, rows.lengths[:, None], rows.lengths, cache, own[:, None], scoring)
+        visible = pieces.starts[:, None] + jnp.arange(1, others.shape[1] + 1)
+        second = self.attend(pieces.tables, visible, pieces.lengths, cache, others, scoring)
+        return joined(first[:, 0], second), cache
 
     def own(self, cache: Cache, pages: jax.Array) -> jax.Array:
         """Where pages are in this device's cache; out of range for those that are not there."""
