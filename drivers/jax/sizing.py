@@ -24,7 +24,7 @@ _FIRST_ON_CPU = 7
 # rows already take longer than one.
 _GUESSES = (7, 3)
 _VERIFIED = (256, 32)
-_MIXED = (4, 8, 16, 32)
+_MIXED = (4, 8, 16, 36, 64)
 
 
 def limits_of(
@@ -113,7 +113,7 @@ def mixed_sizes(slots: int, chunk_tokens: int) -> tuple[list[int], list[int]]:
     """Rows and pieces of the programs that decode and prefill at once: for prompts so short that most of
     their time would be spent on reading weights a second time."""
     pieces = [count for count in _MIXED if count * PIECE <= chunk_tokens]
-    return sorted({max(1, slots // 8), slots}) if pieces else [], pieces
+    return [slots] if pieces else [], pieces
 
 
 def speculating_of(

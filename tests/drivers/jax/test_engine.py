@@ -69,7 +69,7 @@ def test_prompts_short_enough_are_prefilled_by_the_program_that_decodes(
     used.clear()
     chunks = [Chunk(0, 1, 0, 17), Chunk(1, 1, 17, 16)]
     rest = runner.steps(13, start=[runner.start(1, second)], chunks=chunks, decode=[0, 1])
-    assert [key for key in used if key[0] in ("mixed", "prefill")] == [("mixed", 1, 4)] * 2
+    assert [key for key in used if key[0] in ("mixed", "prefill")] == [("mixed", 8, 4)] * 2
     assert [helpers.tokens_of(begun + rest, slot) for slot in (0, 1)] == alone
     runner.clear()
 
