@@ -7,8 +7,9 @@ from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.pacing import Paces, finest
 from llmos.services.scheduler.task import Place, Task
 
-STEP_BUDGET = (0.025, 0.065, 0.250)  # seconds of a step while a task of each band decodes
+STEP_BUDGET = (0.015, 0.065, 0.250)  # seconds of a step while a task of each band decodes
 STRETCH = (1.5, 2.0, 2.0)  # a step without prefill may take longer than that; then so much longer with it
+SOLO = 1.5  # others hold still for a realtime start where the step would else take so much longer
 ALERT = 10.0  # seconds for which steps stay short after a task of a band has started
 
 
@@ -25,7 +26,7 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
         task.place = Place.RUNNING
         host.started[task.rank] = now
     tasks = [task for task in host.slots if task is not None and task.place is Place.RUNNING]
-    host.solo = _starts_alone(host, starts)
+    host.solo = _starts_alone(host, starts, tasks)
     lowest = 0 if host.crunch or host.solo else 2
     active = [task for task in tasks if task.rank <= lowest and task.id not in host.resting]
     chunks, last_step = _prefill(host, active, max_steps, now)
@@ -48,11 +49,17 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     return quantum
 
 
-def _starts_alone(host: Host, starts: list[Task]) -> bool:
+def _starts_alone(host: Host, starts: list[Task], tasks: list[Task]) -> bool:
     """Whether the others hold still for the one step that gives a realtime task its first token; not for a
-    long prompt, and not twice in a row."""
+    long prompt, not twice in a row, and not where their tokens come at little cost."""
     left = [task.base - task.prefilled for task in starts if task.rank == 0]
-    return bool(left) and not host.solo and sum(left) <= host.model.chunk_tokens
+    if not left or host.solo or sum(left) > host.model.chunk_tokens:
+        return False
+    decoding = [len(task.tokens) for task in tasks if task.prefilled >= task.base]
+    alone, beside = (
+        host.times.seconds(*load, sum(left)) for load in ((0, 0), (len(decoding), sum(decoding)))
+    )
+    return beside >= SOLO * alone
 
 
 def _start(task: Task) -> Start:

@@ -36,7 +36,7 @@ def test_batch_work_alone_prefills_in_large_steps(host: Host) -> None:
     assert decode_room(host, [], NOW) == (2, 2048)
 
 
-@pytest.mark.parametrize(("band", "room"), [(0, 256), (1, 1024)], ids=["realtime", "interactive"])
+@pytest.mark.parametrize(("band", "room"), [(0, 128), (1, 1024)], ids=["realtime", "interactive"])
 def test_steps_stay_short_for_a_while_after_somebody_urgent_has_come(
     host: Host, band: int, room: int
 ) -> None:
