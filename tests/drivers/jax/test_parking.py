@@ -13,7 +13,8 @@ import pytest
 
 from llmos.drivers.jax import parking, platform
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.jax.parking import Parked, lacking
+from llmos.drivers.jax.parking import Parked
+from llmos.drivers.jax.platform import lacking
 from llmos.drivers.sdk.messages import EncodeStep, LoadRequest, Moved, Sampling
 from llmos.ipc.errors import NoMemory, NotFound
 
