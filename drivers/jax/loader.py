@@ -28,7 +28,7 @@ from llmos.drivers.jax import (
     verification,
 )
 from llmos.drivers.jax.attention import AttentionBackend
-from llmos.drivers.jax.attention.shared import SharedAttention
+from llmos.drivers.jax.attention.shared import SharedAttention, storage
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.drafts import Draft, check_draft
 from llmos.drivers.jax.engine import Engine
@@ -205,7 +205,7 @@ class Load:
             pages=limits.pages + (member.geometry.slab_pages if member is not None else 1),
             native=self._native,
         )
-        kv = member.pool.dtype if member is not None else KV_DTYPES[request.kv_dtype]
+        kv = storage(KV_DTYPES[request.kv_dtype], place.device.platform == "cpu")
         allocate = lambda config: backend.allocate(config, shape.pages, limits.page_tokens, kv)  # noqa: E731
         batch = lambda: state.empty_state(limits.slots, width, limits.pages, request.adapters > 0)  # noqa: E731
         cache_shapes, caches = place.caches(allocate, plan.config)
@@ -240,7 +240,7 @@ class Load:
         loader = Load(own, self.devices, self.report, self.attention)
         load = lambda: place.arrange(plan.config, loader._kept_weights(plan, kept))  # noqa: E731
         shapes = place.arranged(turned, kept)
-        kv = KV_DTYPES[request.kv_dtype]
+        kv = storage(KV_DTYPES[request.kv_dtype], place.device.platform == "cpu")
         return Draft(place, plan.config, graph, tree, backend, shapes, load, kv, self._native)
 
     def _backend(self, config: DecoderConfig, place: Placement) -> AttentionBackend:

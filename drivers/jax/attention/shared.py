@@ -55,7 +55,7 @@ class Geometry:
 
 
 def storage(dtype: Any, on_cpu: bool) -> Any:
-    """What a pool for numbers of this type is an array of."""
+    """What a cache for numbers of this type is an array of; see ``BITS``."""
     return BITS if on_cpu and dtype == jnp.bfloat16 else jnp.dtype(dtype)
 
 

@@ -122,8 +122,9 @@ class XlaAttention:
         own = self.own(cache, pages)
 
         def clear(part: jax.Array) -> jax.Array:
-            found = part[own]
-            return part.at[own].set(jnp.where(jnp.isfinite(found), found, jnp.zeros_like(found)), mode="drop")
+            found = numbers(part[own])
+            cleared = jnp.where(jnp.isfinite(found), found, jnp.zeros_like(found))
+            return part.at[own].set(held(cleared, part.dtype), mode="drop")
 
         cleared: PagedCache = jax.tree.map(clear, cache)
         return cleared
