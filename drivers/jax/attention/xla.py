@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax import quant
+from llmos.drivers.jax import platform, quant
 from llmos.drivers.jax.attention import (
     PLAIN,
     DecodePlan,
@@ -228,6 +228,8 @@ class XlaAttention:
         grouped = q.reshape(rows, chunk, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
         grouped = grouped.reshape(rows, kv_heads, -1, head_dim)
         limit = jnp.tile(visible, (1, heads // kv_heads))[:, None, :, None]
+        computed = _computed(cache, q)
+        grouped = grouped.astype(computed)
 
         def body(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
@@ -252,7 +254,9 @@ class XlaAttention:
             decay = jnp.exp(top - peak)
             sums, v = weights.sum(axis=-1), _gather(cache.v, ids + cache.second)
             if cache.v_scale is not None:
-                weights, v = weights * _gather(cache.v_scale, ids)[:, :, None], v.astype(q.dtype)
+                weights = weights * _gather(cache.v_scale, ids)[:, :, None]
+            if cache.v_scale is not None or cache.v.dtype == BITS:
+                v = v.astype(computed)
             return peak, total * decay + sums, acc * decay[..., None] + _mix(weights, v)
 
         shape = grouped.shape[:-1]
@@ -311,6 +315,12 @@ def held(x: jax.Array, dtype: Any) -> jax.Array:
 def numbers(x: jax.Array) -> jax.Array:
     """The numbers that were ``held``."""
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == BITS else x
+
+
+def _computed(cache: Cache, q: jax.Array) -> Any:
+    """The type that is multiplied: a CPU without products of bfloat16 takes twice as long to imitate them."""
+    imitated = cache.k.dtype == BITS and not platform.multiplies_bfloat16()
+    return jnp.float32 if imitated else q.dtype
 
 
 def _gather(part: jax.Array, ids: jax.Array) -> jax.Array:

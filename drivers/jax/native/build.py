@@ -19,6 +19,7 @@ from llmos.ipc.errors import IOFailure, NotSupported
 SWITCH = "LLMOS_NATIVE"
 """The environment variable that turns the kernels off with "off"."""
 SOURCE = Path(__file__).with_name("kernels.cc")
+_FILES = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
 KERNELS = ("product", "attention")
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -47,7 +48,7 @@ def library(folder: Path) -> ctypes.CDLL:
 @cache
 def target(name: str) -> str:
     """The name of a kernel in compiled programs; it changes with the source, so that old ones miss it."""
-    return f"llmos_{name}_{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}"
+    return f"llmos_{name}_{hashlib.sha256(_text()).hexdigest()[:12]}"
 
 
 def find_compiler() -> str:
@@ -61,10 +62,14 @@ def find_compiler() -> str:
     raise NotSupported("no C++ compiler for the native kernels: install g++ or clang++, or set CXX")
 
 
+def _text() -> bytes:
+    return b"".join(path.read_bytes() for path in _FILES)
+
+
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     facts = (
-        SOURCE.read_bytes(),
+        _text(),
         version,
         " ".join(FLAGS).encode(),
         _processor(),

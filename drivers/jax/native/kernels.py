@@ -17,15 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llmos.drivers.jax import platform
 from llmos.drivers.jax.native import build
 from llmos.ipc.errors import LLMOSError
 
-ROWS = {
-    jnp.dtype(jnp.float32): range(2, 9),
-    jnp.dtype(jnp.bfloat16): range(1, 65),
-    jnp.dtype(jnp.int8): range(1, 65),
-}
-"""For how many rows a product is the kernel's, by the weight's type; XLA:CPU is as fast at the others."""
+FEWEST_ROWS = {jnp.dtype(jnp.float32): 2, jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.int8): 1}
+"""From how many rows on a product is the kernel's, by the weight's type; XLA:CPU is as fast at fewer."""
+MEMORY_BOUND = 64
+"""Rows up to which reading a bfloat16 weight takes longer than multiplying, whatever the instructions for it."""
 _TYPES = (jnp.float32, jnp.bfloat16)
 
 _wanted: ContextVar[bool] = ContextVar("native_kernels", default=False)
@@ -65,10 +64,13 @@ def use(wanted: bool) -> Iterator[None]:
 
 
 def suits(rows: jax.Array, weight: jax.Array) -> bool:
-    """Whether a product of ``rows`` [n, in] is for the kernel: few rows, on a CPU, where it is wanted."""
+    """Whether a product of ``rows`` [n, in] is for the kernel: on a CPU, where it is wanted."""
     if not _wanted.get() or _state != "ready":
         return False
-    return rows.dtype in _TYPES and rows.shape[0] in ROWS.get(weight.dtype, ())
+    fewest, count = FEWEST_ROWS.get(weight.dtype), rows.shape[0]
+    if rows.dtype not in _TYPES or fewest is None or count < fewest:
+        return False
+    return count <= MEMORY_BOUND or weight.dtype != jnp.bfloat16 or not platform.multiplies_bfloat16()
 
 
 def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
