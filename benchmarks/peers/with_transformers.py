@@ -13,6 +13,15 @@ import transformers
 from benchmarks.peers.worker import prompt, serve
 
 
+def export(model: str, folder: str) -> None:
+    """Write a GGUF file's model as safetensors; what was read from GGUF refuses to be saved as it is."""
+    read = load(model, "float32")
+    plain = transformers.AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict())
+    del plain.config.quantization_config
+    plain.save_pretrained(folder)
+
+
 def load(model: str, dtype: str) -> Any:
     """The model of a GGUF file, its weights dequantized."""
     file = Path(model)
@@ -53,6 +62,6 @@ class Torch:
 
 if __name__ == "__main__":
     if sys.argv[2] == "export":
-        load(sys.argv[1], "float32").save_pretrained(sys.argv[3])
+        export(sys.argv[1], sys.argv[3])
     else:
         serve(lambda: Torch(sys.argv[1], sys.argv[2]))

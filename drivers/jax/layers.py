@@ -58,6 +58,13 @@ def precision(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
+def gated(act: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
+    """``act(gate) * up``; a CPU takes half as long in float32, since it rounds each result in bfloat16 apart."""
+    if jax.default_backend() != "cpu":
+        return act(gate) * up
+    return (act(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
+
+
 class RMSNorm(nnx.Module):  # type: ignore[misc]
     """Root-mean-square norm, computed in float32; a ``unit`` one stores its scale less 1 (Gemma)."""
 

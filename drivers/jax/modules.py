@@ -15,7 +15,7 @@ from flax import nnx
 from llmos.drivers.jax.attention import Scoring
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.experts import Experts
-from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, make_norm, product
+from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, gated, make_norm, product
 from llmos.drivers.jax.rope import rotate, rotation, tables
 from llmos.drivers.jax.sharding.collectives import WHOLE, columns, find_rows
 
@@ -93,7 +93,7 @@ class MLP(nnx.Module):  # type: ignore[misc]
         if not self.gated:
             return self.down(act(self.up(x)))
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(act(gate) * up)
+        return self.down(gated(act, gate, up))
 
 
 class Block(nnx.Module):  # type: ignore[misc]
