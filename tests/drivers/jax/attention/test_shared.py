@@ -15,7 +15,7 @@ from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPla
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches, storage
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, numbers
+from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, held, numbers
 from llmos.drivers.jax.config import DecoderConfig
 
 LAYERS, HEADS, KV, TOKENS, SIZE = 3, 4, 2, 16, 32
@@ -43,10 +43,11 @@ def random(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
 def caches(dtype: Any, on_cpu: bool) -> tuple[list[PagedCache], SharedCaches]:
     """The same contents in caches of a model alone, and in a pool that is full of something else."""
     shape = PAGES, KV, TOKENS, SIZE
-    own = [PagedCache(*(random(*shape, dtype=dtype, seed=10 * n + i) for i in (1, 2))) for n in range(LAYERS)]
-    pool = random(SLABS, GEOMETRY.slab, seed=7).astype(dtype)
-    if storage(dtype, on_cpu) != dtype:
-        pool = jax.lax.bitcast_convert_type(pool, storage(dtype, on_cpu))
+    as_held = storage(dtype, on_cpu)
+    own = [
+        PagedCache(*(held(random(*shape, seed=10 * n + i), as_held) for i in (1, 2))) for n in range(LAYERS)
+    ]
+    pool = held(random(SLABS, GEOMETRY.slab, seed=7), as_held)
     every = jnp.arange(PAGES)
     return own, scatter(SharedCaches(pool, GEOMETRY), gather(own, every), every)
 
@@ -98,8 +99,8 @@ def test_a_pool_is_read_and_written_as_caches_are(
     if name == "native" and not native_kernels:
         pytest.skip("no native kernels")
     backend, kept = BACKENDS[name], jnp.dtype(dtype)
-    held, shared = caches(kept, on_cpu=name != "pallas")
-    own = list(held)
+    alike, shared = caches(kept, on_cpu=name != "pallas")
+    own = list(alike)
     scoring = Scoring(window=9)
     untouched = np.asarray(shared.pool)
     alone = jax.jit(partial(step, backend, kind, dtype=kept, scoring=scoring))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmos.drivers.jax import platform
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
-from llmos.drivers.jax.attention.xla import XlaAttention
+from llmos.drivers.jax.attention.xla import BITS, XlaAttention, held, numbers
 from llmos.drivers.jax.config import DecoderConfig
 
 PAGE, PAGES, WIDTH = 4, 64, 16
@@ -122,11 +123,35 @@ def test_a_page_out_of_range_is_not_written() -> None:
     assert np.isfinite(out).all()
 
 
-def test_scrub_clears_only_what_is_not_finite() -> None:
+@pytest.mark.parametrize("dtype", [jnp.dtype(jnp.float32), BITS])
+def test_scrub_clears_only_what_is_not_finite(dtype: Any) -> None:
     backend = XlaAttention()
-    cache = backend.allocate(CONFIG, PAGES, PAGE, jnp.float32)[0]
-    cache = type(cache)(cache.k.at[3, 0, 0].set(np.nan).at[3, 1, 1].set(5.0), cache.v.at[4].set(np.inf))
+    cache = backend.allocate(CONFIG, PAGES, PAGE, dtype)[0]
+    nan, five, inf = (held(jnp.float32(x), dtype) for x in (np.nan, 5.0, np.inf))
+    cache = type(cache)(cache.k.at[3, 0, 0].set(nan).at[3, 1, 1].set(five), cache.v.at[4].set(inf))
     cache = backend.scrub(cache, jnp.asarray([3, PAGES + 1]))
-    assert np.asarray(cache.k[3, 0, 0]).tolist() == [0.0] * 8
-    assert np.asarray(cache.k[3, 1, 1]).tolist() == [5.0] * 8
-    assert np.isinf(np.asarray(cache.v[4])).all()
+    k, v = (np.asarray(numbers(part), np.float32) for part in cache[:2])
+    assert k[3, 0, 0].tolist() == [0.0] * 8
+    assert k[3, 1, 1].tolist() == [5.0] * 8
+    assert np.isinf(v[4]).all()
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_bits_hold_what_bfloat16_does_and_give_the_same_output(
+    monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    monkeypatch.setattr(platform, "multiplies_bfloat16", lambda: able)
+    rng = np.random.default_rng(5)
+    q, k, v = (jnp.asarray(random(rng, 1, 23, heads, CONFIG.head_dim), jnp.bfloat16) for heads in (6, 2, 2))
+    table, place = jnp.asarray(tables(rng, 1)), np.arange(23)
+    pages = table[:, place // PAGE]
+    starts, lengths, offsets = jnp.asarray([0]), jnp.asarray([23]), jnp.asarray([place % PAGE])
+    plan, found = PrefillPlan(table, starts, lengths, pages, offsets), {}
+    for dtype in (jnp.dtype(jnp.bfloat16), BITS):
+        (cache,) = XlaAttention().allocate(CONFIG, PAGES, PAGE, dtype)
+        out, cache = XlaAttention().prefill(plan, cache, q, k, v)
+        assert (out.dtype, cache.k.dtype) == (jnp.bfloat16, dtype)
+        found[dtype] = np.asarray(out, np.float32), np.asarray(numbers(cache.k), np.float32)
+    (plain, kept), (imitated, bits) = found.values()
+    np.testing.assert_array_equal(kept, bits)
+    np.testing.assert_allclose(imitated, plain, atol=2e-2 if not able else 0)

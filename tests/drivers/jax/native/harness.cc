@@ -137,7 +137,7 @@ void try_attention(int32_t window, bool paired) {
 }  // namespace
 
 int main() {
-  for (int64_t rows : {1, 2, 5, 9}) {
+  for (int64_t rows : {1, 2, 5, 9, 100}) {
     try_product(rows, 1, 1);
     try_product(rows, 37, 83);
     try_product(rows, 600, 129);

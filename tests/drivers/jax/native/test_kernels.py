@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import layers, quant
+from llmos.drivers.jax import layers, platform, quant
 from llmos.drivers.jax.attention import DecodePlan, Scoring
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
 from llmos.drivers.jax.native import kernels, trial
 from llmos.ipc.errors import NotSupported
 
-SIZES = [(1, 1, 1), (1, 37, 83), (2, 960, 64), (3, 25, 576), (7, 100, 40), (32, 49, 96)]
 PAGES, PAGE, WIDTH = 24, 4, 6
 TYPES = [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.float32, jnp.bfloat16)]
 
@@ -41,7 +40,10 @@ def test_a_product_equals_numpy_for_any_number_of_rows_and_odd_sizes(row_type: A
         (2, 960, 64),
         (3, 25, 576),
         (7, 100, 40),
+        (31, 49, 96),
         (32, 49, 96),
+        (75, 100, 83),
+        (520, 40, 64),
     ]:
         x, w = values((rows, inner), row_type), values((outer, inner), weight_type, 1)
         expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
@@ -57,31 +59,45 @@ def test_a_large_product_is_shared_among_threads_without_loss() -> None:
         np.testing.assert_allclose(np.asarray(call(x, w)), expected, atol=1e-3)
 
 
-def test_what_is_not_finite_stays_so() -> None:
-    x = jnp.asarray([[jnp.nan] + [1.0] * 63, [jnp.inf] + [1.0] * 63])
-    got = np.asarray(kernels.product(x, jnp.ones((9, 64))))
+@pytest.mark.parametrize("rows", [2, 80])
+@pytest.mark.parametrize("out", [jnp.float32, jnp.bfloat16])
+def test_what_is_not_finite_stays_so(rows: int, out: Any) -> None:
+    x = jnp.ones((rows, 64)).at[0, 0].set(jnp.nan).at[1, 0].set(jnp.inf)
+    got = np.asarray(kernels.product(x, jnp.ones((9, 64)), out), np.float32)
     assert np.isnan(got[0]).all()
     assert np.isinf(got[1]).all()
+    assert (got[2:] == 64).all()
 
 
-def test_a_narrow_result_is_rounded_to_nearest() -> None:
-    x, w = values((4, 64), jnp.float32), values((33, 64), jnp.float32, 1)
+@pytest.mark.parametrize("rows", [4, 70])
+def test_a_narrow_result_is_rounded_to_nearest(rows: int) -> None:
+    x, w = values((rows, 64), jnp.float32), values((33, 64), jnp.float32, 1)
     wide = kernels.product(x, w)
     assert bool((kernels.product(x, w, jnp.bfloat16) == wide.astype(jnp.bfloat16)).all())
 
 
-def test_layers_use_the_kernel_only_where_it_is_wanted_and_rows_are_few() -> None:
-    weight = values((8, 16), jnp.float32)
+def lowered(rows: int, dtype: Any, wanted: bool) -> str:
+    """The program of a layer's product with so many rows."""
+    weight, x = values((8, 16), dtype), values((rows, 16), dtype)
+    with kernels.use(wanted):
+        return jax.jit(lambda x: layers.product(x, weight)).lower(x).as_text()
 
-    def program(rows: int, wanted: bool) -> str:
-        with kernels.use(wanted):
-            return (
-                jax.jit(lambda x: layers.product(x, weight)).lower(values((rows, 16), jnp.float32)).as_text()
-            )
 
-    assert "llmos_product" in program(2, True)
-    assert "llmos_product" not in program(2, False)
-    assert "llmos_product" not in program(kernels.ROWS[jnp.dtype(jnp.float32)].stop, True)
+def test_layers_use_the_kernel_only_where_it_is_wanted_and_pays() -> None:
+    for rows in (2, 9, 512):
+        assert "llmos_product" in lowered(rows, jnp.float32, True)
+        assert "llmos_product" not in lowered(rows, jnp.float32, False)
+    assert "llmos_product" not in lowered(1, jnp.float32, True)
+
+
+def test_many_rows_of_bfloat16_are_left_to_a_processor_that_multiplies_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for able in (False, True):
+        monkeypatch.setattr(platform, "multiplies_bfloat16", lambda able=able: able)
+        assert ("llmos_product" in lowered(512, jnp.bfloat16, True)) is not able
+        assert "llmos_product" in lowered(32, jnp.bfloat16, True)
+        assert "llmos_product" in lowered(512, jnp.float32, True)
 
 
 def test_an_int8_weight_with_scales_goes_to_the_kernel() -> None:
