@@ -33,7 +33,7 @@ def product(x: jax.Array, weight: jax.Array, out: Any = None, scale: jax.Array |
     """``x`` [..., in] times ``weight`` [out, in] -> [..., out], accumulated in float32.
 
     A quantised weight has a ``scale`` [out]. A single bfloat16 row is doubled on the CPU: XLA:CPU converts
-    the whole matrix for one row. Few rows go to a native kernel where there is one.
+    the whole matrix for one row. A native kernel does it where there is one and it is faster.
     """
     if scale is not None:
         return quant.product(x, weight, scale, out or x.dtype, product)
@@ -59,7 +59,7 @@ def precision(x: jax.Array) -> jax.lax.Precision | None:
 
 
 def gated(act: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
-    """``act(gate) * up``; a CPU takes half as long in float32, since it rounds each result in bfloat16 apart."""
+    """``act(gate) * up``; in float32 on a CPU, which rounds every bfloat16 result and takes twice as long."""
     if jax.default_backend() != "cpu":
         return act(gate) * up
     return (act(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)

@@ -1,15 +1,17 @@
-// Kernels for the CPU behind XLA's foreign function interface: a matrix times few rows, and paged attention
-// for one new token per row. Compiled by build.py on first use for the machine it runs on.
+// Kernels for the CPU behind XLA's foreign function interface: products, and paged attention for one new token per
+// row. Compiled by build.py on first use for the machine it runs on.
 //
-// Weights are read once and as they lie, [out, in], in float32, bfloat16 or int8; sums are float32. Work is cut
-// into blocks that threads of XLA's own pool take from a counter, so that no second pool competes with it.
-// XLA's C interface is used as it is: its C++ one takes seconds to compile.
+// Weights are read once and as they lie, [out, in], in float32, bfloat16 or int8; sums are float32. Products with
+// few rows are here, those with many in packed.h. Work is cut into blocks that threads of XLA's own pool take from
+// a counter, so that no second pool competes with it. XLA's C interface is used as it is: its C++ one takes seconds
+// to compile.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -245,16 +247,16 @@ struct Call {
 
 bool floating(const XLA_FFI_Buffer& x) { return x.dtype == kFloat32 || x.dtype == kBfloat16; }
 
-void widen_all(const Pool& pool, const bfloat16* x, std::vector<float>& wide) {
+void widen_all(const Pool& pool, const bfloat16* x, int64_t size, float* wide) {
   constexpr int64_t kPiece = 1 << 15;
-  int64_t size = wide.size(), pieces = (size + kPiece - 1) / kPiece;
-  spread(pool, pieces, pieces < 4, [=, out = wide.data()](int64_t i) {
+  int64_t pieces = (size + kPiece - 1) / kPiece;
+  spread(pool, pieces, pieces < 4, [=](int64_t i) {
     int64_t at = i * kPiece, end = std::min(size, at + kPiece);
     for (; at + kLanes <= end; at += kLanes) {
-      Floats eight = load(x + at);
-      std::memcpy(out + at, &eight, sizeof(eight));
+      Floats some = load(x + at);
+      std::memcpy(wide + at, &some, sizeof(some));
     }
-    for (; at < end; ++at) out[at] = widen(x[at]);
+    for (; at < end; ++at) wide[at] = widen(x[at]);
   });
 }
 
@@ -266,11 +268,12 @@ XLA_FFI_Error* product(const Call& call) {
     return call.invalid("product takes x [rows, in] and w [out, in], x and y float32 or bfloat16");
   }
   const float* wide = static_cast<const float*>(x.data);
-  std::vector<float> scratch;
+  std::unique_ptr<float[]> scratch;
   if (x.dtype == kBfloat16) {
-    scratch.resize(x.dims[0] * x.dims[1]);
-    widen_all(call.pool(), static_cast<const bfloat16*>(x.data), scratch);
-    wide = scratch.data();
+    int64_t size = x.dims[0] * x.dims[1];
+    scratch.reset(new float[size]);
+    widen_all(call.pool(), static_cast<const bfloat16*>(x.data), size, scratch.get());
+    wide = scratch.get();
   }
   Output into{y.data, y.dtype == kFloat32};
   Pool pool = call.pool();

@@ -24,7 +24,7 @@ from llmos.ipc.errors import LLMOSError
 FEWEST_ROWS = {jnp.dtype(jnp.float32): 2, jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.int8): 1}
 """From how many rows on a product is the kernel's, by the weight's type; XLA:CPU is as fast at fewer."""
 MEMORY_BOUND = 64
-"""Rows up to which reading a bfloat16 weight takes longer than multiplying, whatever the instructions for it."""
+"""Rows up to which reading a bfloat16 weight takes longer than multiplying with it."""
 _TYPES = (jnp.float32, jnp.bfloat16)
 
 _wanted: ContextVar[bool] = ContextVar("native_kernels", default=False)
