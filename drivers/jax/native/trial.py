@@ -18,7 +18,7 @@ def run() -> None:
     """NotSupported if a kernel computes something else than NumPy."""
     random = np.random.default_rng(0)
     with jax.default_device(jax.devices("cpu")[0]):
-        tried = {"products": _product(random, 5), "products of many rows": _product(random, 41)}
+        tried = {"product": _product(random, 5), "product of many rows": _product(random, 41)}
         for name, (got, expected) in (tried | {"attention": _attention(random)}).items():
             if not np.allclose(got, expected, atol=TOLERANCE):
                 worst = np.abs(got - expected).max()
