@@ -105,7 +105,7 @@ void try_attention(int32_t window, bool paired) {
   auto wb = buffer(twice, td, XLA_FFI_DataType_S32), ib = buffer(into, bd, XLA_FFI_DataType_S32);
   XLA_FFI_Scalar capped{kFloat32, &cap}, scaled{kFloat32, &scale}, windowed{XLA_FFI_DataType_S32, &window};
   XLA_FFI_Scalar paged{XLA_FFI_DataType_S32, &page_tokens};
-  std::vector<XLA_FFI_Scalar*> attributes{&capped, &paged, &scaled, &windowed};
+  std::vector<void*> attributes{&capped, &paged, &scaled, &windowed};
   if (paired) {
     call(llmos_attention, {&qb, &kb, &vb, &rb, &hb, &wb, &lb, &ib, &fb}, {&ob, &rb}, attributes);
   } else {
