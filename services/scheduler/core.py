@@ -92,6 +92,10 @@ class Core:
             self.queues[task.model].remove(task)
             task.band = band
             self.queues[task.model].push(task)
+        elif task.slot >= 0:
+            rows = self.hosts[task.arena].rows
+            rows.leave(task)
+            rows.enter(task)
         self.pump(task.model, now)
 
     def stop(self, task: Task, now: float) -> None:
@@ -218,10 +222,11 @@ class Core:
         """Keep a quantum queued behind the running one; take the device back for who should not wait."""
         crunch = bool(host.promised) and promises.in_crunch(host, now, self._max_steps)
         hurry, host.crunch = crunch and not host.crunch, crunch
-        if hurry or _urgent_waits(host):
+        urgent = [task for task in host.unstarted.values() if task.rank < 2]
+        if hurry or urgent:
             self.take_back(host)
         # Who is urgent and waits for its pages comes with the next quantum: this one must not be long.
-        coming = any(t is not None and t.place is Place.RESERVING and t.rank < 2 for t in host.slots)
+        coming = any(task.place is Place.RESERVING for task in urgent)
         self.seating.rest(host)
         steps = 1 if coming else min(self._max_steps, host.tiers.patience)
         while host.can_compose:
@@ -230,7 +235,8 @@ class Core:
                 break
             host.sent(quantum)
             self._effects.execute(host, quantum)
-        self.paging.grow(host)
+        if host.thirsty:
+            self.paging.grow(host)
 
     def take_back(self, host: Host) -> None:
         """Have what was sent end at the next step, if it is more than what is on the device already."""
@@ -278,7 +284,3 @@ class Core:
             if task.rank == 0 and task.deadline and not task.bound and task.model == host.model.model:
                 host.promised[task.id] = task
                 task.bound = host.arena
-
-
-def _urgent_waits(host: Host) -> bool:
-    return any(t is not None and t.rank < 2 and t.place in (Place.READY, Place.RESERVING) for t in host.slots)

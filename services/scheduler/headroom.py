@@ -9,11 +9,10 @@ its share takes that of one who is beyond. Where all of them wait, virtual token
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 
-from llmos.services.scheduler import displace
 from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.rows import INTERACTIVE, age
 from llmos.services.scheduler.task import Place, Task
 
 SHARE = 0.25
@@ -21,53 +20,51 @@ SHARE = 0.25
 Waits = Callable[[str], bool]
 
 
-class Rows:
-    """Who of the interactive band has how many slots of some hosts."""
+def most(slots: int, share: float, weight: float) -> int:
+    """How many slots of so many a tenant may have."""
+    return max(1, int(share * slots * weight))
 
-    def __init__(self, hosts: Iterable[Host], share: float) -> None:
-        hosts = list(hosts)
-        self._tasks = [t for host in hosts for t in host.slots if t is not None and t.rank == 1]
-        self._share = share * sum(host.model.slots for host in hosts)
-        self._count = Counter(task.tenant for task in self._tasks)
-        self._weight = {task.tenant: task.weight for task in self._tasks}
 
-    def within(self, tenant: str, weight: float) -> bool:
-        """Whether a tenant may have one more without being beyond its share."""
-        return self._count[tenant] < self._most(weight)
-
-    def light(self, tenant: str, waits: Waits) -> bool:
-        """Whether another tenant is here that is within its share and has nothing waiting."""
-        return any(
-            other != tenant and self._count[other] <= self._most(weight) and not waits(other)
-            for other, weight in self._weight.items()
-        )
-
-    def beyond(self) -> list[Task]:
-        """What each tenant has beyond its share: its newest."""
-        found = []
-        for tenant, count in self._count.items():
-            if count > (most := self._most(self._weight[tenant])):
-                mine = [task for task in self._tasks if task.tenant == tenant]
-                found += sorted(mine, key=displace.expendable)[most:]
-        return found
-
-    def _most(self, weight: float) -> int:
-        return max(1, int(self._share * weight))
+def light(hosts: Iterable[Host], share: float, waits: Waits) -> set[str]:
+    """Tenants that are within their share of these hosts and have nothing waiting; no more than two, which
+    is enough to know whether there is another one."""
+    found: set[str] = set()
+    hosts = list(hosts)
+    slots = sum(host.model.slots for host in hosts)
+    for host in hosts:
+        for tenant, tasks in host.rows.items():
+            count = len(tasks) if len(hosts) == 1 else sum(each.rows.count(tenant) for each in hosts)
+            if count <= most(slots, share, tasks[-1].weight) and not waits(tenant):
+                found.add(tenant)
+                if len(found) == 2:
+                    return found
+    return found
 
 
 def resting(host: Host, share: float, waits: Waits) -> set[int]:
-    """The ids of the tasks that gain nothing now."""
-    if len(host.tenants) < 2 or max(host.tenants.values()) <= share * host.model.slots:
+    """The ids of the tasks that gain nothing now: what each tenant has beyond its share, its newest."""
+    slots = host.model.slots
+    if len(host.tenants) < 2 or max(host.tenants.values()) <= share * slots:
         return set()
-    rows = Rows([host], share)
-    return {task.id for task in rows.beyond() if rows.light(task.tenant, waits)}
+    calm = light([host], share, waits)
+    return {
+        task.id
+        for tenant, tasks in host.rows.items()
+        if calm - {tenant}
+        for task in tasks[most(slots, share, tasks[-1].weight) :]
+    }
 
 
 def gives_way(host: Host, task: Task, share: float) -> Task | None:
     """Who is beyond its share, for an interactive task whose tenant is within its own; the newest."""
-    if task.rank != 1:
+    slots = host.model.slots
+    if task.rank != INTERACTIVE or host.rows.count(task.tenant) >= most(slots, share, task.weight):
         return None
-    rows = Rows([host], share)
-    if not rows.within(task.tenant, task.weight):
-        return None
-    return max((t for t in rows.beyond() if t.place is Place.RUNNING), key=displace.expendable, default=None)
+    found: Task | None = None
+    for _, tasks in host.rows.items():
+        if len(tasks) > 1 and len(tasks) > (first := most(slots, share, tasks[-1].weight)):
+            for each in reversed(tasks[first:]):
+                if each.place is Place.RUNNING:
+                    found = each if found is None else max(found, each, key=age)
+                    break
+    return found

@@ -10,6 +10,7 @@ from math import inf
 from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, QuantumDone, Step
 from llmos.ipc.grant import BANDS
 from llmos.services.scheduler.prefixes import Computing
+from llmos.services.scheduler.rows import Rows
 from llmos.services.scheduler.steptime import StepTimes
 from llmos.services.scheduler.task import Place, Task
 from llmos.services.scheduler.tiers import HostTiers
@@ -67,8 +68,10 @@ class Host:
     ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
     them, ``solo`` that they did in the last quantum, for a start; ``started`` when each band last started a
     task; ``resting`` are the ids of tasks that hold still for the sake of other tenants; ``keepers`` have
-    pages here and no slot; ``tenants`` counts the slots of each, ``sharers`` the models in its pool, of which
-    none waits for its share if it ``may_borrow``.
+    pages here and no slot; ``tenants`` counts the slots of each, ``rows`` those of the interactive band,
+    ``unstarted`` who has a slot and is in no quantum yet; ``thirsty`` says that someone who runs may need
+    pages that nobody asked for. ``sharers`` are the models in its pool, of which none waits for its share if
+    it ``may_borrow``.
     """
 
     driver: str
@@ -95,20 +98,20 @@ class Host:
     resting: set[int] = field(default_factory=set)
     keepers: dict[int, Task] = field(default_factory=dict)
     tenants: Counter[str] = field(default_factory=Counter)
+    rows: Rows = field(default_factory=Rows)
+    unstarted: dict[int, Task] = field(default_factory=dict)
+    thirsty: bool = False
+    arena: str = field(init=False)  # the name of its KV pages at memory
     computing: Computing = field(init=False)
     tiers: HostTiers = field(init=False)
     _vacant: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.arena = arena_name(self.driver, self.model.model, self.replica)
         self.slots = [None] * self.model.slots
         self._vacant = list(range(self.model.slots))
         self.computing = Computing(self.model.page_tokens)
         self.tiers = HostTiers(self.model)
-
-    @property
-    def arena(self) -> str:
-        """The name of this host's KV pages at memory."""
-        return arena_name(self.driver, self.model.model, self.replica)
 
     @property
     def pool(self) -> str:
@@ -150,6 +153,8 @@ class Host:
         task.slot = heapq.heappop(self._vacant)
         self.slots[task.slot] = task
         self.tenants[task.tenant] += 1
+        self.rows.enter(task)
+        self.unstarted[task.id] = task
         self.keepers.pop(task.id, None)
 
     def leave(self, task: Task) -> None:
@@ -162,6 +167,8 @@ class Host:
         self.tenants[task.tenant] -= 1
         if not self.tenants[task.tenant]:
             del self.tenants[task.tenant]
+        self.rows.leave(task)
+        self.unstarted.pop(task.id, None)
         if task in self.starting:
             self.starting.remove(task)
         elif task.place is Place.RUNNING:
@@ -183,6 +190,7 @@ class Host:
 
     def sent(self, quantum: Quantum) -> None:
         """A quantum is on its way."""
+        self.thirsty = True
         seats = {i: (task, task.stay) for i, task in enumerate(self.slots) if task is not None}
         self.flight.append(InFlight(quantum, seats, _gaining(quantum, seats)))
 
@@ -224,6 +232,7 @@ class Host:
         for item in produced.values():
             if len(item.tokens) != 1 or item.task.pace != 1.0:
                 item.task.gain(len(item.tokens))
+                self.thirsty = True
         if len(produced) < len(flight.gaining):
             for slot, (first, last) in flight.gaining.items():
                 if slot not in produced and first <= index <= last and (task := flight.sitter(slot)):
@@ -233,6 +242,7 @@ class Host:
         """A quantum ended: it may have had fewer steps than planned. Once none is in flight, the same holds
         for prompts."""
         self.flight = deque(f for f in self.flight if f.quantum.id != done.quantum)
+        self.thirsty = True
         for task in self.running:
             if task.place is Place.RUNNING:
                 task.settle(sum(flight.coming(task) for flight in self.flight))

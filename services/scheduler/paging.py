@@ -119,6 +119,7 @@ class Paging:
     ) -> None:  # fmt: skip
         """Memory's answer to ``grow``: (task, its residence when asked, pages)."""
         failed, coming, claimed = False, host.tiers.coming, False
+        host.thirsty = True
         for task, residence, pages in gets:
             if task.residence != residence or task.place is Place.ENDED:
                 continue
@@ -167,11 +168,13 @@ class Paging:
     def grow(self, host: Host) -> None:
         """Ask ahead for the pages that running tasks will need."""
         wants = []
+        host.thirsty = False
+        size = host.model.page_tokens
         for task in host.slots:
-            if task is None or task.place is not Place.RUNNING or task.growing:
+            if task is None or task.growing or task.place is not Place.RUNNING:
                 continue
-            ahead = math.ceil(self._max_steps * max(1.0, task.pace))
-            if host.capacity(task) < min(task.limit, task.planned + 2 * ahead):
+            has, need = len(task.pages) * size, task.planned + 2 * self._ahead(task)
+            if has < need and has < task.limit:
                 wants.append((task, self._lacking(host, task)))
                 task.growing = True
         if wants:
@@ -218,9 +221,12 @@ class Paging:
 
     # --- what follows from them ---
 
+    def _ahead(self, task: Task) -> int:
+        """Tokens that a task may gain in a quantum."""
+        return self._max_steps if task.pace <= 1.0 else math.ceil(self._max_steps * task.pace)
+
     def _lacking(self, host: Host, task: Task) -> int:
-        ahead = math.ceil(self._max_steps * max(1.0, task.pace))
-        target = min(task.limit, task.planned + AHEAD * ahead)
+        target = min(task.limit, task.planned + AHEAD * self._ahead(task))
         return host.pages_for(target) - len(task.pages)
 
     def _growth_victim(self, host: Host, task: Task) -> Task | None:

@@ -8,7 +8,7 @@ from llmos.services.scheduler import headroom
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.order import Order
 from llmos.services.scheduler.placing import Placing
-from llmos.services.scheduler.queue import REALTIME_LOOKAHEAD
+from llmos.services.scheduler.queue import REALTIME_LOOKAHEAD, TaskQueue
 from llmos.services.scheduler.task import Place, Swap, Task
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Seating:
         self._share = share
         self.placing = Placing(order.for_slot)
         self.displaced = 0
-        self._rows: headroom.Rows | None = None
+        self._calm: set[str] | None = None  # who is light, of the model that is looked at
 
     # --- asked by the core ---
 
@@ -32,8 +32,8 @@ class Seating:
         """Seat waiting tasks while there are slots, or less urgent tasks in them."""
         queue, hosts = self._core.queues[model], self._core.hosts_of(model)
         passed: set[int] = set()
+        self._calm = None
         while hosts:
-            self._rows = None
             vacant = any(host.vacant for host in hosts)
             task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task), vacant)
             if task is None:
@@ -49,11 +49,13 @@ class Seating:
                 continue
             host, victim = place
             if self._order.waits and self._held_back(host, task):
+                self._served(queue, task)
                 continue
             if victim is not None:
                 self.displace(host, victim)
             queue.take(task, now)
             self._seat(host, task, now)
+            self._served(queue, task)
 
     def rest(self, host: Host) -> None:
         """Say who gains nothing in the next quantum for the sake of others."""
@@ -146,9 +148,13 @@ class Seating:
         """Whether a tenant has its share of the slots while another is here that asks for little."""
         hosts = self._core.hosts_of(task.model)
         slots = sum(host.model.slots for host in hosts)
-        if sum(host.tenants[task.tenant] for host in hosts) < int(self._share * slots * task.weight):
+        if sum(host.rows.count(task.tenant) for host in hosts) < headroom.most(slots, self._share, task.weight):
             return False
-        # Many tasks are looked at before one is seated, and only that changes the rows.
-        self._rows = rows = self._rows or headroom.Rows(hosts, self._share)
-        waits = self._core.queues[task.model].interactive
-        return not rows.within(task.tenant, task.weight) and rows.light(task.tenant, waits)
+        if self._calm is None:
+            self._calm = headroom.light(hosts, self._share, self._core.queues[task.model].interactive)
+        return bool(self._calm - {task.tenant})
+
+    def _served(self, queue: TaskQueue, task: Task) -> None:
+        """A task has left the queue. Where nobody was light, somebody is only if its tenant has no more."""
+        if self._calm or not queue.interactive(task.tenant):
+            self._calm = None

@@ -12,6 +12,7 @@ from llmos.services.scheduler.messages import Resume
 
 GREEDY = Sampling()
 PACE_SMOOTHING = 0.2
+RANKS = {band: rank for rank, band in enumerate(BANDS)}
 
 
 class Place(Enum):
@@ -102,7 +103,7 @@ class Task:
     @property
     def rank(self) -> int:
         """0 for realtime, 1 for interactive, 2 for batch: lower goes first."""
-        return BANDS.index(self.band)
+        return RANKS[self.band]
 
     @property
     def urgency(self) -> tuple[int, float]:
