@@ -29,10 +29,13 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     tasks = [task for task in host.slots if task is not None and task.place is Place.RUNNING]
     host.solo = _starts_alone(host, starts, tasks)
     lowest = 0 if host.crunch or host.solo else 2
-    active = [task for task in tasks if task.rank <= lowest and task.id not in host.resting]
+    active = tasks if lowest == 2 else [task for task in tasks if task.rank <= lowest]
+    if host.resting:
+        active = [task for task in active if task.id not in host.resting]
     chunks, last_step = _prefill(host, active, max_steps, now)
     steps = _length(host, active, chunks, last_step, max_steps)
-    decode = [task.slot for task in active if _decode(host, task, last_step.get(task.slot), steps)]
+    size = host.model.page_tokens
+    decode = [task.slot for task in active if _decode(task, size, last_step.get(task.slot), steps)]
     if not (steps or starts or host.releasing):
         return None
     quantum = Quantum(
@@ -135,24 +138,29 @@ def _length(
     """How many steps: as many as the chunks need, else as many as the longest decoder can use."""
     if chunks:
         return chunks[-1].step + 1
-    useful = [_room(host, t) for t in tasks if t.prefilled == t.base and t.slot not in complete]
-    return min(max_steps, max(useful, default=0))
+    useful, size = 0, host.model.page_tokens
+    for task in tasks:
+        if task.prefilled == task.base and task.slot not in complete:
+            useful = max(useful, _room(task, size))
+            if useful >= max_steps:
+                return max_steps
+    return useful
 
 
-def _room(host: Host, task: Task) -> int:
+def _room(task: Task, page_tokens: int) -> int:
     """How many more tokens a task may produce in the pages it has."""
-    return max(0, min(task.limit, host.capacity(task)) - task.planned)
+    return max(0, min(task.limit, len(task.pages) * page_tokens) - task.planned)
 
 
-def _decode(host: Host, task: Task, completes: int | None, steps: int) -> bool:
+def _decode(task: Task, page_tokens: int, completes: int | None, steps: int) -> bool:
     """Whether a task decodes in this quantum; if so, its plan advances."""
     if task.prefilled < task.base:
         return False
     gain = steps if completes is None else steps - completes
-    room = _room(host, task)
-    if room < min(gain, task.limit - task.planned):
+    left, room = task.limit - task.planned, _room(task, page_tokens)
+    if room < gain and room < left:
         if completes is not None:
             task.planned += 1
         return False
-    task.planned = min(task.limit, task.planned + gain)
+    task.planned += gain if gain < left else left
     return gain > 0 and (room > 0 or completes is not None)

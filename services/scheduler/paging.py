@@ -61,6 +61,7 @@ class Paging:
         else:
             self.received(host, task, pages, cached)
             self._core.run(host, now)
+        self._core.seating.go_on(host.model.model, now)
         swapping.relieve(host, low)
 
     def received(self, host: Host, task: Task, pages: list[int], cached: int) -> None:
@@ -173,8 +174,8 @@ class Paging:
         for task in host.slots:
             if task is None or task.growing or task.place is not Place.RUNNING:
                 continue
-            has, need = len(task.pages) * size, task.planned + 2 * self._ahead(task)
-            if has < need and has < task.limit:
+            has = len(task.pages) * size
+            if has < task.limit and has < task.planned + 2 * self._ahead(task):
                 wants.append((task, self._lacking(host, task)))
                 task.growing = True
         if wants:

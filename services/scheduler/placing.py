@@ -23,8 +23,7 @@ class Placing:
     def place(self, task: Task, hosts: list[Host]) -> tuple[Host, Task | None] | None:
         """A host with a slot for the task, and the less urgent task that gives it up; None where none has."""
         allowed = [h for h in hosts if task.bound in ("", h.arena) and not _crowded(h, task)]
-        vacant = [host for host in allowed if host.vacant]
-        if vacant:
+        if vacant := [host for host in allowed if host.vacant]:
             return self.ranked(task, vacant)[0], None
         victims = [(self._for_slot(task, host.running), host) for host in allowed]
         found = [(victim, host) for victim, host in victims if victim is not None]

@@ -107,8 +107,7 @@ class _Heads:
         passed, found = [], None
         while self._heap:
             key, tenant = self._heap[0]
-            line = self._lines.get(tenant)
-            _drop_gone(self._lines, tenant)
+            line = _drop_gone(self._lines, tenant)
             if not line or self._noted.get(tenant) != key:
                 heapq.heappop(self._heap)
                 if not line and self._noted.get(tenant) == key:
@@ -116,8 +115,8 @@ class _Heads:
                 continue
             head = line[0][1]
             if (current := self._key(head)) != key:
-                heapq.heappop(self._heap)
-                self._note(tenant, current)
+                self._noted[tenant] = current
+                heapq.heapreplace(self._heap, (current, tenant))
                 continue
             if eligible(head):
                 found = head
@@ -126,6 +125,10 @@ class _Heads:
         for entry in passed:
             heapq.heappush(self._heap, entry)
         return found
+
+    def least(self) -> float:
+        """No head has a key whose first part is less, but for one that was put before others of its line."""
+        return self._heap[0][0][0] if self._heap else float("inf")
 
     def _note(self, tenant: str, key: Key) -> None:
         if self._noted.get(tenant) != key:
@@ -190,18 +193,17 @@ class TaskQueue:
 
     def interactive(self, tenant: str) -> bool:
         """Whether a tenant has interactive work waiting."""
-        _drop_gone(self._lines[1], tenant)
-        return tenant in self._lines[1]
+        return _drop_gone(self._lines[1], tenant) is not None
 
     def peek(self, now: float, eligible: Eligible = lambda task: True, vacant: bool = True) -> Task | None:
         """The task to serve next; ``eligible`` passes over tenants that are at a limit. Only a ``vacant``
         slot goes to who waited for long: no one is displaced for that."""
-        if (task := self._peek_realtime(eligible)) is not None:
+        if self._realtime and (task := self._peek_realtime(eligible)) is not None:
             return task
         interactive = self._turns[1].first(eligible)
         if interactive is None:
             return self._turns[2].first(eligible)
-        if vacant and self._since_aged >= AGED_EVERY - 1:
+        if vacant and self._since_aged >= AGED_EVERY - 1 and now - self._aged.least() > AGING_SECONDS:
             aged = self._aged.first(eligible)
             if aged is not None and now - aged.queued_at > AGING_SECONDS:
                 return aged
@@ -241,12 +243,17 @@ def _age(task: Task) -> Key:
     return task.queued_at, 0.0, task.id
 
 
-def _drop_gone(lines: dict[str, Line], tenant: str) -> None:
+def _drop_gone(lines: dict[str, Line], tenant: str) -> Line | None:
+    """A tenant's line, without those before the first that waits; None where nobody does."""
     line = lines.get(tenant)
-    while line and not _waits(*line[0]):
+    while line:
+        ticket, task = line[0]
+        if task.ticket == ticket and task.place is Place.WAITING:
+            return line
         line.popleft()
-    if line is not None and not line:
+    if line is not None:
         del lines[tenant]
+    return None
 
 
 def _waits(ticket: int, task: Task) -> bool:

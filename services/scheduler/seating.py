@@ -9,10 +9,13 @@ from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.order import Order
 from llmos.services.scheduler.placing import Placing
 from llmos.services.scheduler.queue import REALTIME_LOOKAHEAD, TaskQueue
+from llmos.services.scheduler.rows import INTERACTIVE
 from llmos.services.scheduler.task import Place, Swap, Task
 
 if TYPE_CHECKING:
     from llmos.services.scheduler.core import Core
+
+AT_ONCE = 32  # tasks that are seated, or found to wait for another, before other events have their turn
 
 
 class Seating:
@@ -25,17 +28,23 @@ class Seating:
         self.placing = Placing(order.for_slot)
         self.displaced = 0
         self._calm: set[str] | None = None  # who is light, of the model that is looked at
+        self._unfinished: set[str] = set()  # models with more to be seated
 
     # --- asked by the core ---
 
     def admit(self, model: str, now: float) -> None:
-        """Seat waiting tasks while there are slots, or less urgent tasks in them."""
+        """Seat waiting tasks while there are slots, or less urgent tasks in them; after so many the rest has
+        to wait until memory has answered for one of them, so that no decision takes long."""
         queue, hosts = self._core.queues[model], self._core.hosts_of(model)
+        self._unfinished.discard(model)
         passed: set[int] = set()
-        self._calm = None
-        while hosts:
-            vacant = any(host.vacant for host in hosts)
-            task = queue.peek(now, lambda task: task.id not in passed and self._eligible(task), vacant)
+        self._calm, slots = None, sum(host.model.slots for host in hosts)
+
+        def eligible(task: Task) -> bool:
+            return task.id not in passed and self._eligible(task, hosts, slots)
+
+        for _ in range(AT_ONCE if hosts else 0):
+            task = queue.peek(now, eligible, any([host.vacant for host in hosts]))
             if task is None:
                 return
             place = self.placing.place(task, hosts) or self._from_beyond(task, hosts)
@@ -56,6 +65,12 @@ class Seating:
             queue.take(task, now)
             self._seat(host, task, now)
             self._served(queue, task)
+        self._unfinished.add(model)
+
+    def go_on(self, model: str, now: float) -> None:
+        """Seat those who were left when enough had been seated at once."""
+        if model in self._unfinished:
+            self.admit(model, now)
 
     def rest(self, host: Host) -> None:
         """Say who gains nothing in the next quantum for the sake of others."""
@@ -114,8 +129,10 @@ class Seating:
         task.arena = host.arena
         # Charged before it is computed, so that one tenant does not take all slots at the same moment.
         self._core.counters.charge(task, len(task.tokens), 0)
-        self.placing.note(host, task)
-        host.computing.begin(task, task.names or [])
+        if task.names:
+            self.placing.note(host, task)
+        if task.names:
+            host.computing.begin(task, task.names)
         self._core.paging.reserve(host, task)
 
     def _held_back(self, host: Host, task: Task) -> bool:
@@ -130,12 +147,12 @@ class Seating:
         host.computing.hold(task, *found)
         return True
 
-    def _eligible(self, task: Task) -> bool:
-        if self._core.paging.at_limit(task) or task.swap is Swap.OUT:
+    def _eligible(self, task: Task, hosts: list[Host], slots: int) -> bool:
+        if task.swap is Swap.OUT or self._core.paging.at_limit(task):
             return False
         if task.max_running and self._core.running_of(task.tenant) >= task.max_running:
             return False
-        return task.rank != 1 or not (self._order.shares and self._floods(task))
+        return task.rank != INTERACTIVE or not self._order.shares or not self._floods(task, hosts, slots)
 
     def _from_beyond(self, task: Task, hosts: list[Host]) -> tuple[Host, Task | None] | None:
         """A host on which a tenant within its share finds one that is beyond."""
@@ -144,11 +161,10 @@ class Seating:
                 return host, victim
         return None
 
-    def _floods(self, task: Task) -> bool:
+    def _floods(self, task: Task, hosts: list[Host], slots: int) -> bool:
         """Whether a tenant has its share of the slots while another is here that asks for little."""
-        hosts = self._core.hosts_of(task.model)
-        slots = sum(host.model.slots for host in hosts)
-        if sum(host.rows.count(task.tenant) for host in hosts) < headroom.most(slots, self._share, task.weight):
+        has = sum([host.rows.count(task.tenant) for host in hosts])
+        if has < headroom.most(slots, self._share, task.weight):
             return False
         if self._calm is None:
             self._calm = headroom.light(hosts, self._share, self._core.queues[task.model].interactive)
