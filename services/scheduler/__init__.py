@@ -10,6 +10,7 @@ promises.py   the deadlines that a host has promised, and when lower bands hold 
 limits.py     tokens per minute (pure)
 quotas.py     whether a tenant may have one more task, and which limit says no (pure)
 charges.py    what was used of the tokens per minute, kept for the next scheduler
+rows.py       the interactive tasks in a host's slots, by tenant (pure)
 headroom.py   slots that a tenant's flood leaves to the others (pure)
 prefixes.py   prompts that begin alike: who computes it, where it was seen (pure)
 placing.py    on which host a task runs (pure)

@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 PROBES = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """What a realtime task still needs: tokens to prefill, steps to decode after that, pages to its end.
 
     ``deadline`` is on the same clock as everything else; ``context`` how many tokens it has now.
@@ -106,8 +106,19 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
 
 def all_in_time(jobs: Sequence[Job], machine: Machine, start: float) -> bool:
     """Whether every job's deadline is kept."""
+    if _surely_in_time(jobs, machine, start):
+        return True
     done = finish_times(jobs, machine, start)
     return all(done[job.id] <= job.deadline for job in jobs)
+
+
+def _surely_in_time(jobs: Sequence[Job], machine: Machine, start: float) -> bool:
+    """Whether all decode at once, and would be in time if each step were as long as the last could be."""
+    rows, context = len(jobs), sum(job.context + job.decode for job in jobs)
+    if rows > machine.slots or sum(job.pages for job in jobs) > machine.pages:
+        return False
+    longest = machine.step(rows + machine.others[0], context + machine.others[1], 0)
+    return all(not job.prefill and start + max(1, job.decode) * longest <= job.deadline for job in jobs)
 
 
 def does_no_harm(candidate: Job, admitted: Sequence[Job], machine: Machine, start: float) -> bool:

@@ -29,7 +29,7 @@ def check(hosts: list[Host], task: Task, now: float) -> Host | None:
     for host in hosts:
         if not host.times:
             return None
-        candidate, admitted = _job(host, task), [_job(host, each) for each in host.promised.values()]
+        candidate, *admitted = _jobs(host, [task, *host.promised.values()])
         start, machine = now + _lag(host), _machine(host, SAFETY)
         soonest = crowd(host, task).soonest(candidate, start)
         if task.deadline >= soonest:
@@ -48,9 +48,10 @@ def check(hosts: list[Host], task: Task, now: float) -> Host | None:
 
 def in_crunch(host: Host, now: float, max_steps: int) -> bool:
     """Whether a promise would be broken if lower bands went on as they do."""
-    jobs = [_job(host, task) for task in host.promised.values() if task.place is not Place.STOPPED]
-    if not jobs or not host.times:
+    promised = [task for task in host.promised.values() if task.place is not Place.STOPPED]
+    if not promised or not host.times:
         return False
+    jobs = _jobs(host, promised)
     others = [task for task in host.slots if task is not None and task.rank > 0]
     load = len(others), sum(len(task.tokens) for task in others)
     rows, context = len(jobs) + load[0], load[1] + sum(job.context for job in jobs)
@@ -93,13 +94,19 @@ def _chunks(flight: InFlight, count: int) -> Iterator[Chunk]:
     return (c for c in flight.quantum.chunks if flight.received <= c.step < flight.received + count)
 
 
-def _job(host: Host, task: Task) -> Job:
-    """What is left of a task once the steps under way are done, assuming that no prefix of it is cached."""
+def _jobs(host: Host, tasks: list[Task]) -> list[Job]:
+    """What is left of each once the steps under way are done."""
+    certain = [(flight, count, list(_chunks(flight, count))) for flight, count in _certain(host)]
+    return [_job(host, task, certain if task.slot >= 0 else []) for task in tasks]
+
+
+def _job(host: Host, task: Task, certain: list[tuple[InFlight, int, list[Chunk]]]) -> Job:
+    """What is left of a task, assuming that no prefix of it is cached."""
     gained = computed = 0
-    for flight, count in _certain(host) if task.slot >= 0 else ():
-        if flight.sitter(task.slot) is task:
-            gained += flight.coming(task, count)
-            computed += sum(c.length for c in _chunks(flight, count) if c.slot == task.slot)
+    for flight, count, chunks in certain:
+        gained += flight.coming(task, count)
+        if chunks and flight.sitter(task.slot) is task:
+            computed += sum(c.length for c in chunks if c.slot == task.slot)
     # Seated or keeping its pages: what was computed stays; else it has to be computed again.
     left = len(task.tokens) - task.computed
     prefill = 0 if left <= 1 and task.produced else max(0, left - computed)

@@ -44,7 +44,7 @@ class Seating:
             return task.id not in passed and self._eligible(task, hosts, slots)
 
         for _ in range(AT_ONCE if hosts else 0):
-            task = queue.peek(now, eligible, any([host.vacant for host in hosts]))
+            task = queue.peek(now, eligible, any(host.vacant for host in hosts))
             if task is None:
                 return
             place = self.placing.place(task, hosts) or self._from_beyond(task, hosts)
