@@ -67,13 +67,14 @@ class Paging:
     def received(self, host: Host, task: Task, pages: list[int], cached: int) -> None:
         """A task has its first pages here, with the KV of its ``cached`` first tokens."""
         task.committed, task.shared_pages = len(task.tokens), cached // host.model.page_tokens
-        self._core.lending.received(host)
+        task.pages = pages
+        self._core.lending.received(host, task)
         if task.first_cached < 0:
             task.first_cached = cached
         if task.place is Place.RESERVING:
             host.begin(task, pages, cached)
         else:
-            task.pages, task.computed = pages, cached
+            task.computed = cached
             host.keepers[task.id] = task
         if cached:
             self._core.counters.refund(task, cached)
@@ -111,6 +112,7 @@ class Paging:
             return
         self._core.seating.leave(host, task)
         self._core.queues[task.model].push(task, front=True)
+        self._core.lending.lacks(host, task, needed)
         host.short_of_pages = True
         swapping.relieve(host, low=True)
 
@@ -162,9 +164,11 @@ class Paging:
             self._core.swapping.fetch(host, task, self.extra(host, task))
 
     def extra(self, host: Host, task: Task) -> int:
-        """A task with a promise gets all the pages it can need; the others some steps ahead."""
+        """A task with a promise gets all the pages it can need, and so does who is lent them by all others;
+        the rest some steps ahead."""
         left = task.limit - len(task.tokens)
-        return left if task.id in host.promised else min(left, AHEAD * self._max_steps)
+        whole = task.id in host.promised or self._core.lending.due(host, task)
+        return left if whole else min(left, AHEAD * self._max_steps)
 
     def grow(self, host: Host) -> None:
         """Ask ahead for the pages that running tasks will need."""

@@ -157,7 +157,9 @@ class Seating:
     def _from_beyond(self, task: Task, hosts: list[Host]) -> tuple[Host, Task | None] | None:
         """A host on which a tenant within its share finds one that is beyond."""
         for host in hosts:
-            if not host.short_of_pages and (victim := self.gives_way(host, task)) is not None:
+            if host.short_of_pages or host.yields:
+                continue
+            if (victim := self.gives_way(host, task)) is not None:
                 return host, victim
         return None
 

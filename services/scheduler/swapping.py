@@ -252,11 +252,12 @@ class Swapping:
         if journey.kind is Kind.HIT:
             self._core.paging.received(host, task, journey.pages, journey.cached)
             return
-        self._core.lending.received(host)
+        task.pages = journey.pages
+        self._core.lending.received(host, task)
         if task.place is Place.RESERVING:
             host.begin(task, journey.pages, min(journey.cached, len(task.tokens) - 1))
             return
-        task.pages, task.computed = journey.pages, journey.cached
+        task.computed = journey.cached
         host.keepers[task.id] = task
         host.tiers.fetched.add(task.id)
 

@@ -9,7 +9,9 @@ import msgspec
 import pytest
 
 from llmos.drivers.sdk.messages import LoadedModel
+from llmos.ipc.errors import Canceled
 from llmos.services.memory.invariants import check_all
+from llmos.services.scheduler.queue import AGING_SECONDS
 from llmos.services.scheduler.simulated_cache import LinkTime
 from llmos.services.scheduler.simulator import Simulator, StepTime
 from llmos.services.scheduler.task import Task
@@ -160,3 +162,51 @@ def test_random_traffic_ends_with_its_tokens_and_every_page_accounted_for(seed: 
     for tick in range(200):
         sim.at(tick * 0.02, lambda: check_all(sim.arenas))
     run(sim, made)
+
+
+SLOW = StepTime(base=5e-2, prefill=1e-5)
+
+
+def full_shares() -> list[Task]:
+    """More than models ``a``, ``c`` and ``d`` can do in two minutes, though one task fills a share."""
+    return [task(1000 * n + i, name, 30, 60, band=1) for n, name in enumerate("acd") for i in range(16)]
+
+
+def full(made: list[Task], large: list[Task]) -> Simulator:
+    sim = simulator(*(model(name) for name in "abcd"), time=SLOW)
+    run(sim, made + large)
+    return sim
+
+
+def test_a_task_larger_than_its_share_waits_little_longer_than_aging_and_keeps_what_it_is_lent() -> None:
+    """A share is three slabs, it needs five; the others have work of its own band for longer."""
+    large = task(9000, "b", 120, 40, arrived=5.0)
+    sim = full(full_shares(), [large])
+    record = sim.records[9000]
+    assert AGING_SECONDS < record.first_token < AGING_SECONDS + 4.0
+    assert large.displaced == 0
+    assert max(record.ended for record in sim.records.values()) > 2 * AGING_SECONDS
+
+
+def test_between_two_that_are_lent_pages_the_others_have_their_shares() -> None:
+    made = full_shares()
+    large = [task(9000 + i, "b", 120, 40, arrived=5.0) for i in range(2)]
+    sim = full(made, large)
+    first, second = (sim.records[each.id] for each in large)
+    assert first.ended + AGING_SECONDS < second.times[0] < first.ended + AGING_SECONDS + 4.0
+    for name in "acd":
+        times = [at for each in made if each.model == name for at in sim.records[each.id].times]
+        assert sum(first.ended < at < second.times[0] for at in times) > 100
+
+
+def test_who_is_due_and_is_withdrawn_leaves_the_others_their_shares() -> None:
+    sim = simulator(*(model(name) for name in "abcd"), time=SLOW)
+    large, made = task(9000, "b", 120, 40, arrived=5.0), full_shares()
+    sim.submit([*made, large])
+    sim.run(until=38.0)
+    assert large.pages
+    sim.core.kill(large, Canceled("the test withdrew it"), sim.now)
+    sim.run()
+    assert all(sim.records[each.id].reason == "length" for each in made)
+    assert not any(host.yields for host in sim.hosts)
+    check_all(sim.arenas)
