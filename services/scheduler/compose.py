@@ -104,6 +104,9 @@ def _prefill(host: Host, tasks: list[Task], max_steps: int, now: float) -> tuple
             used += length
             if task.prefilled == task.base:
                 complete[task.slot] = step
+                if task.id in host.promised:
+                    # From the next step on it decodes: prompts beside it are paced when they are composed.
+                    max_steps = step + 1
     return chunks, complete
 
 

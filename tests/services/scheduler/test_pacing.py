@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from llmos.services.scheduler.admission import Job, Machine, finish_times
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.pacing import SHARE, Paces, finest
+from llmos.services.scheduler.simulator import Simulator, StepTime
 from llmos.services.scheduler.task import Place, Task
 from tests.services.scheduler.traffic import model, task
 
@@ -70,3 +73,23 @@ def test_the_forecast_lets_a_prompt_wait_for_an_earlier_deadline() -> None:
     done = finish_times([near, far], machine, 0.0)
     assert done[1] <= near.deadline
     assert done[2] <= far.deadline
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_of_a_burst_beside_batch_work_nobody_admitted_is_late(seed: int) -> None:
+    """Prompts that are computed in steps of the same quantum wait for who decodes in these by then."""
+    rng = random.Random(seed)
+    sim = Simulator(model(slots=64, pages=8192, page_tokens=16, chunk_tokens=2048), StepTime())
+    made = [task(0, [1] * 300, 80, band=2), *[task(1 + i, [i % 256] * 512, 300, band=2) for i in range(96)]]
+    at = 3.0
+    for _ in range(6):
+        for _ in range(rng.randint(1, 32)):
+            made.append(task(len(made), [len(made) % 256] * 256, 32, at, band=0, tenant="v"))
+            made[-1].deadline = at + rng.uniform(0.15, 2.2)
+        at += rng.expovariate(1.5)
+    sim.submit(made)
+    sim.run()
+    records = [sim.records[each.id] for each in made if each.deadline]
+    admitted = [record for record in records if record.error is None]
+    assert len(admitted) > 20
+    assert all(record.in_time for record in admitted)
