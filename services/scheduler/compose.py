@@ -25,7 +25,7 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     for task in starts:
         task.place = Place.RUNNING
         host.started[task.rank] = now
-        del host.unstarted[task.id]
+        host.unstarted.pop(task.id, None)
     tasks = [task for task in host.slots if task is not None and task.place is Place.RUNNING]
     host.solo = _starts_alone(host, starts, tasks)
     lowest = 0 if host.crunch or host.solo else 2
