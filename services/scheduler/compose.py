@@ -90,8 +90,11 @@ def _prefill(host: Host, tasks: list[Task], max_steps: int, now: float) -> tuple
     decoding = [task for task in tasks if task.prefilled >= task.base and task.planned < task.limit]
     rank, room = decode_room(host, decoding, now)
     paces = Paces(host, decoding, now)
-    step, used = 0, 0
+    step, used, before = 0, 0, 0
     for task in sorted(todo, key=lambda t: (t.urgency, t.arrived, t.id)):
+        if used and task.rank > before:
+            step, used = step + 1, 0  # nobody waits for the prompts of a lower band
+        before = task.rank
         # In realtime only deadlines count: its prompts are cut for the sake of promises, not of latency.
         limit = paces.room(task) if task.rank == 0 else host.model.chunk_tokens if task.rank < rank else room
         while task.prefilled < task.base and step < max_steps:

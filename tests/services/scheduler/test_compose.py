@@ -48,3 +48,13 @@ def test_steps_stay_short_for_a_while_after_somebody_urgent_has_come(
         "the next one waits for prompts alone, too"
     )
     assert decode_room(host, batch, NOW + 1.1 * ALERT) == (2, 2048)
+
+
+def test_a_first_token_does_not_wait_for_the_prompts_of_a_lower_band(host: Host) -> None:
+    for id, band in enumerate((2, 1, 1)):
+        one = task(id, [1] * 64, 10, band=band)
+        one.slot, one.place, one.base = id, Place.RUNNING, 64
+        host.slots[id] = one
+    quantum = compose(host, 1, 8, NOW)
+    assert quantum is not None
+    assert [(chunk.step, chunk.slot) for chunk in quantum.chunks] == [(0, 1), (0, 2), (1, 0)]
