@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax import pages as blocks
-from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention import (
+    AttentionBackend,
+    DecodePlan,
+    MixedPlan,
+    PrefillPlan,
+    Scoring,
+    VerifyPlan,
+)
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches, storage
@@ -65,9 +72,13 @@ def plans() -> dict[str, tuple[Any, int]]:
     fresh = jnp.where(first < jnp.asarray([[20], [16], [0]]), TABLES[:, first // TOKENS], NOWHERE)
     zeros = jnp.zeros(3, jnp.int32)
     filled = jnp.asarray([20, 16, 0], jnp.int32)
+    decode = DecodePlan(TABLES, lengths, jnp.where(lengths > 0, last, NOWHERE), at % TOKENS)
+    verify = VerifyPlan(TABLES, starts, lengths, into, fed % TOKENS)
+    both = MixedPlan(DecodePlan(*(x[:1] for x in decode)), VerifyPlan(*(x[1:] for x in verify)))
     return {
-        "decode": (DecodePlan(TABLES, lengths, jnp.where(lengths > 0, last, NOWHERE), at % TOKENS), 0),
-        "verify": (VerifyPlan(TABLES, starts, lengths, into, fed % TOKENS), 5),
+        "decode": (decode, 0),
+        "verify": (verify, 5),
+        "mixed": (both, 0),
         "prefill": (PrefillPlan(TABLES, starts, lengths, into, fed % TOKENS), 5),
         "fresh": (PrefillPlan(TABLES, zeros, filled, fresh, jnp.tile(first % TOKENS, (3, 1))), 20),
     }
@@ -75,9 +86,9 @@ def plans() -> dict[str, tuple[Any, int]]:
 
 def step(backend: AttentionBackend, kind: str, cache: Any, dtype: Any, scoring: Scoring) -> tuple[Any, Any]:
     plan, fed = plans()[kind]
-    shape = (3, fed) if fed else (3,)
+    shape = (len(plan.pages), fed) if fed else plan.pages.shape
     q, k, v = (random(*shape, n, SIZE, dtype=dtype, seed=s) for s, n in enumerate((HEADS, KV, KV), 20))
-    if kind in ("decode", "verify"):
+    if kind in ("decode", "verify", "mixed"):
         return getattr(backend, kind)(plan, cache, q, k, v, scoring)  # type: ignore[no-any-return]
     return backend.prefill(plan, cache, q, k, v, kind == "fresh", scoring)
 
@@ -90,6 +101,8 @@ def step(backend: AttentionBackend, kind: str, cache: Any, dtype: Any, scoring: 
         ("prefill", "float32"),
         ("fresh", "bfloat16"),
         ("verify", "float32"),
+        ("mixed", "float32"),
+        ("mixed", "bfloat16"),
     ],
 )
 @pytest.mark.parametrize("name", BACKENDS)
@@ -119,11 +132,11 @@ def test_a_pool_is_read_and_written_as_caches_are(
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_only_what_is_not_finite_is_scrubbed(on_cpu: bool) -> None:
     _, shared = caches(jnp.bfloat16, on_cpu)
-    broken = gather(shared, jnp.asarray([3, 9]))
+    first, second = gather(shared, jnp.asarray([3, 9]))
     bad = jax.lax.bitcast_convert_type(jnp.asarray([jnp.nan, jnp.inf], jnp.bfloat16), jnp.uint16)
-    broken = broken.at[0, :2].set(bad).at[1, -1].set(bad[0])
+    broken = first.at[:2].set(bad), second.at[-1].set(bad[0])
     shared = scatter(shared, broken, jnp.asarray([3, 9]))
     cleared = shared.scrubbed(jnp.asarray([3, PAGES + 5, PAGES + 5]))
-    expected = broken.at[0, :2].set(0)
+    expected = first.at[:2].set(0), broken[1]
     np.testing.assert_array_equal(gather(cleared, jnp.asarray([3, 9])), expected)
     assert int((~jnp.isfinite(numbers(cleared.pool))).sum()) == 1
