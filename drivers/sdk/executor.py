@@ -96,10 +96,13 @@ class _Lane:
         return pending is not None and not pending.ready()
 
     def pause(self) -> float:
+        """Seconds until something is to be dispatched or delivered: the end of a quantum is at once."""
+        return 0.0 if self._pending and self._pending[0][1] is None else self._hold()
+
+    def _hold(self) -> float:
         """Seconds until the step behind the only one on the device is to be dispatched."""
-        if len(self._pending) != 1 or (step := self._pending[0][1]) is None:
-            return 0.0
-        return step.pause()
+        steps = [step for _, step in self._pending if step is not None]
+        return steps[0].pause() if len(steps) == 1 else 0.0
 
     def submit(self, quantum: Quantum, sink: Sink) -> None:
         self._queue.append(_Run(quantum, sink))
@@ -146,7 +149,7 @@ class _Lane:
 
     def dispatch(self) -> None:
         """Dispatch what is due, at most until two steps are in flight."""
-        while (self._queue or self._encodings) and self._in_flight < IN_FLIGHT and not self.pause():
+        while (self._queue or self._encodings) and self._in_flight < IN_FLIGHT and not self._hold():
             head = self._queue[0] if self._queue else None
             if isinstance(head, _Barrier):
                 self._queue.popleft()

@@ -97,6 +97,19 @@ def test_what_arrives_while_a_step_runs_is_the_next_step() -> None:
     assert [id for id, _ in device.dispatched].count(1) == 100
 
 
+def test_a_quantum_of_one_step_is_dispatched_no_earlier_than_a_step_of_a_long_one() -> None:
+    device = Device()
+    executor = run(device, 100)
+    for id in range(2, 40):
+        executor.submit(Quantum(id=id, model="m", steps=1), Ignore())
+    while len(device.dispatched) < 138:
+        if pause := executor.pause():
+            device.now += pause
+        else:
+            executor.advance()
+    assert max(left for _, left in device.dispatched[105:]) < STEP / 2
+
+
 def test_a_driver_that_computes_while_it_dispatches_never_waits() -> None:
     device = Device(synchronous=True)
     executor = run(device, 50)
