@@ -118,16 +118,13 @@ class _Lane:
         starts = [start for run in waiting if run.model == model for start in run.quantum.start]
         return any(start.adapter == adapter for start in starts)
 
-    def preempt(self, quantum: int) -> list[tuple[int, int]]:
+    def preempt(self, quantum: int) -> None:
         runs = [run for run in self._queue if isinstance(run, _Run)]
         last = next((run for run in runs if run.quantum.id == quantum), None)
-        cut = []
         for run in runs:
             # Another model's quantum runs on: its next one may count on the steps.
             if last is not None and run.model == last.model and run.quantum.id <= quantum:
                 run.preempted = True
-                cut.append((run.quantum.id, run.dispatched))
-        return cut
 
     def abandon(self, model: str) -> None:
         gone: set[_Run | _Encoding] = {
@@ -261,10 +258,11 @@ class Executor:
         """Whether a quantum that waits starts a sequence with this adapter."""
         return any(lane.starts_with(model, adapter) for lane in self._lanes.values())
 
-    def preempt(self, quantum: int) -> list[tuple[int, int]]:
+    def preempt(self, quantum: int) -> None:
         """Dispatch no further step of this quantum or of any before it for its model and replica; their slots
-        still change hands. Returns those that end by it, and how many steps of each were dispatched."""
-        return [cut for lane in self._lanes.values() for cut in lane.preempt(quantum)]
+        still change hands."""
+        for lane in self._lanes.values():
+            lane.preempt(quantum)
 
     def abandon(self, model: str = "", replica: int = -1) -> None:
         """Run nothing that is queued for a model (any, if none is named) and a replica (any, if -1), and wait

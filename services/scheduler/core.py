@@ -189,11 +189,6 @@ class Core:
         if ended:
             self.lending.wake(now)
 
-    def cut(self, host: Host, steps: dict[int, int], now: float) -> None:
-        """Quanta were taken back, and end after so many steps: what follows can be sent behind these."""
-        host.cut(steps)
-        self.run(host, now)
-
     def done(self, host: Host, done: QuantumDone, now: float) -> None:
         """A quantum ended."""
         flight = next(f for f in host.flight if f.quantum.id == done.quantum)
@@ -230,12 +225,11 @@ class Core:
         urgent = [task for task in host.unstarted.values() if task.rank < 2]
         if hurry or urgent:
             self.take_back(host)
-        # Who is urgent and waits for its pages comes with the next quantum: that waits for them while the
-        # device has work, and if it has none this one must not be long.
+        # Who is urgent and waits for its pages comes with the next quantum: this one must not be long.
         coming = any(task.place is Place.RESERVING for task in urgent)
         self.seating.rest(host)
         steps = 1 if coming else min(self._max_steps, host.tiers.patience)
-        while host.can_compose and not (coming and host.busy):
+        while host.can_compose:
             quantum = compose(host, next(self._quanta), steps, now)
             if quantum is None:
                 break

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llmos.drivers.sdk.messages import Cut, Preempt, Quantum, QuantumDone, Step
+from llmos.drivers.sdk.messages import Preempt, Quantum, QuantumDone, Step
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
 from llmos.ipc.errors import Busy, HostDown, IOFailure, LLMOSError, NoMemory
@@ -135,12 +135,7 @@ class MessageEffects(SwapMessages):
         self._server.call(f"driver.{host.driver}.execute", quantum, answered)
 
     def preempt(self, host: Host, quantum: int) -> None:
-        def answered(answer: Answer) -> None:
-            # Where it failed, or says nothing, the quanta themselves say how far they came.
-            if answer.error is None and self._server.core.hosts.get(host.arena) is host:
-                self._server.core.cut(host, dict(codec.decode(answer.body, Cut).quanta), now())
-
-        self._server.call(f"driver.{host.driver}.preempt", Preempt(quantum), answered)
+        self._server.cast(f"driver.{host.driver}.preempt", Preempt(quantum))
 
     def emit(self, produced: list[Produced]) -> None:
         streams: dict[int, list[Tokens]] = {}

@@ -7,8 +7,6 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from math import inf
 
-from msgspec.structs import replace
-
 from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, QuantumDone, Step
 from llmos.ipc.grant import BANDS
 from llmos.services.scheduler.prefixes import Computing
@@ -46,16 +44,6 @@ class InFlight:
             return 0
         first, last = self.gaining[task.slot]
         return max(0, min(last + 1, self.received + steps) - max(first, self.received))
-
-    def cut(self, steps: int) -> None:
-        """It ends after so many steps."""
-        chunks = [chunk for chunk in self.quantum.chunks if chunk.step < steps]
-        decode = self.quantum.decode if steps else []
-        self.quantum = replace(self.quantum, steps=steps, chunks=chunks, decode=decode)
-        gaining = self.gaining.items()
-        self.gaining = {
-            slot: (first, min(last, steps - 1)) for slot, (first, last) in gaining if first < steps
-        }
 
     @property
     def tasks(self) -> list[Task]:
@@ -143,16 +131,7 @@ class Host:
 
     @property
     def can_compose(self) -> bool:
-        return self.ready and not self.draining and self._under_way < QUANTA_IN_FLIGHT
-
-    @property
-    def busy(self) -> bool:
-        """Whether steps are to come of what was sent."""
-        return self._under_way > 0
-
-    @property
-    def _under_way(self) -> int:
-        return sum(flight.quantum.steps > flight.received for flight in self.flight)
+        return self.ready and not self.draining and len(self.flight) < QUANTA_IN_FLIGHT
 
     def capacity(self, task: Task) -> int:
         """How many tokens fit in a task's pages."""
@@ -259,25 +238,6 @@ class Host:
             for slot, (first, last) in flight.gaining.items():
                 if slot not in produced and first <= index <= last and (task := flight.sitter(slot)):
                     task.gain(0)
-
-    def cut(self, steps: dict[int, int]) -> None:
-        """Some of what is in flight ends after so many steps; plans follow. Once the last is among them all
-        that was taken back is known."""
-        for flight in self.flight:
-            if flight.quantum.id in steps:
-                flight.cut(steps[flight.quantum.id])
-        self.thirsty = True
-        for task in self.running:
-            if task.place is Place.RUNNING:
-                task.settle(sum(flight.coming(task) for flight in self.flight))
-                task.prefilled = min(task.base, max(task.computed, self._prefilling(task)))
-        if self.flight and self.flight[-1].quantum.id in steps:
-            self.draining = False
-
-    def _prefilling(self, task: Task) -> int:
-        """How far the quanta in flight bring a task's prompt; 0 if they do not."""
-        chunks = [c for f in self.flight if f.sitter(task.slot) is task for c in f.quantum.chunks]
-        return max((c.start + c.length for c in chunks if c.slot == task.slot), default=0)
 
     def done(self, done: QuantumDone) -> None:
         """A quantum ended: it may have had fewer steps than planned. Once none is in flight, the same holds

@@ -76,11 +76,6 @@ class Device:
 
     def preempt(self, quantum: int) -> None:
         self._preempted = max(self._preempted, quantum)
-        lane, cut = self._lane, {}
-        for index, (device, queued) in enumerate(lane.queue):
-            if device is self and isinstance(queued, Quantum) and queued.id <= quantum:
-                cut[queued.id] = lane.next_step if index == 0 and lane.entered else 0
-        self._sim.soon(lambda: None if self.dead else self._sim.core.cut(self._host, cut, self._sim.now))
         self._dispatch()
 
     def _dispatch(self) -> None:

@@ -92,7 +92,7 @@ def test_a_preempt_stops_dispatching_at_the_next_step() -> None:
     executor = Executor(driver)
     executor.submit(quantum(1, 100), notes)
     executor.advance()
-    assert executor.preempt(1) == [(1, 2)], "told at once, while both steps are computed"
+    executor.preempt(1)
     run(executor)
     assert notes.ended == [QuantumDone(1, 2, True)]
     assert len(notes.steps) == 2
@@ -103,7 +103,7 @@ def test_a_quantum_preempted_before_it_began_still_changes_the_slots() -> None:
     executor = Executor(driver)
     executor.submit(quantum(1, 100), notes)
     executor.submit(quantum(2, 100), notes)
-    assert executor.preempt(2) == [(1, 0), (2, 0)]
+    executor.preempt(2)
     run(executor)
     assert driver.log == ["begin 1", "begin 2"]
     assert notes.ended == [QuantumDone(1, 0, True), QuantumDone(2, 0, True)]
