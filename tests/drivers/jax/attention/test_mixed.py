@@ -39,7 +39,11 @@ def plan() -> MixedPlan:
     return MixedPlan(rows, VerifyPlan(own, starts, ends, pages, position % PAGE))
 
 
-@pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=7)], ids=["full", "window"])
+@pytest.mark.parametrize(
+    "scoring",
+    [pytest.param(Scoring(), marks=pytest.mark.slow), Scoring(window=7)],
+    ids=["full", "window"],
+)
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 def test_one_pass_equals_decoding_and_then_each_piece(backend: AttentionBackend, scoring: Scoring) -> None:
     mixed = plan()

@@ -102,7 +102,7 @@ def step(backend: AttentionBackend, kind: str, cache: Any, dtype: Any, scoring: 
         ("fresh", "bfloat16"),
         ("verify", "float32"),
         ("mixed", "float32"),
-        ("mixed", "bfloat16"),
+        pytest.param("mixed", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("name", BACKENDS)
