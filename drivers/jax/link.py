@@ -30,19 +30,14 @@ class Link:
         self._near = jax.sharding.SingleDeviceSharding(device)
         self._far = self._near.with_memory_kind("pinned_host") if behind else self._near
 
-    def fetch(self, rows: Sequence[jax.Array]) -> list[jax.Array]:
-        """Begin to copy rows to RAM."""
+    def fetch(self, rows: Sequence[jax.Array | np.ndarray]) -> list[jax.Array]:
+        """Begin to copy rows to RAM, where the device wants them."""
         with platform.lacking(_NO_HOST_MEMORY):
             return list(jax.device_put(list(rows), self._far))
 
     def send(self, rows: Sequence[jax.Array | np.ndarray]) -> list[jax.Array]:
         """Begin to copy rows to the device."""
         return list(jax.device_put(list(rows), self._near))
-
-    def lay(self, row: np.ndarray) -> jax.Array:
-        """A row in RAM as the device wants it there."""
-        (laid,) = self.fetch([row])  # type: ignore[list-item]
-        return laid
 
 
 class RowTier:
@@ -64,7 +59,7 @@ class RowTier:
         return view(self.row(block)).data
 
     def __setitem__(self, block: int, data: Bytes) -> None:
-        self.keep(block, self._link.lay(np.frombuffer(data, self._shape.dtype)))
+        self._rows[block] = self._link.fetch([np.frombuffer(data, self._shape.dtype)])[0]
 
     def row(self, block: int) -> jax.Array:
         """A block as it came; IOFailure if none did."""
@@ -83,6 +78,7 @@ class RowTier:
 
 def view(row: jax.Array) -> np.ndarray:
     """The bytes of a row in RAM, in place."""
+    row.block_until_ready()
     memory = (ctypes.c_uint8 * row.nbytes).from_address(row.unsafe_buffer_pointer())
     memory.row = row  # type: ignore[attr-defined]  # lives as long as the view does
     return np.ctypeslib.as_array(memory)

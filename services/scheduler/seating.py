@@ -131,7 +131,6 @@ class Seating:
         self._core.counters.charge(task, len(task.tokens), 0)
         if task.names:
             self.placing.note(host, task)
-        if task.names:
             host.computing.begin(task, task.names)
         self._core.paging.reserve(host, task)
 
