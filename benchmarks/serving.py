@@ -8,7 +8,8 @@
 stream of 512. ``ttft``: first token of 2,048. ``classify``: 512 requests of 512 tokens, one new one each.
 No prompt shares a page with another, and every request produces all its tokens. With ``--mesh data=N``
 there are N times as many requests. ``--compare`` takes the report of another run, on one device or in
-bfloat16: the ratios are this run's rates over those, and its first token's time over this one's.
+bfloat16: the ratios are this run's rates over those, and its first token's time over this one's. On an
+NVIDIA GPU ``device`` is what ``benchmarks.watch`` saw meanwhile.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 
 from benchmarks.cluster import DRIVER, Cluster
 from benchmarks.report import Report, arguments
+from benchmarks.watch import Watch
 from llmos.drivers.sdk.messages import DTYPES, PRECISIONS, LoadedModel, LoadRequest
 from llmos.ipc import codec, header
 from llmos.ipc.calls import Answer
@@ -92,7 +94,7 @@ class Load:
         self._open -= 1
 
 
-def throughput(load: Load, requests: int, prompt: int, count: int) -> dict[str, float]:
+def throughput(load: Load, requests: int, prompt: int, count: int) -> dict[str, Any]:
     begun = time.perf_counter()
     done = load.run(requests, prompt, count)
     seconds = time.perf_counter() - begun
@@ -132,9 +134,8 @@ RATES = {
 }
 
 
-def compare(figures: dict[str, Any], path: Path) -> dict[str, float]:
-    """How many times as fast as in an earlier report, by case."""
-    before = json.loads(path.read_text())["figures"]
+def compare(figures: dict[str, Any], before: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast as in an earlier report, or as a peer, by case."""
     common = figures.keys() & before.keys()
     ratios = {case: figures[case][key] / before[case][key] for case, key in RATES.items() if case in common}
     if "ttft" in common:
@@ -148,6 +149,17 @@ def axis(text: str) -> tuple[str, int]:
     return name, int(size)
 
 
+def run(load: Load, case: str, many: int) -> dict[str, Any]:
+    """One case, whose batch has ``many`` requests."""
+    if case == "ttft":
+        return first_token(load, 2048)
+    if case == "one":
+        return one_stream(load, 32, 512)
+    if case == "classify":
+        return throughput(load, 2 * many, 512, 1)
+    return throughput(load, many * (4 if case == "queue" else 1), 512, 256)
+
+
 def measure(load: Load, cases: list[str], scale: float) -> dict[str, Any]:
     """Each case after a warm-up of its own shape."""
     many = max(1, round(256 * scale))
@@ -155,14 +167,10 @@ def measure(load: Load, cases: list[str], scale: float) -> dict[str, Any]:
     load.run(min(many, 8), 512, 8)
     load.run(many, 64, 16)
     for case in cases:
-        if case == "ttft":
-            figures[case] = first_token(load, 2048)
-        elif case == "one":
-            figures[case] = one_stream(load, 32, 512)
-        elif case == "classify":
-            figures[case] = throughput(load, 2 * many, 512, 1)
-        else:
-            figures[case] = throughput(load, many * (4 if case == "queue" else 1), 512, 256)
+        with Watch() as watch:
+            figures[case] = run(load, case, many)
+        if watch.figures:
+            figures[case]["device"] = watch.figures
         print(case, figures[case], flush=True)
     return figures
 
@@ -221,7 +229,7 @@ def main() -> None:
         report.environment |= {"weights": options.weights, "kv_dtype": options.kv_dtype or options.dtype}
         report.environment["mesh"] = dict(options.mesh)
     if options.compare:
-        report.ratios = compare(report.figures, options.compare)
+        report.ratios = compare(report.figures, json.loads(options.compare.read_text())["figures"])
     report.write(options.json)
 
 
