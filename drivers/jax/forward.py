@@ -191,6 +191,9 @@ def run(
 ) -> tuple[list[Any], jax.Array]:
     """Feed token ids, or the activations of the pipeline stage before, at their positions.
 
+    The last layer goes on behind its attention with the tokens ``last`` alone: of the others only keys and
+    values are needed.
+
     Returns the caches and float32 logits, of the tokens ``last`` [R] of each row (or of all, if all are one
     row) where it is given; or, of a stage that is not the last, the activations of all.
     """
@@ -200,13 +203,12 @@ def run(
     for number, layer in enumerate(model.layers):
         graph, own = nnx.split(layer)
         cache = shared.layer(caches, number)
-        static, given = (graph, shape.backend, fresh, shape.native), (*turns[layer.rope], plan, adapter)
-        x, cache = _layer(*static, own, cache, x, *given)
+        picked = last if model.last and number == len(model.layers) - 1 else None
+        static, turn = (graph, shape.backend, fresh, shape.native), turns[layer.rope]
+        x, cache = _layer(*static, own, cache, x, *turn, plan, adapter, picked)
         caches = shared.with_layer(caches, number, cache)
     if not model.last:
         return caches, x
-    if last is not None:
-        x = x[last] if x.ndim == 2 else jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     with kernels.use(shape.native):
         return caches, model.logits(x)
 
@@ -224,6 +226,7 @@ def _layer(
     sin: jax.Array,
     plan: Plan,
     adapter: jax.Array | None,
+    last: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
         if isinstance(plan, DecodePlan):
@@ -234,6 +237,11 @@ def _layer(
             return backend.mixed(plan, cache, q, k, v, scoring)
         return backend.prefill(plan, cache, q, k, v, fresh, scoring)
 
+    def pick(x: jax.Array) -> jax.Array:
+        if last is None:
+            return x
+        return x[last] if x.ndim == 2 else jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
     with kernels.use(native), lora.serving(adapter):
-        x, cache = nnx.merge(graph, weights)(x, cos, sin, attend)
+        x, cache = nnx.merge(graph, weights)(x, cos, sin, attend, pick)
     return x, cache

@@ -5,6 +5,7 @@ What families differ in is decided by the configuration when a module is made, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -18,6 +19,14 @@ from llmos.drivers.jax.experts import Experts
 from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, gated, make_norm, product
 from llmos.drivers.jax.rope import rotate, rotation, tables
 from llmos.drivers.jax.sharding.collectives import WHOLE, columns, find_rows
+
+Pick = Callable[[jax.Array], jax.Array]
+"""Takes from the activations [..., hidden] of all tokens those that anybody will look at."""
+
+
+def everyone(x: jax.Array) -> jax.Array:
+    """Picks all."""
+    return x
 
 
 class Attend(Protocol):
@@ -64,13 +73,15 @@ class Attention(nnx.Module):  # type: ignore[misc]
             self.q_norm = make_norm(config, config.head_dim, init)
             self.k_norm = make_norm(config, config.head_dim, init)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, pick: Pick = everyone
+    ) -> tuple[jax.Array, Any]:
         heads = self.qkv(x).reshape(*x.shape[:-1], self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=-2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.scoring)
-        return self.out(mixed.reshape(*x.shape[:-1], self.heads * self.head_dim)), cache
+        return self.out(pick(mixed.reshape(*x.shape[:-1], self.heads * self.head_dim))), cache
 
 
 class MLP(nnx.Module):  # type: ignore[misc]
@@ -110,9 +121,12 @@ class Block(nnx.Module):  # type: ignore[misc]
             self.attention_post_norm = make_norm(config, config.hidden, init)
             self.mlp_post_norm = make_norm(config, config.hidden, init)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        mixed, cache = self.attention(self.attention_norm(x), cos, sin, attend)
-        x = x + (self.attention_post_norm(mixed) if self.post_norms else mixed)
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, pick: Pick = everyone
+    ) -> tuple[jax.Array, Any]:
+        """All keys and values go to the cache; what follows is computed for what ``pick`` takes."""
+        mixed, cache = self.attention(self.attention_norm(x), cos, sin, attend, pick)
+        x = pick(x) + (self.attention_post_norm(mixed) if self.post_norms else mixed)
         moved = self.mlp(self.mlp_norm(x))
         return x + (self.mlp_post_norm(moved) if self.post_norms else moved), cache
 
