@@ -65,14 +65,12 @@ class EncoderPrograms(Programs):
         self.encoder = spec
 
     def ahead(self) -> list[Key]:
-        """All, those for one text first."""
-        alone: list[Key] = [("encode", 1, length) for length in self.encoder.lengths]
-        rest: list[Key] = [
-            ("encode", rows, length)
-            for length in self.encoder.lengths
-            for rows in reversed(self.encoder.rows_for(length))
-        ]
-        return list(dict.fromkeys([*alone, *rest]))
+        """All: first those for one text and for most texts, with which ``ready_rows`` makes do."""
+        sizes = {length: self.encoder.rows_for(length) for length in self.encoder.lengths}
+        alone: list[Key] = [("encode", 1, length) for length in sizes]
+        most: list[Key] = [("encode", rows[-1], length) for length, rows in sizes.items()]
+        rest: list[Key] = [("encode", n, length) for length, rows in sizes.items() for n in reversed(rows)]
+        return list(dict.fromkeys([*alone, *most, *rest]))
 
     def ready_rows(self, length: int) -> list[int]:
         """The batch sizes to use now: those compiled already, so that nobody waits for a compiler while

@@ -31,6 +31,8 @@ from llmos.ipc.errors import InvalidArgument
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _FIRST_ON_CPU = 2
+_FIRST_EACH = 2
+"""Programs for each length that an accelerator waits for: of one text, and of as many as a step takes."""
 
 
 def is_encoder(source: str) -> bool:
@@ -83,7 +85,7 @@ class EncoderLoad(Load):
             lengths=lengths,
             step_tokens=max(self.request.chunk_tokens, lengths[-1]),
             factor=4 if on_cpu else 2,
-            first=_FIRST_ON_CPU if on_cpu else 1 << 30,
+            first=_FIRST_ON_CPU if on_cpu else _FIRST_EACH * len(lengths),
         )
 
     def _described(self, config: EncoderConfig, spec: EncoderSpec, shapes: dict[str, Any]) -> LoadedModel:
