@@ -110,9 +110,11 @@ def suits_cudnn(q: Any, platform: str) -> bool:
     return platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
 
 
-def _mix_on_gpu(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+def _mix_on_gpu(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, by: Literal["cudnn", "xla"] = "cudnn"
+) -> jax.Array:
     known = jnp.maximum(lengths, 1)  # a row that only pads the batch has none
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=known, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=known, implementation=by)
 
 
 def _mix_anywhere(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:

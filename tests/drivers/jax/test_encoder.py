@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llmos.drivers.jax import platform
+from llmos.drivers.jax import encoder, platform
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.jax.encoder_engine import EncoderSpec, length_buckets
 from llmos.drivers.sdk.messages import EncodeStep, LoadedModel, LoadRequest
@@ -160,3 +161,28 @@ def test_buckets_hold_every_text_in_no_more_than_a_step() -> None:
     assert length_buckets(16) == [16]
     spec = EncoderSpec(None, None, [], length_buckets(256), 256, 4, 2)
     assert [spec.rows_for(length) for length in (16, 128, 256)] == [[1, 4, 16], [1, 2], [1]]
+
+
+def test_what_a_gpu_is_asked_for_is_the_same_attention() -> None:
+    """With XLA's implementation in the place of cuDNN's, which needs the device."""
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 12, 2, 16)), jnp.float32) for _ in range(3))
+    lengths = jnp.asarray([12, 5, 0], jnp.int32)
+    made = encoder._mix_on_gpu(q, k, v, lengths, by="xla")
+    expected = encoder._mix_anywhere(q, k, v, lengths)
+    np.testing.assert_allclose(made[:2], expected[:2], atol=2e-6)
+    assert np.isfinite(made[2]).all(), "what pads a batch is no reason to fail"
+
+
+@pytest.mark.parametrize(
+    ("platform_name", "dtype", "head_dim", "suits"),
+    [
+        ("cuda", jnp.bfloat16, 64, True),
+        ("cuda", jnp.float32, 64, False),
+        ("cuda", jnp.bfloat16, 20, False),
+        ("cpu", jnp.bfloat16, 64, False),
+    ],
+)
+def test_cudnn_attends_where_it_can(platform_name: str, dtype: Any, head_dim: int, suits: bool) -> None:
+    q = jnp.zeros((1, 4, 2, head_dim), dtype)
+    assert encoder.suits_cudnn(q, platform_name) is suits
