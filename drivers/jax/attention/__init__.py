@@ -6,6 +6,7 @@ attends over everything that a sequence has, so that each key and value byte is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -159,6 +160,60 @@ class AttentionBackend(Protocol):
         What ``decode`` and ``verify`` would do one after the other; pieces of a prompt see those before them.
         """
         ...
+
+
+class Paged(ABC):
+    """What backends share that write the new keys and values first and then attend over pages.
+
+    All are written before any is read: XLA would copy the cache for a write between two reads.
+    """
+
+    @abstractmethod
+    def write(self, cache: Any, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        """The cache with k and v [n, kv_heads, head_dim] at ``pages`` and ``offsets`` [n]."""
+
+    @abstractmethod
+    def attend(
+        self,
+        tables: jax.Array,
+        lengths: jax.Array,
+        visible: jax.Array,
+        cache: Any,
+        q: jax.Array,
+        scoring: Scoring = PLAIN,
+    ) -> jax.Array:
+        """Attend from q [B, C, heads, head_dim] over the first ``lengths`` [B] tokens of pages ``tables``.
+
+        Of a row the first query sees the first ``visible`` [B] tokens, each later one a token more, and of
+        these the last ``scoring.window``.
+        """
+
+    def decode(
+        self, plan: DecodePlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        cache = self.write(cache, plan.pages, plan.offsets, k, v)
+        return self._decode(plan, cache, q, scoring), cache
+
+    def verify(
+        self, plan: VerifyPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        cache = self.write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), *flat)
+        return self._verify(plan, cache, q, scoring), cache
+
+    def mixed(
+        self, plan: MixedPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        cache = self.write(cache, plan.pages, plan.offsets, k, v)
+        own, others = plan.part(q)
+        first = self._decode(plan.rows, cache, own, scoring)
+        return joined(first, self._verify(plan.pieces, cache, others, scoring)), cache
+
+    def _decode(self, plan: DecodePlan, cache: Any, q: jax.Array, scoring: Scoring) -> jax.Array:
+        return self.attend(plan.tables, plan.lengths, plan.lengths, cache, q[:, None], scoring)[:, 0]
+
+    def _verify(self, plan: VerifyPlan, cache: Any, q: jax.Array, scoring: Scoring) -> jax.Array:
+        return self.attend(plan.tables, plan.lengths, plan.starts + 1, cache, q, scoring)
 
 
 def page_bytes(config: DecoderConfig, page_tokens: int, dtype: Any) -> int:

@@ -12,15 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import (
-    PLAIN,
-    DecodePlan,
-    MixedPlan,
-    PrefillPlan,
-    Scoring,
-    VerifyPlan,
-    joined,
-)
+from llmos.drivers.jax.attention import PLAIN, Paged, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
 from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache, XlaAttention, packed, write
 from llmos.drivers.jax.config import DecoderConfig
@@ -30,7 +22,7 @@ CUDNN_HEAD = 128  # values of a head that cuDNN takes on every GPU; it wants a m
 
 
 @dataclass(frozen=True)
-class PallasAttention:
+class PallasAttention(Paged):
     """``fresh`` is what computes a prompt's first chunk, which needs no page."""
 
     warps: int = 4
@@ -47,47 +39,6 @@ class PallasAttention:
     def scrub(self, cache: PagedCache, pages: jax.Array) -> PagedCache:
         return self._xla.scrub(cache, pages)
 
-    def decode(
-        self,
-        plan: DecodePlan,
-        cache: Cache,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, Cache]:
-        cache = write(cache, plan.pages, plan.offsets, k, v)
-        return self._attend(plan.tables, plan.lengths, plan.lengths, cache, q[:, None], scoring)[:, 0], cache
-
-    def verify(
-        self,
-        plan: VerifyPlan,
-        cache: Cache,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, Cache]:
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        cache = write(cache, plan.pages.reshape(-1), plan.offsets.reshape(-1), *flat)
-        return self._attend(plan.tables, plan.lengths, plan.starts + 1, cache, q, scoring), cache
-
-    def mixed(
-        self,
-        plan: MixedPlan,
-        cache: Cache,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, Cache]:
-        # Written before anything is read: a write between two reads would copy the cache.
-        cache = write(cache, plan.pages, plan.offsets, k, v)
-        (rows, pieces), (own, others) = plan, plan.part(q)
-        first = self._attend(rows.tables, rows.lengths, rows.lengths, cache, own[:, None], scoring)
-        second = self._attend(pieces.tables, pieces.lengths, pieces.starts + 1, cache, others, scoring)
-        return joined(first[:, 0], second), cache
-
     def prefill(
         self,
         plan: PrefillPlan,
@@ -102,7 +53,7 @@ class PallasAttention:
             return self.verify(VerifyPlan(*plan), cache, q, k, v, scoring)
         cache = write_pages(cache, plan, k, v)
         if scoring.cap or q.shape[-1] > CUDNN_HEAD or q.shape[-1] % 8:
-            return self._attend(plan.tables, plan.lengths, plan.starts + 1, cache, q, scoring), cache
+            return self.attend(plan.tables, plan.lengths, plan.starts + 1, cache, q, scoring), cache
         # The chunk attends to itself alone; what pads it comes after all that counts.
         out = jax.nn.dot_product_attention(
             q,
@@ -115,14 +66,18 @@ class PallasAttention:
         )
         return out, cache
 
-    def _attend(
+    def write(self, cache: Cache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
+        written: Cache = write(cache, pages, offsets, k, v)
+        return written
+
+    def attend(
         self,
         tables: jax.Array,
         lengths: jax.Array,
         visible: jax.Array,
         cache: Cache,
         q: jax.Array,
-        scoring: Scoring,
+        scoring: Scoring = PLAIN,
     ) -> jax.Array:
         rows, queries, heads, head_dim = q.shape
         kv_heads = cache.k.shape[1]

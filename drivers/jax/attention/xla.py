@@ -16,15 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax import platform, quant
-from llmos.drivers.jax.attention import (
-    PLAIN,
-    DecodePlan,
-    MixedPlan,
-    PrefillPlan,
-    Scoring,
-    VerifyPlan,
-    joined,
-)
+from llmos.drivers.jax.attention import PLAIN, Paged, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.config import DecoderConfig
 
 _MASKED = -1e30
@@ -106,7 +98,7 @@ Cache = PagedCache | PooledCache
 
 
 @dataclass(frozen=True)
-class XlaAttention:
+class XlaAttention(Paged):
     """``tokens_in_flight`` bounds the tokens gathered at once over all rows of a batch."""
 
     tokens_in_flight: int = 2048
@@ -129,20 +121,6 @@ class XlaAttention:
         cleared: PagedCache = jax.tree.map(clear, cache)
         return cleared
 
-    def decode(
-        self,
-        plan: DecodePlan,
-        cache: Cache,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, Cache]:
-        cache = write(cache, self.own(cache, plan.pages), plan.offsets, k, v)
-        visible = plan.lengths[:, None]
-        out = self.attend(plan.tables, visible, plan.lengths, cache, q[:, None], scoring)
-        return out[:, 0], cache
-
     def prefill(
         self,
         plan: PrefillPlan,
@@ -153,38 +131,11 @@ class XlaAttention:
         fresh: bool = False,
         scoring: Scoring = PLAIN,
     ) -> tuple[jax.Array, Cache]:
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        cache = write(cache, self.own(cache, plan.pages).reshape(-1), plan.offsets.reshape(-1), k, v)
-        visible = plan.starts[:, None] + jnp.arange(1, q.shape[1] + 1)
-        return self.attend(plan.tables, visible, plan.lengths, cache, q, scoring), cache
+        return self.verify(VerifyPlan(*plan), cache, q, k, v, scoring)
 
-    def verify(
-        self,
-        plan: VerifyPlan,
-        cache: Cache,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, Cache]:
-        return self.prefill(PrefillPlan(*plan), cache, q, k, v, scoring=scoring)
-
-    def mixed(
-        self,
-        plan: MixedPlan,
-        cache: Cache,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        scoring: Scoring = PLAIN,
-    ) -> tuple[jax.Array, Cache]:
-        # Written before anything is read: a write between two reads would copy the cache.
-        cache = write(cache, self.own(cache, plan.pages), plan.offsets, k, v)
-        (rows, pieces), (own, others) = plan, plan.part(q)
-        first = self.attend(rows.tables, rows.lengths[:, None], rows.lengths, cache, own[:, None], scoring)
-        visible = pieces.starts[:, None] + jnp.arange(1, others.shape[1] + 1)
-        second = self.attend(pieces.tables, visible, pieces.lengths, cache, others, scoring)
-        return joined(first[:, 0], second), cache
+    def write(self, cache: Cache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
+        written: Cache = write(cache, self.own(cache, pages), offsets, k, v)
+        return written
 
     def own(self, cache: Cache, pages: jax.Array) -> jax.Array:
         """Where pages are in this device's cache; out of range for those that are not there."""
@@ -193,25 +144,20 @@ class XlaAttention:
     def attend(
         self,
         tables: jax.Array,
-        visible: jax.Array,
         lengths: jax.Array,
+        visible: jax.Array,
         cache: Cache,
         q: jax.Array,
         scoring: Scoring = PLAIN,
     ) -> jax.Array:
-        """Attend from q [B, C, heads, head_dim].
-
-        Query (b, c) sees the first ``visible[b, c]`` tokens, or of these the last ``scoring.window``; blocks
-        before every row's window are not read.
-        """
-        _, total, acc = self.running(tables, visible, lengths, cache, q, scoring)
+        _, total, acc = self.running(tables, lengths, visible, cache, q, scoring)
         return finish(total, acc, q)
 
     def running(
         self,
         tables: jax.Array,
-        visible: jax.Array,
         lengths: jax.Array,
+        visible: jax.Array,
         cache: Cache,
         q: jax.Array,
         scoring: Scoring,
@@ -219,7 +165,8 @@ class XlaAttention:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The softmax's maxima and sums [B, kv_heads, n], and the mixed values [B, kv_heads, n, head_dim].
 
-        Where a table [B, width] holds only some of a sequence's pages, ``columns`` [B, width] says which.
+        As ``attend``; blocks before every row's window are not read. Where a table [B, width] holds only some
+        of a sequence's pages, ``columns`` [B, width] says which.
         """
         rows, chunk, heads, head_dim = q.shape
         _, kv_heads, page_tokens, _ = cache.k.shape
@@ -227,7 +174,7 @@ class XlaAttention:
         tokens = block * page_tokens
         grouped = q.reshape(rows, chunk, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
         grouped = grouped.reshape(rows, kv_heads, -1, head_dim)
-        limit = jnp.tile(visible, (1, heads // kv_heads))[:, None, :, None]
+        limit = jnp.tile(visible[:, None] + jnp.arange(chunk), (1, heads // kv_heads))[:, None, :, None]
         computed = _computed(cache, q)
         grouped = grouped.astype(computed)
 
@@ -264,7 +211,7 @@ class XlaAttention:
         trips = jnp.clip((jnp.max(lengths) + tokens - 1) // tokens, 1, tables.shape[1] // block)
         first: Any = 0
         if scoring.window and columns is None:
-            oldest = jnp.where(lengths > 0, visible[:, 0] - scoring.window, jnp.max(lengths))
+            oldest = jnp.where(lengths > 0, visible - scoring.window, jnp.max(lengths))
             first = jnp.clip(jnp.min(oldest) // tokens, 0, trips - 1)
         found: tuple[jax.Array, jax.Array, jax.Array] = jax.lax.fori_loop(first, trips, body, start)
         return found

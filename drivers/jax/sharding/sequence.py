@@ -39,8 +39,8 @@ class SequenceAttention(XlaAttention):
     def attend(
         self,
         tables: jax.Array,
-        visible: jax.Array,
         lengths: jax.Array,
+        visible: jax.Array,
         cache: Cache,
         q: jax.Array,
         scoring: Scoring = PLAIN,
@@ -55,7 +55,7 @@ class SequenceAttention(XlaAttention):
         mine = jnp.take_along_axis(tables, columns, axis=1) // self.parts
         counts = held.sum(axis=1, dtype=jnp.int32)
         columns = jnp.where(every < counts[:, None], columns, _NOWHERE)
-        top, total, acc = self.running(mine, visible, counts * page_tokens, cache, q, scoring, columns)
+        top, total, acc = self.running(mine, counts * page_tokens, visible, cache, q, scoring, columns)
         share = jnp.exp(top - jax.lax.pmax(top, AXIS))  # type: ignore[no-untyped-call]
         total, acc = jax.lax.psum((total * share, acc * share[..., None]), AXIS)  # type: ignore[no-untyped-call]
         return finish(total, acc, q)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
-from llmos.services.scheduler.compose import ALERT, compose, decode_room
+from llmos.services.scheduler.compose import ALERT, PATIENCE, compose, decode_room
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.task import Place, Task
 from tests.services.scheduler.traffic import model, task
@@ -58,3 +59,39 @@ def test_a_first_token_does_not_wait_for_the_prompts_of_a_lower_band(host: Host)
     quantum = compose(host, 1, 8, NOW)
     assert quantum is not None
     assert [(chunk.step, chunk.slot) for chunk in quantum.chunks] == [(0, 1), (0, 2), (1, 0)]
+
+
+def beside_prompts(host: Host, prompts: int, band: int = 2) -> Task:
+    """A task that decodes, and so many that have prompts of 512 tokens to compute."""
+    for slot in range(prompts + 1):
+        one = task(slot, [1] * 512, 600, band=2 if slot else band)
+        one.slot, one.place, one.base, one.planned = slot, Place.RUNNING, 512, 512
+        one.prefilled, one.pages = 0 if slot else 512, list(range(40))
+        host.slots[slot] = one
+    decoding = host.slots[0]
+    assert decoding is not None
+    return decoding
+
+
+def test_batch_tasks_wait_for_prompts_that_fill_a_step(host: Host) -> None:
+    host.decoded = NOW
+    decoding = beside_prompts(host, prompts=5)
+    quantum = compose(host, 1, 8, NOW)
+    assert quantum is not None
+    assert (quantum.steps, [chunk.slot for chunk in quantum.chunks]) == (1, [1, 2, 3, 4])
+    assert 0 not in quantum.decode
+    assert decoding.planned == 512, "nothing is expected of it"
+    quantum = compose(host, 2, 8, NOW)
+    assert quantum is not None
+    assert sorted(quantum.decode) == [0, 1, 2, 3, 4, 5], "the last prompt does not fill a step"
+
+
+@pytest.mark.parametrize("case", ["few", "interactive", "small chunks", "for too long"])
+def test_else_they_decode_beside_prompts(host: Host, case: str) -> None:
+    beside_prompts(host, prompts=3 if case == "few" else 4, band=1 if case == "interactive" else 2)
+    host.decoded = NOW - (PATIENCE if case == "for too long" else 0)
+    if case == "small chunks":
+        host.model = replace(host.model, chunk_tokens=1024)
+    quantum = compose(host, 1, 8, NOW)
+    assert quantum is not None
+    assert 0 in quantum.decode

@@ -62,7 +62,7 @@ def test_the_kernel_equals_xla_on_8_bit_pages(kind: str, splits: int) -> None:
     _, small, tables = pages(kind)
     q, lengths = normal(4, 4, SIZE, seed=5), jnp.asarray([1, 16, 17, 128], jnp.int32)
     out = paged_attention(q[:, None], small, tables, lengths, splits=splits, interpret=True)[:, 0]
-    expected = XlaAttention().attend(tables, lengths[:, None], lengths, small, q[:, None])[:, 0]
+    expected = XlaAttention().attend(tables, lengths, lengths, small, q[:, None])[:, 0]
     np.testing.assert_allclose(out, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
