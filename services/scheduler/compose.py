@@ -10,6 +10,8 @@ from llmos.services.scheduler.task import Place, Task
 STEP_BUDGET = (0.015, 0.065, 0.250)  # seconds of a step while a task of each band decodes
 STRETCH = (1.5, 2.0, 2.0)  # a step without prefill may take longer than that; then so much longer with it
 SOLO = 1.5  # others hold still for a realtime start where the step would else take so much longer
+FULL = 2048  # tokens of a chunk from which on prompts gain nothing by what is decoded beside them
+PATIENCE = 5.0  # seconds that batch tasks hold still at most for steps full of prompts
 ALERT = 10.0  # seconds for which steps stay short after a task of a band has started
 
 
@@ -19,7 +21,8 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     Prompts are prefilled in order of urgency and arrival, in each step as many of their tokens as the budget
     of those who decode allows; a quantum that prefills is as long as its chunks need, so that new arrivals
     join soon. Everyone else decodes in every step, except who lacks the pages for all of them, and in a
-    crunch, or while a realtime task starts, everyone who is not realtime.
+    crunch, or while a realtime task starts, everyone who is not realtime; and batch tasks among themselves
+    while prompts fill whole steps.
     """
     starts = [task for task in host.starting if task.place is Place.READY]
     for task in starts:
@@ -32,10 +35,13 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     active = tasks if lowest == 2 else [task for task in tasks if task.rank <= lowest]
     if host.resting:
         active = [task for task in active if task.id not in host.resting]
-    chunks, last_step = _prefill(host, active, max_steps, now)
+    still = _prompts_first(host, active, now)
+    chunks, last_step = _prefill(host, active, 1 if still else max_steps, now)
     steps = _length(host, active, chunks, last_step, max_steps)
     size = host.model.page_tokens
-    decode = [task.slot for task in active if _decode(task, size, last_step.get(task.slot), steps)]
+    ready = [task for task in active if task.slot in last_step] if still else active
+    decode = [task.slot for task in ready if _decode(task, size, last_step.get(task.slot), steps)]
+    host.decoded = host.decoded if still else now
     if not (steps or starts or host.releasing):
         return None
     quantum = Quantum(
@@ -64,6 +70,16 @@ def _starts_alone(host: Host, starts: list[Task], tasks: list[Task]) -> bool:
         host.times.seconds(*load, sum(left)) for load in ((0, 0), (len(decoding), sum(decoding)))
     )
     return beside >= SOLO * alone
+
+
+def _prompts_first(host: Host, tasks: list[Task], now: float) -> bool:
+    """Whether the next step is for prompts alone: where all is batch work and prompts fill a large step. A
+    decode of few rows takes nearly as long as one of all, so the sooner all are there the better."""
+    full = host.model.chunk_tokens
+    if full < FULL or now - host.decoded >= PATIENCE or any(task.rank < 2 for task in tasks):
+        return False
+    left = sum(task.base - task.prefilled for task in tasks)
+    return left >= full == decode_room(host, [], now)[1]
 
 
 def _start(task: Task) -> Start:

@@ -67,10 +67,11 @@ class Host:
 
     ``promised`` are the tasks whose deadlines it has to keep; ``crunch`` says that lower bands hold still for
     them, ``solo`` that they did in the last quantum, for a start; ``started`` when each band last started a
-    task; ``resting`` are the ids of tasks that hold still for the sake of other tenants; ``keepers`` have
-    pages here and no slot; ``tenants`` counts the slots of each, ``rows`` those of the interactive band,
-    ``unstarted`` who has a slot and is in no quantum yet; ``thirsty`` says that someone who runs may need
-    pages that nobody asked for. ``sharers`` are the models in its pool, of which none waits for its share if
+    task; ``decoded`` when a quantum was last composed that left nobody out for prompts; ``resting`` are the
+    ids of tasks that hold still for the sake of other tenants; ``keepers`` have pages here and no slot;
+    ``tenants`` counts the slots of each, ``rows`` those of the interactive band, ``unstarted`` who has a slot
+    and is in no quantum yet; ``thirsty`` says that someone who runs may need pages that nobody asked for.
+    ``sharers`` are the models in its pool, of which none waits for its share if
     it ``may_borrow``; if it ``yields``, one waits for more than that.
     """
 
@@ -96,6 +97,7 @@ class Host:
     crunch: bool = False
     solo: bool = False
     started: list[float] = field(default_factory=lambda: [-inf] * len(BANDS))
+    decoded: float = -inf
     resting: set[int] = field(default_factory=set)
     keepers: dict[int, Task] = field(default_factory=dict)
     tenants: Counter[str] = field(default_factory=Counter)
