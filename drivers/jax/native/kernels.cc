@@ -17,6 +17,7 @@
 
 #include "common.h"
 #include "packed.h"
+#include "pairs.h"
 
 namespace {
 
@@ -30,7 +31,10 @@ inline void tile(const float* x, const W* w, Output y, int64_t at, int64_t inner
   for (; k + kLanes <= inner; k += kLanes) {
     Floats weights[O];
 #pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) weights[o] = load(w + o * inner + k);
+    for (int o = 0; o < O; ++o) {
+      weights[o] = load(w + o * inner + k);
+      fetch(w + o * inner + k, kAhead);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       Floats row = load(x + r * inner + k);
@@ -50,8 +54,9 @@ inline void tile(const float* x, const W* w, Output y, int64_t at, int64_t inner
 }
 
 // A product whose ``count`` rows x [count, inner] meet rows of weights; y is [count, outer].
+template <typename X>
 struct Product {
-  const float* x;
+  const X* x;
   Output y;
   int64_t count, inner, outer;
 
@@ -177,7 +182,7 @@ void attend(const float* q, const T* keys, const T* values, const int32_t* table
     }
   };
   pages([&](int64_t where, int64_t many, int64_t t) {
-    Product{q, {scores.data() + t, true}, at.group, at.head_dim, stride}.block(keys + where, 0, many);
+    Product<float>{q, {scores.data() + t, true}, at.group, at.head_dim, stride}.block(keys + where, 0, many);
   });
   softmax(scores.data(), count, stride, at);
   pages([&](int64_t where, int64_t many, int64_t t) {
@@ -260,36 +265,50 @@ void widen_all(const Pool& pool, const bfloat16* x, int64_t size, float* wide) {
   });
 }
 
+// Rows x times weights w of the same length. Packing pays from more than ``few`` rows on.
+template <typename X, typename W>
+void multiply(const Pool& pool, const void* x, const void* w, Output y, int64_t count, int64_t inner, int64_t outer,
+              int64_t few) {
+  const X* rows = static_cast<const X*>(x);
+  if (count > few) {
+    ManyRows<X>{rows, y, count, inner, outer}.template spread_over<W>(pool, w);
+  } else {
+    Product<X>{rows, y, count, inner, outer}.template spread_over<W>(pool, w);
+  }
+}
+
 // x [rows, in] times w [out, in] -> y [rows, out].
 XLA_FFI_Error* product(const Call& call) {
+  constexpr int64_t kFewWide = 8, kFewNarrow = 31;  // narrow weights are widened for every four rows
   if (!call.has(2, 1, 0)) return call.invalid("product takes x and w, and gives y");
   XLA_FFI_Buffer &x = call.arg(0), &w = call.arg(1), &y = call.ret(0);
   if (x.rank != 2 || w.rank != 2 || x.dims[1] != w.dims[1] || !floating(x) || !floating(y)) {
     return call.invalid("product takes x [rows, in] and w [out, in], x and y float32 or bfloat16");
   }
+  int64_t count = x.dims[0], inner = x.dims[1], outer = w.dims[0];
+  Pool pool = call.pool();
+  Output into{y.data, y.dtype == kFloat32};
+#if defined(LLMOS_PAIRS)
+  constexpr int64_t kFewPairs = 31;
+  if (x.dtype == kBfloat16 && w.dtype == kBfloat16 && inner % 2 == 0) {
+    multiply<Pair, Pair>(pool, x.data, w.data, into, count, inner / 2, outer, kFewPairs);
+    return nullptr;
+  }
+#endif
   const float* wide = static_cast<const float*>(x.data);
   std::unique_ptr<float[]> scratch;
   if (x.dtype == kBfloat16) {
-    int64_t size = x.dims[0] * x.dims[1];
-    scratch.reset(new float[size]);
-    widen_all(call.pool(), static_cast<const bfloat16*>(x.data), size, scratch.get());
+    scratch.reset(new float[count * inner]);
+    widen_all(pool, static_cast<const bfloat16*>(x.data), count * inner, scratch.get());
     wide = scratch.get();
   }
-  Output into{y.data, y.dtype == kFloat32};
-  Pool pool = call.pool();
-  auto work = [&](const auto& job) {
-    switch (w.dtype) {
-      case kFloat32: job.template spread_over<float>(pool, w.data); return true;
-      case kBfloat16: job.template spread_over<bfloat16>(pool, w.data); return true;
-      case XLA_FFI_DataType_S8: job.template spread_over<int8_t>(pool, w.data); return true;
-      default: return false;
-    }
-  };
-  // Packing pays from so many rows on; narrow weights are widened for every four rows otherwise.
-  bool many = x.dims[0] > (w.dtype == kFloat32 ? 8 : 31);
-  bool known = many ? work(ManyRows{wide, into, x.dims[0], w.dims[1], w.dims[0]})
-                    : work(Product{wide, into, x.dims[0], w.dims[1], w.dims[0]});
-  return known ? nullptr : call.invalid("weights must be float32, bfloat16 or int8");
+  switch (w.dtype) {
+    case kFloat32: multiply<float, float>(pool, wide, w.data, into, count, inner, outer, kFewWide); break;
+    case kBfloat16: multiply<float, bfloat16>(pool, wide, w.data, into, count, inner, outer, kFewNarrow); break;
+    case XLA_FFI_DataType_S8: multiply<float, int8_t>(pool, wide, w.data, into, count, inner, outer, kFewNarrow); break;
+    default: return call.invalid("weights must be float32, bfloat16 or int8");
+  }
+  return nullptr;
 }
 
 template <typename X, typename T>
