@@ -52,7 +52,7 @@ inline void put_four(Output y, int64_t at, __m128 four, int count) {
 
 // As the tile of other types in kernels.cc, for 1 row of w or a multiple of 4; lengths in pairs.
 template <int O, int R>
-inline void tile(const Pair* x, const Pair* w, Output y, int64_t at, int64_t inner, int64_t outer) {
+inline void tile(const Pair* x, const Pair* w, Output y, int64_t at, int64_t inner, int64_t outer, int64_t ahead) {
   Floats sums[O][R] = {};
   for (int64_t k = 0; k < inner; k += kLanes) {
     // What lies behind the rows' ends is taken for zeros.
@@ -61,7 +61,7 @@ inline void tile(const Pair* x, const Pair* w, Output y, int64_t at, int64_t inn
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
       weights[o] = Floats(_mm512_maskz_loadu_ps(held, w + o * inner + k));
-      fetch(w + o * inner + k, kAhead);
+      fetch(w + o * inner + k, ahead);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
