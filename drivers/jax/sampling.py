@@ -94,7 +94,7 @@ def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Ar
 
 
 def largest(x: jax.Array) -> jax.Array:
-    """Where the largest number of each row [B, n] is, int32 [B]: the first of equals, or what is not a number.
+    """Where the largest number of each row [B, n] is, int32 [B]: the first of equals, or one that is none.
 
     XLA:CPU finds a maximum with whole vectors and its place number by number, so there the place is sought in
     a run of numbers that holds the maximum.
