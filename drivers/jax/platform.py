@@ -60,15 +60,26 @@ def trim_heap() -> None:
         trim(0)
 
 
-@cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16; not where it does not say."""
+    return not _abilities().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def multiplies_matrices() -> bool:
+    """Whether it has instructions for products of whole matrices of bfloat16, which the native kernels do not
+    use."""
+    return not _abilities().isdisjoint({"amx_bf16", "bf16"})
+
+
+@cache
+def _abilities() -> frozenset[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return False
-    flags = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+        return frozenset()
+    return frozenset(
+        word for line in lines if line.startswith(("flags", "Features")) for word in line.split()
+    )
 
 
 def set_option(name: str, value: Any) -> None:

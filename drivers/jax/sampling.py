@@ -19,6 +19,8 @@ from llmos.drivers.sdk.messages import FinishReason, Sampling
 
 Variant = Literal["greedy", "plain", "filtered", "full"]
 VARIANTS: tuple[Variant, ...] = ("greedy", "plain", "filtered", "full")
+RUN = 128
+"""Numbers of a row that are looked through for the place of its maximum; it divides many vocabularies."""
 REASONS: dict[int, FinishReason] = {1: "stop", 2: "length", 3: "error"}
 
 
@@ -80,7 +82,7 @@ def adjust(logits: jax.Array, choice: Choice, tallies: Tallies) -> jax.Array:
 
 def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
     """The tokens [B] at ``position`` [B]; a function of logits, seed and position, and of nothing else."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = largest(logits)
     if variant == "greedy":
         return greedy
     cold = choice.temperature <= 0.0
@@ -88,7 +90,21 @@ def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Ar
     if variant in ("filtered", "full"):
         heated = keep_top(heated, choice)
     noisy = keep_likely(heated, choice) + noise(choice.seed, position, logits.shape[-1])
-    return jnp.where(cold, greedy, jnp.argmax(noisy, axis=-1).astype(jnp.int32))
+    return jnp.where(cold, greedy, largest(noisy))
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """Where the largest number of each row [B, n] is, int32 [B]: the first of equals, or one that is none.
+
+    XLA:CPU finds a maximum with whole vectors and its place number by number, so there the place is sought in
+    a run of numbers that holds the maximum.
+    """
+    if jax.default_backend() != "cpu" or x.shape[-1] % RUN:
+        return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    runs = x.reshape(x.shape[0], -1, RUN)
+    run = jnp.argmax(jnp.max(runs, axis=-1), axis=-1)
+    found = jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0]
+    return (run * RUN + jnp.argmax(found, axis=-1)).astype(jnp.int32)
 
 
 def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:

@@ -23,6 +23,9 @@ constexpr int kLanes = 16, kWeights = 4, kRows = 5;
 constexpr int kLanes = 8, kWeights = 3, kRows = 4;
 #endif
 
+// How far ahead weights are fetched.
+constexpr int64_t kAhead = 1 << 15;
+
 typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2)));
@@ -75,6 +78,10 @@ inline Floats load(const int8_t* x) {
   return __builtin_convertvector(*reinterpret_cast<const Bytes*>(x), Floats);
 #endif
 }
+
+// Has the line that lies ``bytes`` behind x in the second-level cache soon: rows of weights are too short for the
+// processor to read ahead by itself.
+inline void fetch(const void* x, int64_t bytes) { __builtin_prefetch(static_cast<const char*>(x) + bytes, 0, 2); }
 
 inline float total(Floats x) {
 #if defined(__AVX512F__)
@@ -137,28 +144,42 @@ struct Pool {
   }
 };
 
+// Where in its share of the work each thread is, and how much of all of it is done.
 struct Job {
-  std::atomic<int64_t> next{0}, done{0};
+  static constexpr int kMost = 64;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next, end;
+  };
+  Share shares[kMost];
+  std::atomic<int64_t> done{0};
 };
 
-// Runs work(0) .. work(count - 1) on the pool and on this thread. A helper that comes late finds nothing left
-// to take, and then no longer touches ``work``.
+// Runs work(0) .. work(count - 1) on the pool and on this thread. Each begins with a share of its own, so that it
+// goes through memory in order, and then takes from the others'. A helper that comes late finds nothing left to
+// take, and then no longer touches ``work``.
 template <typename Work>
 void spread(const Pool& pool, int64_t count, bool small, const Work& work) {
-  int64_t helpers = small ? 0 : std::min<int64_t>(pool.size(), count) - 1;
-  if (helpers <= 0) {
+  int64_t threads = small ? 1 : std::min<int64_t>({pool.size(), count, Job::kMost});
+  if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) work(i);
     return;
   }
   auto job = std::make_shared<Job>();
-  auto take = [job, count, &work] {
-    for (int64_t i; (i = job->next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      work(i);
-      job->done.fetch_add(1, std::memory_order_release);
+  for (int64_t i = 0; i < threads; ++i) {
+    job->shares[i].next = i * count / threads;
+    job->shares[i].end = (i + 1) * count / threads;
+  }
+  auto take = [job, threads, &work](int64_t own) {
+    for (int64_t other = 0; other < threads; ++other) {
+      Job::Share& share = job->shares[(own + other) % threads];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+        work(i);
+        job->done.fetch_add(1, std::memory_order_release);
+      }
     }
   };
-  for (int64_t i = 0; i < helpers; ++i) pool.run(take);
-  take();
+  for (int64_t i = 1; i < threads; ++i) pool.run([take, i] { take(i); });
+  take(0);
   for (int spins = 0; job->done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins > 4096) std::this_thread::yield();
   }

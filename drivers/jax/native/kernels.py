@@ -70,7 +70,7 @@ def suits(rows: jax.Array, weight: jax.Array) -> bool:
     fewest, count = FEWEST_ROWS.get(weight.dtype), rows.shape[0]
     if rows.dtype not in _TYPES or fewest is None or count < fewest:
         return False
-    return count <= MEMORY_BOUND or weight.dtype != jnp.bfloat16 or not platform.multiplies_bfloat16()
+    return count <= MEMORY_BOUND or weight.dtype != jnp.bfloat16 or not platform.multiplies_matrices()
 
 
 def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:

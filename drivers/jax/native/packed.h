@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common.h"
+#include "pairs.h"
 
 namespace {
 
@@ -80,28 +81,32 @@ void pack(const W* w, int64_t count, int64_t inner, float* panel) {
   }
 }
 
+// sum + a number of a row times a vector of weights.
+inline Floats added(Floats sum, float x, Floats w) { return sum + x * w; }
+
 // tile[r * kPanel + o] = sum over k of x[r, k] * panel[k, o]. Apart from what follows, lest sums leave registers.
-template <int R>
-__attribute__((noinline)) void strip(const float* x, const float* panel, int64_t inner, float* tile) {
+template <int R, typename X>
+__attribute__((noinline)) void strip(const X* x, const float* panel, int64_t inner, float* tile) {
   Floats sums[R][2] = {};
   for (int64_t k = 0; k < inner; ++k) {
     Floats low = load(panel + k * kPanel), high = load(panel + k * kPanel + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      float each = x[r * inner + k];
-      sums[r][0] += each * low;
-      sums[r][1] += each * high;
+      X each = x[r * inner + k];
+      sums[r][0] = added(sums[r][0], each, low);
+      sums[r][1] = added(sums[r][1], each, high);
     }
   }
   std::memcpy(tile, sums, sizeof(sums));
 }
 
-using Strip = void (*)(const float*, const float*, int64_t, float*);
+template <typename X>
+using Strip = void (*)(const X*, const float*, int64_t, float*);
 
 // The strip of so many rows, from one to kStrip.
-template <int... I>
-Strip strip_of(int64_t rows, std::integer_sequence<int, I...>) {
-  constexpr Strip strips[] = {strip<I + 1>...};
+template <typename X, int... I>
+Strip<X> strip_of(int64_t rows, std::integer_sequence<int, I...>) {
+  constexpr Strip<X> strips[] = {strip<I + 1, X>...};
   return strips[rows - 1];
 }
 
@@ -121,8 +126,9 @@ inline void put_row(const float* row, Output y, int64_t at, int64_t count) {
 }
 
 // Rows x [count, inner] times w [outer, inner]; y is [count, outer].
+template <typename X>
 struct ManyRows {
-  const float* x;
+  const X* x;
   Output y;
   int64_t count, inner, outer;
 
@@ -138,7 +144,7 @@ struct ManyRows {
     }
     for (int64_t r = from; r < to; r += kStrip) {
       int64_t rows = std::min<int64_t>(kStrip, to - r);
-      Strip multiply = strip_of(rows, std::make_integer_sequence<int, kStrip>());
+      Strip<X> multiply = strip_of<X>(rows, std::make_integer_sequence<int, kStrip>());
       for (int64_t p = 0; p < many; ++p) {
         int64_t o = first + p * kPanel;
         float tile[kStrip * kPanel];

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax.attention import DecodePlan
@@ -18,17 +21,22 @@ def run() -> None:
     """NotSupported if a kernel computes something else than NumPy."""
     random = np.random.default_rng(0)
     with jax.default_device(jax.devices("cpu")[0]):
-        tried = {"product": _product(random, 5), "product of many rows": _product(random, 41)}
-        for name, (got, expected) in (tried | {"attention": _attention(random)}).items():
+        tried = {"attention": _attention(random)}
+        for dtype in (jnp.float32, jnp.bfloat16):
+            for rows in (5, 41, 133):
+                tried[f"product of {rows} rows in {jnp.dtype(dtype)}"] = _product(random, rows, dtype)
+        for name, (got, expected) in tried.items():
             if not np.allclose(got, expected, atol=TOLERANCE):
                 worst = np.abs(got - expected).max()
                 raise NotSupported(f"the native kernel for {name} computes wrongly here: off by {worst:g}")
 
 
-def _product(random: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _product(random: np.random.Generator, rows: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Sizes that fill no vector and no tile."""
-    x, weight = (random.standard_normal(shape, np.float32) for shape in ((rows, 83), (29, 83)))
-    return np.asarray(jax.jit(kernels.product)(x, weight)), x @ weight.T
+    made = (random.standard_normal(shape, np.float32) for shape in ((rows, 86), (29, 86)))
+    x, weight = (jnp.asarray(each, dtype) for each in made)
+    got = jax.jit(lambda x, weight: kernels.product(x, weight, jnp.float32))(x, weight)
+    return np.asarray(got), np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
 
 
 def _attention(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

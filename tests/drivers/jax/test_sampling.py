@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.sampling import adjust, keep_likely, keep_top, noise, sample, variant_of
+from llmos.drivers.jax.sampling import RUN, adjust, keep_likely, keep_top, largest, noise, sample, variant_of
 from llmos.drivers.jax.state import (
     BIAS_LIMIT,
     Choice,
@@ -140,6 +140,16 @@ def test_temperature_zero_is_the_argmax_in_every_variant(variant: Any) -> None:
     tallies = empty_tallies(4, VOCAB) if variant == "full" else None
     _, _, packed = sample(variant, jnp.asarray(LOGITS), jnp.arange(4), state(*[Sampling()] * 4), tallies)
     assert packed[0].tolist() == LOGITS.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("vocab", [4 * RUN, 4 * RUN + 1])
+def test_the_largest_is_the_first_of_equals_and_what_is_no_number(vocab: int) -> None:
+    x = np.random.default_rng(0).standard_normal((5, vocab)).astype(np.float32)
+    x[1, [7, RUN + 1, vocab - 1]] = 9
+    x[2, vocab - 2] = np.nan
+    x[3] = -np.inf
+    x[4, vocab - 1] = np.inf
+    np.testing.assert_array_equal(largest(jnp.asarray(x)), np.argmax(x, axis=-1))
 
 
 def test_output_tokens_are_counted_for_live_rows_only() -> None:

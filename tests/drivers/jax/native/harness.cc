@@ -10,6 +10,7 @@ namespace {
 
 std::mutex lock;
 std::vector<std::thread> threads;
+int64_t pool_size = 3;
 
 XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
   std::lock_guard<std::mutex> held(lock);
@@ -18,7 +19,7 @@ XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
 }
 
 XLA_FFI_Error* count_threads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
-  *args->num_threads = 3;
+  *args->num_threads = pool_size;
   return nullptr;
 }
 
@@ -56,42 +57,53 @@ std::vector<float> randoms(int64_t size) {
   return made;
 }
 
-void check(double got, double expected, const char* what) {
-  if (std::abs(got - expected) > 1e-3 * (1 + std::abs(expected))) {
+void check(double got, double expected, const char* what, double tolerance = 1e-3) {
+  if (std::abs(got - expected) > tolerance * (1 + std::abs(expected))) {
     std::fprintf(stderr, "%s: %g, not %g\n", what, got, expected);
     std::exit(1);
   }
 }
 
-void try_product(int64_t rows, int64_t outer, int64_t inner) {
-  auto x = randoms(rows * inner), w = randoms(outer * inner), y = randoms(rows * outer);
+template <typename T>
+std::vector<T> narrowed(const std::vector<float>& wide) {
+  std::vector<T> made(wide.size());
+  for (size_t i = 0; i < wide.size(); ++i) narrow(wide[i], &made[i]);
+  return made;
+}
+
+template <typename T>
+void try_product(int64_t rows, int64_t outer, int64_t inner, XLA_FFI_DataType type) {
+  auto x = narrowed<T>(randoms(rows * inner)), w = narrowed<T>(randoms(outer * inner));
+  auto y = randoms(rows * outer);
   std::vector<int64_t> xd{rows, inner}, wd{outer, inner}, yd{rows, outer};
-  auto xb = buffer(x, xd, kFloat32), wb = buffer(w, wd, kFloat32), yb = buffer(y, yd, kFloat32);
+  auto xb = buffer(x, xd, type), wb = buffer(w, wd, type), yb = buffer(y, yd, kFloat32);
   call(llmos_product, {&xb, &wb}, {&yb}, {});
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t o = 0; o < outer; ++o) {
       double sum = 0;
-      for (int64_t k = 0; k < inner; ++k) sum += double(x[r * inner + k]) * w[o * inner + k];
+      for (int64_t k = 0; k < inner; ++k) sum += double(widen(x[r * inner + k])) * widen(w[o * inner + k]);
       check(y[r * outer + o], sum, "product");
     }
   }
 }
 
 // Two arrays, or one in which the values of a page follow its keys, behind a block that is not this layer's.
-void try_attention(int32_t window, bool paired) {
+template <typename T>
+void try_attention(int32_t window, bool paired, XLA_FFI_DataType type) {
   constexpr int64_t B = 3, H = 8, K = 2, D = 16, N = 4, P = 9, W = 4;
-  auto q = randoms(B * H * D), k = randoms(B * K * D), v = k, keys = randoms(P * K * N * D), out = q;
+  auto some = [](int64_t size) { return narrowed<T>(randoms(size)); };
+  auto q = some(B * H * D), k = some(B * K * D), v = k, keys = some(P * K * N * D), out = q;
   auto values = keys;
   std::vector<int32_t> tables{0, 1, 2, 8, 3, 8, 8, 8, 4, 5, 6, 7}, lengths{9, 1, 16}, pages{2, 3, 7}, offsets{0, 0, 3};
   std::vector<int64_t> qd{B, H, D}, kd{B, K, D}, cd{P, K, N, D}, td{B, W}, bd{B};
-  auto qb = buffer(q, qd, kFloat32), kb = buffer(k, kd, kFloat32), vb = buffer(v, kd, kFloat32);
-  auto cb = buffer(keys, cd, kFloat32), db = buffer(values, cd, kFloat32), ob = buffer(out, qd, kFloat32);
+  auto qb = buffer(q, qd, type), kb = buffer(k, kd, type), vb = buffer(v, kd, type);
+  auto cb = buffer(keys, cd, type), db = buffer(values, cd, type), ob = buffer(out, qd, type);
   auto tb = buffer(tables, td, XLA_FFI_DataType_S32), lb = buffer(lengths, bd, XLA_FFI_DataType_S32);
   auto pb = buffer(pages, bd, XLA_FFI_DataType_S32), fb = buffer(offsets, bd, XLA_FFI_DataType_S32);
   float scale = 0.25f, cap = 0;
   int32_t page_tokens = N, first = 1;
   int64_t size = K * N * D;
-  auto pool = randoms((2 * P + first) * size);
+  auto pool = some((2 * P + first) * size);
   std::vector<int64_t> rd{(2 * P + first) * size}, none;
   std::vector<int32_t> behind{first}, twice = tables, into = pages;
   for (auto* list : {&twice, &into}) {
@@ -101,7 +113,7 @@ void try_attention(int32_t window, bool paired) {
     pool[(i / size * 2 + first) * size + i % size] = keys[i];
     pool[(i / size * 2 + first + 1) * size + i % size] = values[i];
   }
-  auto rb = buffer(pool, rd, kFloat32), hb = buffer(behind, none, XLA_FFI_DataType_S32);
+  auto rb = buffer(pool, rd, type), hb = buffer(behind, none, XLA_FFI_DataType_S32);
   auto wb = buffer(twice, td, XLA_FFI_DataType_S32), ib = buffer(into, bd, XLA_FFI_DataType_S32);
   XLA_FFI_Scalar capped{kFloat32, &cap}, scaled{kFloat32, &scale}, windowed{XLA_FFI_DataType_S32, &window};
   XLA_FFI_Scalar paged{XLA_FFI_DataType_S32, &page_tokens};
@@ -122,14 +134,14 @@ void try_attention(int32_t window, bool paired) {
     double sum = 0;
     for (int64_t t = first; t < lengths[row]; ++t) {
       double score = 0;
-      for (int64_t d = 0; d < D; ++d) score += double(q[i * D + d]) * keys[at(t) + d] * scale;
+      for (int64_t d = 0; d < D; ++d) score += double(widen(q[i * D + d])) * widen(keys[at(t) + d]) * scale;
       weights.push_back(std::exp(score));
       sum += weights.back();
     }
     for (int64_t d = 0; d < D; ++d) {
       double mixed = 0;
-      for (int64_t t = first; t < lengths[row]; ++t) mixed += weights[t - first] / sum * values[at(t) + d];
-      check(out[i * D + d], mixed, "attention");
+      for (int64_t t = first; t < lengths[row]; ++t) mixed += weights[t - first] / sum * widen(values[at(t) + d]);
+      check(widen(out[i * D + d]), mixed, "attention", sizeof(T) < 4 ? 1e-2 : 1e-3);
     }
   }
 }
@@ -137,13 +149,19 @@ void try_attention(int32_t window, bool paired) {
 }  // namespace
 
 int main() {
-  for (int64_t rows : {1, 2, 5, 9, 100}) {
-    try_product(rows, 1, 1);
-    try_product(rows, 37, 83);
-    try_product(rows, 600, 129);
+  for (int64_t rows : {1, 2, 5, 9, 100, 140}) {
+    for (auto [outer, inner] : {std::pair<int64_t, int64_t>{1, 1}, {37, 83}, {37, 86}, {600, 129}, {600, 130}}) {
+      try_product<float>(rows, outer, inner, kFloat32);
+      try_product<bfloat16>(rows, outer, inner, kBfloat16);
+    }
   }
-  for (bool paired : {false, true}) {
-    try_attention(0, paired);
-    try_attention(5, paired);
+  for (int64_t many : {1, 3}) {
+    pool_size = many;
+    for (bool paired : {false, true}) {
+      for (int32_t window : {0, 5}) {
+        try_attention<float>(window, paired, kFloat32);
+        try_attention<bfloat16>(window, paired, kBfloat16);
+      }
+    }
   }
 }

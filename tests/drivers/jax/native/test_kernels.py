@@ -43,6 +43,9 @@ def test_a_product_equals_numpy_for_any_number_of_rows_and_odd_sizes(row_type: A
         (31, 49, 96),
         (32, 49, 96),
         (75, 100, 83),
+        (75, 101, 86),
+        (128, 30, 34),
+        (129, 30, 34),
         (520, 40, 64),
     ]:
         x, w = values((rows, inner), row_type), values((outer, inner), weight_type, 1)
@@ -59,11 +62,12 @@ def test_a_large_product_is_shared_among_threads_without_loss() -> None:
         np.testing.assert_allclose(np.asarray(call(x, w)), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("rows", [2, 80])
+@pytest.mark.parametrize("rows", [2, 80, 140])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("out", [jnp.float32, jnp.bfloat16])
-def test_what_is_not_finite_stays_so(rows: int, out: Any) -> None:
-    x = jnp.ones((rows, 64)).at[0, 0].set(jnp.nan).at[1, 0].set(jnp.inf)
-    got = np.asarray(kernels.product(x, jnp.ones((9, 64)), out), np.float32)
+def test_what_is_not_finite_stays_so(rows: int, dtype: Any, out: Any) -> None:
+    x = jnp.ones((rows, 64), dtype).at[0, 0].set(jnp.nan).at[1, 0].set(jnp.inf)
+    got = np.asarray(kernels.product(x, jnp.ones((9, 64), dtype), out), np.float32)
     assert np.isnan(got[0]).all()
     assert np.isinf(got[1]).all()
     assert (got[2:] == 64).all()
@@ -74,6 +78,14 @@ def test_a_narrow_result_is_rounded_to_nearest(rows: int) -> None:
     x, w = values((rows, 64), jnp.float32), values((33, 64), jnp.float32, 1)
     wide = kernels.product(x, w)
     assert bool((kernels.product(x, w, jnp.bfloat16) == wide.astype(jnp.bfloat16)).all())
+
+
+@pytest.mark.parametrize("weight_type", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_a_row_is_the_same_whatever_rows_are_beside_it(weight_type: Any) -> None:
+    x, w = values((31, 86), jnp.bfloat16), values((29, 86), weight_type, 1)
+    alone = np.asarray(kernels.product(x[:1], w, jnp.float32))
+    for rows in (2, 3, 4, 5, 8, 31):
+        np.testing.assert_array_equal(kernels.product(x[:rows], w, jnp.float32)[:1], alone)
 
 
 def lowered(rows: int, dtype: Any, wanted: bool) -> str:
@@ -90,11 +102,11 @@ def test_layers_use_the_kernel_only_where_it_is_wanted_and_pays() -> None:
     assert "llmos_product" not in lowered(1, jnp.float32, True)
 
 
-def test_many_rows_of_bfloat16_are_left_to_a_processor_that_multiplies_them(
+def test_many_rows_of_bfloat16_are_left_to_a_processor_that_multiplies_matrices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for able in (False, True):
-        monkeypatch.setattr(platform, "multiplies_bfloat16", lambda able=able: able)
+        monkeypatch.setattr(platform, "multiplies_matrices", lambda able=able: able)
         assert ("llmos_product" in lowered(512, jnp.bfloat16, True)) is not able
         assert "llmos_product" in lowered(32, jnp.bfloat16, True)
         assert "llmos_product" in lowered(512, jnp.float32, True)
@@ -140,6 +152,6 @@ def test_attention_equals_xla_and_writes_the_same_cache(scoring: Scoring, kind: 
 
 def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     trial.run()
-    monkeypatch.setattr(kernels, "product", lambda rows, weight: rows @ weight.T + 1)
-    with pytest.raises(NotSupported, match="product computes wrongly here: off by 1"):
+    monkeypatch.setattr(kernels, "product", lambda rows, weight, out: rows @ weight.T + 1)
+    with pytest.raises(NotSupported, match="product of 5 rows in float32 computes wrongly here: off by 1"):
         trial.run()
