@@ -37,6 +37,8 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     size = host.model.page_tokens
     decode = [task.slot for task in active if _decode(task, size, last_step.get(task.slot), steps)]
     if not (steps or starts or host.releasing):
+        if not host.flight:
+            host.times.rest()
         return None
     quantum = Quantum(
         id=id,

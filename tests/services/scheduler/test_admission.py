@@ -16,10 +16,18 @@ from llmos.services.scheduler.admission import (
     earliest,
     finish_times,
 )
-from llmos.services.scheduler.simulator import Simulator, StepTime
+from llmos.services.scheduler.simulator import Jitter, Simulator, StepTime
 from llmos.services.scheduler.task import Task
 from tests.services.scheduler.traffic import expected, model, task
 
+EVEN, KINK, NO_JITTER = StepTime(), StepTime(kink=220), Jitter()
+UNEVEN = Jitter(spread=0.1, late=5e-4, stalls=100, stall=8e-3)
+DEVICES = {
+    "even": (EVEN, NO_JITTER),
+    "kink": (KINK, NO_JITTER),
+    "jitter": (EVEN, UNEVEN),
+    "kink and jitter": (KINK, UNEVEN),
+}
 MACHINE = Machine(
     step=lambda rows, context, prefilled: 0.01 + 0.0001 * prefilled, chunk=lambda *_: 100, slots=2, pages=100
 )
@@ -78,9 +86,11 @@ def realtime(count: int, rate: float, seed: int = 1) -> list[Task]:
     return made
 
 
-def served(count: int, rate: float, batch: int = 0) -> tuple[Simulator, list[Task], float]:
+def served(
+    count: int, rate: float, batch: int = 0, device: StepTime = EVEN, jitter: Jitter = NO_JITTER
+) -> tuple[Simulator, list[Task], float]:
     """The simulator after the traffic, its tasks, and tokens in time for each second of arrivals."""
-    sim = Simulator(model(slots=64, pages=8192, page_tokens=16, chunk_tokens=2048), StepTime())
+    sim = Simulator(model(slots=64, pages=8192, page_tokens=16, chunk_tokens=2048), device, jitter=jitter)
     tasks = realtime(count, rate)
     sim.submit([*tasks, *(task(10**6 + i, [i % 256] * 300, 400, band=2) for i in range(batch))])
     sim.run(until=tasks[-1].arrived + 10)
@@ -89,8 +99,9 @@ def served(count: int, rate: float, batch: int = 0) -> tuple[Simulator, list[Tas
 
 
 @pytest.mark.parametrize("batch", [0, 200])
-def test_no_deadline_among_the_admitted_is_missed(batch: int) -> None:
-    sim, tasks, _ = served(400, 60.0, batch)
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_deadline_among_the_admitted_is_missed(batch: int, device: str) -> None:
+    sim, tasks, _ = served(400, 90.0, batch, *DEVICES[device])
     check_promises(sim, tasks)
     assert sum(sim.records[t.id].error is not None for t in tasks) > 20
 
@@ -109,9 +120,10 @@ def check_promises(sim: Simulator, tasks: list[Task]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_no_deadline_among_10_000_is_missed() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_deadline_among_10_000_is_missed(device: str) -> None:
     for rate, batch in ((45.0, 400), (60.0, 0), (120.0, 400), (180.0, 0)):
-        sim, tasks, _ = served(2_500, rate, batch)
+        sim, tasks, _ = served(2_500, rate, batch, *DEVICES[device])
         check_promises(sim, tasks)
 
 
