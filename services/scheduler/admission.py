@@ -16,14 +16,14 @@ from math import inf
 from typing import NamedTuple
 
 PROBES = 5
-LATER = 2  # steps until who comes after the first is in a quantum
+LATER = 2  # steps until who has its pages later than the others is in a quantum
 
 
 class Job(NamedTuple):
     """What a realtime task still needs: tokens to prefill, steps to decode after that, pages to its end.
 
     ``deadline`` is on the same clock as everything else; ``context`` how many tokens it has now. Who is
-    ``later`` has no pages yet, and is not in the first steps.
+    ``later`` has no pages yet, and may not be in the first steps.
     """
 
     id: int
@@ -53,11 +53,14 @@ class Machine:
     stretch: Sequence[float] = (1.0,) * 32
 
 
-def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[int, float]:
-    """When each job will be done at the latest, if the batch is theirs from ``start`` on. O(n log n)."""
+def finish_times(
+    jobs: Sequence[Job], machine: Machine, start: float, *, together: bool = False
+) -> dict[int, float]:
+    """When each job will be done at the latest, if the batch is theirs from ``start`` on; ``together`` if
+    those who may be later are not. O(n log n)."""
     order = lambda job: (job.deadline, job.id)  # noqa: E731
-    waiting = deque(sorted((job for job in jobs if not job.later), key=order))
-    later = [job for job in jobs if job.later]
+    waiting = deque(sorted((job for job in jobs if together or not job.later), key=order))
+    later = [] if together else [job for job in jobs if job.later]
     prefilling: deque[list[int]] = deque()
     decoding: list[tuple[int, float, int]] = []
     leaving: deque[tuple[int, int]] = deque()  # in which step a slot is free again, with how many pages
@@ -144,14 +147,22 @@ def _surely_in_time(jobs: Sequence[Job], machine: Machine, start: float) -> bool
 
 def does_no_harm(candidate: Job, admitted: Sequence[Job], machine: Machine, start: float) -> bool:
     """Whether the candidate's deadline is kept, and nobody is late who would not be as late without it: the
-    forecast is cautious, and one whom it sees late by a little is no reason to refuse all others."""
-    done = finish_times([*admitted, candidate], machine, start)
+    forecast is cautious, and one whom it sees late by a little is no reason to refuse all others. All that
+    both if those who may be later are and if they are not: then they are in the way of others."""
+    ways = (True, False) if any(job.later for job in (candidate, *admitted)) else (True,)
+    return all(_does_no_harm(candidate, admitted, machine, start, together) for together in ways)
+
+
+def _does_no_harm(
+    candidate: Job, admitted: Sequence[Job], machine: Machine, start: float, together: bool
+) -> bool:
+    done = finish_times([*admitted, candidate], machine, start, together=together)
     if done[candidate.id] > candidate.deadline:
         return False
     late = [job for job in admitted if done[job.id] > job.deadline]
     if not late:
         return True
-    without = finish_times(admitted, machine, start)
+    without = finish_times(admitted, machine, start, together=together)
     return all(done[job.id] <= without[job.id] for job in late)
 
 

@@ -71,12 +71,14 @@ def _machine(host: Host, safety: float, others: tuple[int, int] = (0, 0)) -> Mac
 
 
 def _lag(host: Host) -> float:
-    """Until a quantum composed now begins: the steps that no preempt can take back, and messages."""
+    """Until a quantum composed now begins: the steps that no preempt can take back, and messages, the last of
+    them that of the end."""
     certain = list(_certain(host))
     steps = sum(count for _, count in certain)
     prefilled = max((c.length for flight, count in certain for c in _chunks(flight, count)), default=0)
     context = sum(len(task.tokens) for task in host.slots if task is not None)
-    return _stretched(host, steps, host.times.seconds(host.seated, context, prefilled)) + MESSAGES
+    ahead = _stretched(host, steps, host.times.seconds(host.seated, context, prefilled))
+    return ahead + MESSAGES + host.times.slippage.late
 
 
 def _stretched(host: Host, steps: int, each: float) -> float:

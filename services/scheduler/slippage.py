@@ -19,15 +19,19 @@ Run = tuple[float, float]  # seconds forecast, and taken
 
 
 class Slippage:
-    """Shares of what was forecast, by the number of steps."""
+    """Shares of what was forecast, by the number of steps; ``late`` are the seconds by which single steps
+    are: what any one message may be."""
 
     def __init__(self) -> None:
+        self.late = 0.0
         self._shares = [FIRST]
         self._halves: list[Run | None] = [None] * SIZES
 
     def took(self, forecast: float, taken: float) -> None:
         """A step took so many seconds after the one before it, and had been forecast to take others."""
         run = (forecast, taken)
+        late = min(MOST * forecast, taken - forecast)
+        self.late = max(0.0, self.late + (UP if late > self.late else DOWN) * (late - self.late))
         for size in range(SIZES):
             self._note(size, run)
             half, self._halves[size] = self._halves[size], None
