@@ -65,6 +65,25 @@ def test_one_whom_the_forecast_sees_late_is_no_reason_to_refuse_who_does_not_hol
     assert not does_no_harm(job(2, 0.05), [job(1, 1.0)], MACHINE, 0.0), "it would be late itself"
 
 
+def test_the_end_is_as_late_as_so_many_steps_may_be() -> None:
+    stretched = replace(MACHINE, stretch=[1.5] * 4 + [1.1] * 28)
+    done = finish_times([job(1, 1.0, decode=7), job(2, 2.0, decode=20)], stretched, 1.0)
+    assert done == pytest.approx({1: 1.0 + 0.07 * 1.5, 2: 1.0 + 0.2 * 1.1})
+
+
+def test_who_may_be_later_must_neither_be_late_nor_in_the_way() -> None:
+    pace = lambda rows, context, seconds: 200 if seconds > 0.02 else 0  # noqa: E731
+    machine = replace(MACHINE, chunk=pace)
+    first = job(1, 0.15, prefill=100)
+    second = job(2, 0.2, prefill=100)._replace(later=True)
+    # In the first step with the other it would be done after 0.13 s; later it waits for the other's end.
+    assert finish_times([first, second], machine, 0.0, together=True)[2] == pytest.approx(0.13)
+    assert finish_times([first, second], machine, 0.0)[2] == pytest.approx(0.24)
+    assert not does_no_harm(second, [first], machine, 0.0)
+    assert does_no_harm(second._replace(deadline=0.3), [first], machine, 0.0)
+    assert not does_no_harm(second._replace(deadline=0.3), [first._replace(deadline=0.125)], machine, 0.0)
+
+
 def test_the_earliest_deadline_can_be_kept_and_little_less_cannot() -> None:
     admitted = [job(i, 0.1 * (i + 1)) for i in range(4)]
     assert all_in_time(admitted[:2], MACHINE, 0.0)
