@@ -20,35 +20,46 @@ Matrix = list[list[float]]
 
 
 class Moments:
-    """Weighted sums of products of (1, rows, context, prefilled, seconds) over steps."""
+    """Weighted sums of products of (1, rows, context, prefilled, seconds) over steps: the upper triangle of
+    their matrix, line by line."""
 
-    def __init__(self) -> None:
-        self.sums: Matrix = [[0.0] * 5 for _ in range(5)]
+    __slots__ = ("sums",)
+
+    def __init__(self, sums: list[float] | None = None) -> None:
+        self.sums = sums or [0.0] * 15
 
     def add(self, rows: float, context: float, prefilled: float, seconds: float, weight: float) -> None:
-        values = (1.0, rows, context, prefilled, seconds)
-        for value, line in zip(values, self.sums, strict=True):
-            weighted = weight * value
-            for j in range(5):
-                line[j] += weighted * values[j]
+        r, c, p, s = weight * rows, weight * context, weight * prefilled, weight * seconds
+        more = (
+            *(weight, r, c, p, s),
+            *(r * rows, r * context, r * prefilled, r * seconds),
+            *(c * context, c * prefilled, c * seconds),
+            *(p * prefilled, p * seconds, s * seconds),
+        )
+        self.sums = [a + b for a, b in zip(self.sums, more, strict=True)]
 
     def __add__(self, other: Moments) -> Moments:
-        made = Moments()
-        made.sums = [
-            [a + b for a, b in zip(one, two, strict=True)]
-            for one, two in zip(self.sums, other.sums, strict=True)
+        return Moments([a + b for a, b in zip(self.sums, other.sums, strict=True)])
+
+    def matrix(self) -> Matrix:
+        (n, r, c, p, s, rr, rc, rp, rs, cc, cp, cs, pp, ps, ss) = self.sums
+        return [
+            [n, r, c, p, s],
+            [r, rr, rc, rp, rs],
+            [c, rc, cc, cp, cs],
+            [p, rp, cp, pp, ps],
+            [s, rs, cs, ps, ss],
         ]
-        return made
 
     @property
     def square(self) -> float:
         """The weighted sum of squared seconds: what an error is a part of."""
-        return self.sums[4][4]
+        return self.sums[14]
 
     @property
     def tokens(self) -> float:
         """The weighted mean of the tokens computed in a step."""
-        return (ROWS * self.sums[0][1] + self.sums[0][3]) / self.sums[0][0]
+        return (ROWS * self.sums[1] + self.sums[3]) / self.sums[0]
 
 
 class Fit(NamedTuple):
@@ -62,17 +73,19 @@ class Fit(NamedTuple):
 
 def straight(total: Moments) -> Fit:
     """The plane that fits best."""
-    gram = [line[:4] for line in total.sums[:4]]
-    return _fit(gram, total.sums[4][:4], total.sums[4][4])
+    *lines, right = total.matrix()
+    return _fit([line[:4] for line in lines], right[:4], right[4])
 
 
-def bent(total: Moments, beyond: Moments, low: float, high: float) -> Fit:
+def bent(total: Moments, beyond: Moments, low: float, high: float, most: float) -> Fit:
     """The best fit with a knot between ``low`` and ``high``, where ``beyond`` are the sums of the steps that
-    have more tokens."""
+    have more tokens; or any other with an error of ``most`` or more."""
     free = _with(total, beyond, [(0.0, ROWS, 0.0, 1.0), (-1.0, 0.0, 0.0, 0.0)])
     slope, product = free.solution[4:]
     if slope > 0.0 and low <= product / slope <= high:
         return Fit(free.solution[:5], free.error, product / slope)
+    if free.error >= most:
+        return free
     fits = [(_with(total, beyond, [(-knot, ROWS, 0.0, 1.0)]), knot) for knot in (low, high)]
     (solution, error, _), knot = min(fits, key=lambda each: each[0].error)
     return Fit(solution, error, knot)
@@ -80,17 +93,18 @@ def bent(total: Moments, beyond: Moments, low: float, high: float) -> Fit:
 
 def _with(total: Moments, beyond: Moments, more: list[tuple[float, ...]]) -> Fit:
     """A fit with more unknowns: each a combination of the others that is zero but ``beyond``."""
-    gram = [[*line[:4], *([0.0] * len(more))] for line in total.sums[:4]]
+    lines, past = total.matrix(), beyond.matrix()
+    gram = [[*line[:4], *([0.0] * len(more))] for line in lines[:4]]
     gram += [[0.0] * (4 + len(more)) for _ in more]
-    right = total.sums[4][:4]
+    right = lines[4][:4]
     for i, combination in enumerate(more):
-        along = [_dot(combination, line) for line in beyond.sums]
+        along = [_dot(combination, line) for line in past]
         right.append(along[4])
         for j in range(4):
             gram[4 + i][j] = gram[j][4 + i] = along[j]
         for j, other in enumerate(more):
             gram[4 + i][4 + j] = _dot(other, along)
-    return _fit(gram, right, total.sums[4][4])
+    return _fit(gram, right, total.square)
 
 
 def _fit(gram: Matrix, right: list[float], square: float) -> Fit:
@@ -103,6 +117,8 @@ def nonnegative(gram: Matrix, right: list[float]) -> list[float]:
     """The x of at least zero that minimizes x' gram x - 2 right' x; of several one with few unknowns, and the
     first of them for a start."""
     size = len(right)
+    if (found := _solve(gram, right, range(size))) is not None and min(found) >= 0.0:
+        return found
     x, chosen = [0.0] * size, list[int]()
     left = {i for i in range(size) if gram[i][i] > 0.0}
     least = TINY * max((right[i] / sqrt(gram[i][i]) for i in left), default=0.0)

@@ -15,7 +15,7 @@ weighted least squares of the relative error (``fitting``). What it leaves unexp
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import inf
 
 from llmos.services.scheduler.fitting import Moments, bent, straight
@@ -26,7 +26,8 @@ SMOOTHING = 0.1
 TRUSTED = 4  # measurements from which on a cell has its full weight
 OUTLIER = 2.0
 FOLLOW = 0.02
-REFIT = 64
+REFIT = 64  # measurements between two fits
+NEW = 8  # that one of a new kind counts for
 TRIES = 3  # knots that are tried in each fit, beside the one there is
 EXACT = 3e-3  # relative error of a straight line that is good enough
 BETTER = 0.7  # of a straight line's squared error: what a knot has to leave at most
@@ -73,7 +74,7 @@ class StepTimes:
             self._cells.move_to_end(key)
         self._steps += 1
         # A step of a new kind says more than another of many, and at first each says much.
-        self._unfitted += 1 if known else REFIT
+        self._unfitted += 1 if known else NEW
         if self._unfitted >= min(REFIT, 1 + self._steps // 4):
             self._fit()
 
@@ -109,21 +110,22 @@ class StepTimes:
             sizes.setdefault(key[3], Moments()).add(*x, seconds, min(count, TRUSTED) / (seconds * seconds))
         self._unfitted = 0
         ordered = [sizes[octave] for octave in sorted(sizes)]
-        total = sum(ordered[1:], ordered[0])
-        found = straight(total)
+        beyond = [*accumulate(reversed(ordered))][::-1]
+        found = straight(total := beyond[0])
         self._solution, best = [*found.solution, 0.0], found.error
         if best > EXACT * EXACT * total.square:
-            self._bend(ordered, total, BETTER * best)
+            self._bend(ordered, beyond, BETTER * best)
 
-    def _bend(self, ordered: list[Moments], total: Moments, most: float) -> None:
-        """Put a knot where it leaves the least error, if that is no more than ``most``."""
+    def _bend(self, ordered: list[Moments], beyond: list[Moments], most: float) -> None:
+        """Put a knot where it leaves the least error, if that is less than ``most``: between two sizes of
+        steps, of which ``beyond`` are the sums of each and of all that are larger."""
         gaps = [(low.tokens, high.tokens) for low, high in pairwise(ordered)]
         kept = [i for i, (low, high) in enumerate(gaps) if low <= self.knot / SCALES[3] <= high]
         tried = {*kept, *((self._turn + i) % len(gaps) for i in range(min(TRIES, len(gaps))))}
         self._turn += TRIES
         self.knot = inf
         for i in tried:
-            found = bent(total, sum(ordered[i + 2 :], ordered[i + 1]), *gaps[i])
+            found = bent(beyond[0], beyond[i + 1], *gaps[i], most)
             if found.error < most:
                 most, self._solution, self.knot = found.error, found.solution, SCALES[3] * found.knot
 
