@@ -28,6 +28,7 @@ OUTLIER = 2.0
 FOLLOW = 0.02
 REFIT = 64  # measurements between two fits
 NEW = 8  # that one of a new kind counts for
+SURPRISE = 0.1  # relative error of the estimate for one of a new kind that has the fit done at once
 TRIES = 3  # knots that are tried in each fit, beside the one there is
 EXACT = 3e-3  # relative error of a straight line that is good enough
 BETTER = 0.7  # of a straight line's squared error: what a knot has to leave at most
@@ -58,13 +59,15 @@ class StepTimes:
         result was here at ``now`` (if that is known)."""
         if seconds <= 0.0:
             return
+        key = rows.bit_length(), context.bit_length(), prefilled.bit_length(), _octave(rows + prefilled)
+        known, surprising = self._cells.get(key), False
         if (estimate := self._raw(rows, context, prefilled)) > 0.0:
             if self._last and now:
                 self.slippage.took(estimate * self.drift, now - self._last)
-            self.drift += FOLLOW * (min(seconds / estimate, OUTLIER * self.drift) - self.drift)
+            if known is not None:
+                self.drift += FOLLOW * (min(seconds / estimate, OUTLIER * self.drift) - self.drift)
+            surprising = abs(seconds / estimate - 1.0) > SURPRISE
         self._last = now
-        key = rows.bit_length(), context.bit_length(), prefilled.bit_length(), _octave(rows + prefilled)
-        known = self._cells.get(key)
         if known is None:
             if len(self._cells) >= CELLS:
                 self._cells.popitem(last=False)
@@ -74,7 +77,7 @@ class StepTimes:
             self._cells.move_to_end(key)
         self._steps += 1
         # A step of a new kind says more than another of many, and at first each says much.
-        self._unfitted += 1 if known else NEW
+        self._unfitted += 1 if known is not None else REFIT if surprising else NEW
         if self._unfitted >= min(REFIT, 1 + self._steps // 4):
             self._fit()
 
