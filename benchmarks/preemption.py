@@ -139,12 +139,13 @@ def main() -> None:
     parser.add_argument(
         "--settle", type=float, default=0.0, help="seconds left for what compiles after loading"
     )
+    parser.add_argument("--kink", type=int, default=0, help="of the null driver: tokens that take no time")
     deadlines.add_options(parser)
     options = parser.parse_args()
     if options.driver == "jax" and not options.model:
         parser.error("the JAX driver needs --model, such as random:benchmarks/shapes/tiny.json")
     row_us = (FULL_MS - STEP_MS) * 1e3 / options.slots
-    null = {"step_ms": STEP_MS, "prefill_us": PREFILL_US, "decode_us": row_us}
+    null = {"step_ms": STEP_MS, "prefill_us": PREFILL_US, "decode_us": row_us, "kink": options.kink}
     driver = DriverSpec(name=DRIVER, kind=options.driver, options=null if options.driver == "null" else {})
     each = -(-(options.prompt + options.count) // options.page_tokens)
     request = LoadRequest(

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import typing
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -108,6 +109,7 @@ class Server:
         self.serving: dict[tuple[int, int], Incoming] = {}
         self.progress = 0
         self._handlers = self._find_handlers()
+        self._waiting: deque[tuple[Header, list[bytes]]] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._readable: dict[Any, Callable[[], None]] = {}
@@ -202,10 +204,13 @@ class Server:
         self.context.term()
 
     def turn(self, wait: bool = True) -> None:
-        """One turn of the loop: what is due by the clock, then what the sockets hold, control first."""
+        """One turn of the loop: what is due by the clock, then what the sockets hold, control first; then
+        calls, until something else is there. A call may wait for those before it. An answer that waits for
+        calls holds up whatever goes on once it is known, such as a device that was told to stop."""
         clock = time.monotonic()
         while self._timers and self._timers[0][0] <= clock:
             heapq.heappop(self._timers)[2]()
+        wait = wait and not self._waiting
         pause = self._timers[0][0] - clock if self._timers else 1.0
         ready = dict(self._poller.poll(max(0, round(pause * 1000)) if wait else 0))
         if self.control.monitor in ready and self.control.lost():
@@ -218,6 +223,10 @@ class Server:
         for source, function in self._readable.items():
             if source in ready:
                 function()
+        while self._waiting and self._running:
+            self._switch_call(*self._waiting.popleft())
+            if self.data.wire.more():
+                break
 
     def _beat(self) -> None:
         self.control.verb("beat", self.beat())
@@ -234,6 +243,7 @@ class Server:
         log.warning("the kernel went down; registering again")
         self.data.calls.fail_all("the kernel went down before the answer came")
         self.serving.clear()
+        self._waiting.clear()
         try:
             self._register()
         except HostDown:
@@ -245,7 +255,7 @@ class Server:
         self.on_kernel_restart()
 
     def _drain(self, link: Link) -> None:
-        for message in link.wire.drain(BATCH):
+        for message in link.wire.drain(max(0, BATCH - len(self._waiting))):
             try:
                 frames = sockets.to_bytes(message)
                 self._switch(link, header.decode(frames[0]), frames)
@@ -253,14 +263,21 @@ class Server:
                 log.warning("dropped a message: %s", error)
 
     def _switch(self, link: Link, head: Header, frames: list[bytes]) -> None:
-        if head.kind in (Kind.CALL, Kind.CAST):
-            self._handle(head, frames)
-        elif head.kind == Kind.CANCEL:
-            self._cancel(head, frames)
+        if head.kind in (Kind.CALL, Kind.CAST, Kind.CANCEL):
+            self._waiting.append((head, frames))
         elif head.kind == Kind.KERNEL:
             self._on_event(head, frames)
         else:
             link.deliver(head, frames)
+
+    def _switch_call(self, head: Header, frames: list[bytes]) -> None:
+        try:
+            if head.kind == Kind.CANCEL:
+                self._cancel(head, frames)
+            else:
+                self._handle(head, frames)
+        except ProtocolError as error:
+            log.warning("dropped a message: %s", error)
 
     def _handle(self, head: Header, frames: list[bytes]) -> None:
         incoming = Incoming(self, head, decode_origin(frames[-1]), frames[2:-1])

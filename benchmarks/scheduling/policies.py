@@ -48,7 +48,7 @@ class OrderedQueue(TaskQueue):
 class NoStepTimes(StepTimes):
     """Learns nothing, so that no prefill is held down."""
 
-    def observe(self, rows: int, context: int, prefilled: int, seconds: float) -> None:
+    def observe(self, rows: int, context: int, prefilled: int, seconds: float, now: float = 0.0) -> None:
         return
 
 

@@ -105,7 +105,9 @@ class _Cache:
 class NullDriver(Driver):
     """Takes ``step_ms`` milliseconds a step, ``prefill_us`` microseconds for each prompt token in it,
     ``decode_us`` for each sequence that decodes, ``move_us`` for each page that is moved, and ``park_ms`` to
-    park a model or to wake it. Where ``room`` is not 0, so many models fit on its device.
+    park a model or to wake it. With a ``kink`` only tokens beyond so many of a step, sequences and prompts
+    together, take ``prefill_us``, as where products wait for memory. Where ``room`` is not 0, so many models
+    fit on its device.
 
     The model named ``encoder`` is loaded as one. With a ``burst`` it gives up to so many tokens a step, as a
     driver that speculates. Of a mesh only the data axis counts: each replica has its own time.
@@ -121,6 +123,7 @@ class NullDriver(Driver):
         burst: int = 1,
         park_ms: float = 0.0,
         room: int = 0,
+        kink: int = 0,
     ) -> None:
         self._encoder = encoder
         self._burst = burst
@@ -130,12 +133,14 @@ class NullDriver(Driver):
         self._move = move_us / 1e6
         self._park = park_ms / 1e3
         self._room = room
+        self._kink = kink
         self._parked: set[str] = set()
         self._models: dict[str, LoadedModel] = {}
         self._caches: dict[tuple[str, int], _Cache] = {}
         self._shared: dict[int, SharedMemory] = {}  # by replica
         self._slots: dict[tuple[str, int], dict[int, _Sequence]] = {}
         self._free_at: dict[int, float] = {}
+        self._completed: dict[int, float] = {}
         self._adapters: dict[str, set[str]] = {}
 
     def describe(self) -> DriverInfo:
@@ -406,13 +411,15 @@ class NullDriver(Driver):
                 finished.append((slot, end))
         for slot, _ in finished:
             slots[slot].finished = True
-        cost = self._step + self._prefill * prefilled + self._decode * len(ready)
-        ends = self._after(cost, quantum.replica)
-        step = Step(quantum.id, index, seats, tokens, finished, round(cost * 1e6))
+        shown = max(0, len(ready) + prefilled - self._kink) if self._kink else prefilled
+        replica, begun = quantum.replica, time.monotonic()
+        ends = self._after(self._step + self._prefill * shown + self._decode * len(ready), replica)
 
         def wait() -> Step:
             _sleep_until(ends)
-            return step
+            now = time.monotonic()
+            since, self._completed[replica] = max(begun, self._completed.get(replica, 0.0)), now
+            return Step(quantum.id, index, seats, tokens, finished, round((now - since) * 1e6))
 
         return Pending(wait, lambda: time.monotonic() >= ends)
 

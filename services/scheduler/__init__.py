@@ -3,6 +3,8 @@
 messages.py   the link
 task.py       one task, as plain state
 steptime.py   how long a step takes, fitted from measured steps (pure)
+fitting.py    least squares for that: a plane, or one that bends (pure)
+slippage.py   how much longer runs of steps took than was forecast (pure)
 admission.py  can a deadline be kept? realtime tasks run ahead of time (pure)
 crowding.py   how many deadlines are promised at once, and how near (pure)
 pacing.py     prompts wait for those whose deadlines are near (pure)

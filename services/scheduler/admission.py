@@ -16,12 +16,14 @@ from math import inf
 from typing import NamedTuple
 
 PROBES = 5
+LATER = 2  # steps until who has its pages later than the others is in a quantum
 
 
 class Job(NamedTuple):
     """What a realtime task still needs: tokens to prefill, steps to decode after that, pages to its end.
 
-    ``deadline`` is on the same clock as everything else; ``context`` how many tokens it has now.
+    ``deadline`` is on the same clock as everything else; ``context`` how many tokens it has now. Who is
+    ``later`` has no pages yet, and may not be in the first steps.
     """
 
     id: int
@@ -30,6 +32,7 @@ class Job(NamedTuple):
     decode: int
     context: int
     pages: int
+    later: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ class Machine:
     """What the forecast knows of a host: ``step(rows, context, prefilled)`` in seconds, ``chunk(rows,
     context, seconds)`` the prompt tokens that fit in a step of so many seconds, its slots and pages;
     ``others`` are rows and context of lower bands in each step, ``turnover`` the steps until a slot that was
-    given up is taken, ``share`` the part of the time to a deadline that prompts may use up."""
+    given up is taken, ``share`` the part of the time to a deadline that prompts may use up; ``stretch`` how
+    many times as long as forecast so many steps may take, by the bits of their number."""
 
     step: Callable[[float, float, float], float]
     chunk: Callable[[float, float, float], int]
@@ -46,11 +50,17 @@ class Machine:
     share: float = 1.0
     others: tuple[int, int] = (0, 0)
     turnover: int = 0
+    stretch: Sequence[float] = (1.0,) * 32
 
 
-def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[int, float]:
-    """When each job will be done, if the batch is theirs from ``start`` on. O(n log n)."""
-    waiting = deque(sorted(jobs, key=lambda job: (job.deadline, job.id)))
+def finish_times(
+    jobs: Sequence[Job], machine: Machine, start: float, *, together: bool = False
+) -> dict[int, float]:
+    """When each job will be done at the latest, if the batch is theirs from ``start`` on; ``together`` if
+    those who may be later are not. O(n log n)."""
+    order = lambda job: (job.deadline, job.id)  # noqa: E731
+    waiting = deque(sorted((job for job in jobs if together or not job.later), key=order))
+    later = [] if together else [job for job in jobs if job.later]
     prefilling: deque[list[int]] = deque()
     decoding: list[tuple[int, float, int]] = []
     leaving: deque[tuple[int, int]] = deque()  # in which step a slot is free again, with how many pages
@@ -59,7 +69,10 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
     clock, step, rows, context, unfed = start, 0, 0, 0, 0
     slots, pages = machine.slots, machine.pages
     extra_rows, extra_context = machine.others
-    while waiting or prefilling or decoding:
+    stretch = machine.stretch
+    while waiting or prefilling or decoding or later:
+        if later and (step >= LATER or not (waiting or prefilling or decoding)):
+            waiting, later = deque(sorted([*waiting, *later], key=order)), []
         while leaving and leaving[0][0] <= step:
             slots, pages = slots + 1, pages + leaving.popleft()[1]
         while waiting and slots and (waiting[0].pages <= pages or slots == machine.slots):
@@ -74,10 +87,16 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
         count = decoding[0][0] - step if decoding else 1 << 30
         if waiting and leaving:
             count = min(count, leaving[0][0] - step)
+        if later:
+            count = min(count, LATER - step)
         room, fed = 0, 0
         if prefilling:
             last = known[prefilling[0][1]].deadline
-            ahead = [(due - clock) / (end - step) for end, due, _ in decoding if due < last]
+            ahead = [
+                (due - clock) / ((end - step) * stretch[(end - step).bit_length()])
+                for end, due, _ in decoding
+                if due < last
+            ]
             seconds = machine.share * min(ahead, default=inf)
             room = machine.chunk(rows + extra_rows, context + extra_context, seconds)
             if room:
@@ -98,7 +117,7 @@ def finish_times(jobs: Sequence[Job], machine: Machine, start: float) -> dict[in
             rows, context = rows + 1, context + job.context
         while decoding and decoding[0][0] <= step:
             job = known[heapq.heappop(decoding)[2]]
-            done[job.id] = clock
+            done[job.id] = start + (clock - start) * stretch[step.bit_length()]
             rows, context = rows - 1, context - job.context - job.decode
             leaving.append((step + machine.turnover, job.pages))
     return done
@@ -118,19 +137,32 @@ def _surely_in_time(jobs: Sequence[Job], machine: Machine, start: float) -> bool
     if rows > machine.slots or sum(job.pages for job in jobs) > machine.pages:
         return False
     longest = machine.step(rows + machine.others[0], context + machine.others[1], 0)
-    return all(not job.prefill and start + max(1, job.decode) * longest <= job.deadline for job in jobs)
+    for job in jobs:
+        steps = max(1, job.decode)
+        end = start + steps * longest * machine.stretch[steps.bit_length()]
+        if job.prefill or end > job.deadline:
+            return False
+    return True
 
 
 def does_no_harm(candidate: Job, admitted: Sequence[Job], machine: Machine, start: float) -> bool:
     """Whether the candidate's deadline is kept, and nobody is late who would not be as late without it: the
-    forecast is cautious, and one whom it sees late by a little is no reason to refuse all others."""
-    done = finish_times([*admitted, candidate], machine, start)
+    forecast is cautious, and one whom it sees late by a little is no reason to refuse all others. All that
+    both if those who may be later are and if they are not: then they are in the way of others."""
+    ways = (True, False) if any(job.later for job in (candidate, *admitted)) else (True,)
+    return all(_does_no_harm(candidate, admitted, machine, start, together) for together in ways)
+
+
+def _does_no_harm(
+    candidate: Job, admitted: Sequence[Job], machine: Machine, start: float, together: bool
+) -> bool:
+    done = finish_times([*admitted, candidate], machine, start, together=together)
     if done[candidate.id] > candidate.deadline:
         return False
     late = [job for job in admitted if done[job.id] > job.deadline]
     if not late:
         return True
-    without = finish_times(admitted, machine, start)
+    without = finish_times(admitted, machine, start, together=together)
     return all(done[job.id] <= without[job.id] for job in late)
 
 
@@ -159,4 +191,4 @@ def earliest(
 
 
 def _due(job: Job, deadline: float) -> Job:
-    return Job(job.id, deadline, job.prefill, job.decode, job.context, job.pages)
+    return job._replace(deadline=deadline)

@@ -43,6 +43,8 @@ def compose(host: Host, id: int, max_steps: int, now: float) -> Quantum | None:
     decode = [task.slot for task in ready if _decode(task, size, last_step.get(task.slot), steps)]
     host.decoded = host.decoded if still else now
     if not (steps or starts or host.releasing):
+        if not host.flight:
+            host.times.rest()
         return None
     quantum = Quantum(
         id=id,

@@ -171,7 +171,7 @@ class Core:
 
     def step(self, host: Host, step: Step, now: float) -> None:
         """A step's tokens arrived."""
-        produced = host.apply(step)
+        produced = host.apply(step, now)
         for item in produced:
             if item.tokens and not item.task.first_token_at:
                 item.task.first_token_at = now

@@ -197,7 +197,7 @@ class Host:
         seats = {i: (task, task.stay) for i, task in enumerate(self.slots) if task is not None}
         self.flight.append(InFlight(quantum, seats, _gaining(quantum, seats)))
 
-    def apply(self, step: Step) -> list[Produced]:
+    def apply(self, step: Step, now: float) -> list[Produced]:
         """Record what a step produced; a task whose stay is over gets nothing."""
         flight = next(f for f in self.flight if f.quantum.id == step.quantum)
         flight.received += 1
@@ -227,7 +227,7 @@ class Host:
             if (task := flight.sitter(slot)) is not None:
                 produced[slot] = Produced(task, [], ends[slot])
         self._pace(flight, step.index, produced)
-        self.times.observe(len(set(step.slots)), context, prefilled, step.micros / 1e6)
+        self.times.observe(len(set(step.slots)), context, prefilled, step.micros / 1e6, now)
         return list(produced.values())
 
     def _pace(self, flight: InFlight, index: int, produced: dict[int, Produced]) -> None:

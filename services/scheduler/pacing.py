@@ -17,7 +17,7 @@ from llmos.services.scheduler.task import Task
 
 SHARE = 0.95  # of the time to a deadline that may be used up
 HOPELESS = 0.9  # of the steps without prompts: who needs shorter ones will be late
-SAFETY = 1.02  # a promise assumes steps this much slower than the cautious estimate
+SAFETY = 1.02  # a promise assumes steps this much slower than the estimate
 MESSAGES = 2.0e-3  # seconds for the messages between two quanta
 FINEST = 16  # a chunk is no smaller than this fraction of the largest, or than a page
 
@@ -30,12 +30,15 @@ class Paces:
         self._load = len(decoding), sum(len(task.tokens) for task in decoding)
         clock = now + _in_flight(host, *self._load)
         promised = sorted((task for task in decoding if task.id in host.promised), key=lambda t: t.deadline)
-        steps = [(task.deadline, _step_of(task, clock)) for task in promised]
         # Nobody waits for the sake of one who will be late all the same.
         hopeless = HOPELESS * host.times.seconds(*self._load, 0)
-        steps = [(deadline, step) for deadline, step in steps if step > hopeless]
-        self._deadlines = [deadline for deadline, _ in steps]
-        self._shortest = [inf, *accumulate((SHARE * step for _, step in steps), min)]
+        self._deadlines, steps = list[float](), list[float]()
+        for task in promised:
+            left = max(1, task.limit - task.planned)
+            if (step := (task.deadline - clock) / left) > hopeless:
+                self._deadlines.append(task.deadline)
+                steps.append(SHARE * step / (1.0 + host.times.slippage.share(left)))
+        self._shortest = [inf, *accumulate(steps, min)]
 
     def room(self, task: Task) -> int:
         """Tokens of this task's prompt that each step may compute."""
@@ -48,7 +51,7 @@ def room(host: Host, rows: float, context: float, seconds: float) -> int:
     full = host.model.chunk_tokens
     if seconds == inf or not host.times:
         return full
-    fits = host.times.prefill_room(rows, context, seconds / (SAFETY * host.times.caution))
+    fits = host.times.prefill_room(rows, context, seconds / SAFETY)
     return 0 if fits < finest(host) else int(min(full, fits))
 
 
@@ -56,11 +59,6 @@ def finest(host: Host) -> int:
     """The smallest chunk worth a step."""
     full = host.model.chunk_tokens
     return max(1, min(full, max(host.model.page_tokens, full // FINEST)))
-
-
-def _step_of(task: Task, clock: float) -> float:
-    """Seconds that each step may take so that a task ends in time."""
-    return (task.deadline - clock) / max(1, task.limit - task.planned)
 
 
 def _in_flight(host: Host, rows: int, context: int) -> float:

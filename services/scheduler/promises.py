@@ -16,6 +16,7 @@ from llmos.services.scheduler.pacing import MESSAGES, SAFETY
 from llmos.services.scheduler.task import Place, Task
 
 STEPS_IN_FLIGHT = 2  # what a preempt cannot take back
+COMING = (Place.WAITING, Place.HELD, Place.RESERVING)
 TURNOVER = 1 + STEPS_IN_FLIGHT  # steps until a slot that was given up is taken
 
 
@@ -29,7 +30,8 @@ def check(hosts: list[Host], task: Task, now: float) -> Host | None:
     for host in hosts:
         if not host.times:
             return None
-        candidate, *admitted = _jobs(host, [task, *host.promised.values()])
+        tasks = [task, *host.promised.values()]
+        candidate, *admitted = _one_by_one(host, tasks, _jobs(host, tasks))
         start, machine = now + _lag(host), _machine(host, SAFETY)
         soonest = crowd(host, task).soonest(candidate, start)
         if task.deadline >= soonest:
@@ -55,29 +57,33 @@ def in_crunch(host: Host, now: float, max_steps: int) -> bool:
     others = [task for task in host.slots if task is not None and task.rank > 0]
     load = len(others), sum(len(task.tokens) for task in others)
     rows, context = len(jobs) + load[0], load[1] + sum(job.context for job in jobs)
-    ahead = QUANTA_IN_FLIGHT * max_steps * host.times.seconds(rows, context, 0, cautious=True)
+    ahead = _stretched(host, QUANTA_IN_FLIGHT * max_steps, host.times.seconds(rows, context, 0))
     return not all_in_time(jobs, _machine(host, SAFETY, load), now + _lag(host) + ahead)
 
 
 def _machine(host: Host, safety: float, others: tuple[int, int] = (0, 0)) -> Machine:
     def step(rows: float, context: float, prefilled: float) -> float:
-        return safety * host.times.seconds(rows, context, prefilled, cautious=True)
+        return safety * host.times.seconds(rows, context, prefilled)
 
     slots, pages = host.model.slots, host.guaranteed
-    return Machine(step, partial(pacing.room, host), slots, pages, pacing.SHARE, others, TURNOVER)
+    stretch = host.times.slippage.stretches()
+    return Machine(step, partial(pacing.room, host), slots, pages, pacing.SHARE, others, TURNOVER, stretch)
 
 
 def _lag(host: Host) -> float:
-    """Until a quantum composed now begins: the steps that no preempt can take back, and messages."""
+    """Until a quantum composed now begins: the steps that no preempt can take back, and messages, the last of
+    them that of the end."""
     certain = list(_certain(host))
     steps = sum(count for _, count in certain)
     prefilled = max((c.length for flight, count in certain for c in _chunks(flight, count)), default=0)
-    return steps * _full_step(host, prefilled) + MESSAGES
-
-
-def _full_step(host: Host, prefilled: int = 0) -> float:
     context = sum(len(task.tokens) for task in host.slots if task is not None)
-    return host.times.seconds(host.seated, context, prefilled, cautious=True)
+    ahead = _stretched(host, steps, host.times.seconds(host.seated, context, prefilled))
+    return ahead + MESSAGES + host.times.slippage.late
+
+
+def _stretched(host: Host, steps: int, each: float) -> float:
+    """What so many steps may take."""
+    return steps * each * (1.0 + host.times.slippage.share(steps))
 
 
 def _certain(host: Host) -> Iterator[tuple[InFlight, int]]:
@@ -98,6 +104,18 @@ def _jobs(host: Host, tasks: list[Task]) -> list[Job]:
     """What is left of each once the steps under way are done."""
     certain = [(flight, count, list(_chunks(flight, count))) for flight, count in _certain(host)]
     return [_job(host, task, certain if task.slot >= 0 else []) for task in tasks]
+
+
+def _one_by_one(host: Host, tasks: list[Task], jobs: list[Job]) -> list[Job]:
+    """Those who come together get their pages one after the other. So the newest, the first of these, finds
+    the others decoding, at a pace that may leave its prompt no room; and where the device has nothing to do,
+    these find the very first of them decoding."""
+    coming = [task for task in tasks[1:] if task.place in COMING]
+    first = min(coming, key=lambda task: (task.slot < 0, task.started_at, task.id), default=None)
+    if first is None:
+        return jobs
+    late = {tasks[0]} if host.flight else {tasks[0], *coming} - {first}
+    return [job._replace(later=task in late) for task, job in zip(tasks, jobs, strict=True)]
 
 
 def _job(host: Host, task: Task, certain: list[tuple[InFlight, int, list[Chunk]]]) -> Job:

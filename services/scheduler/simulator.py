@@ -10,6 +10,7 @@ steps go on; they are ordered with quanta as the driver SDK does it.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -29,15 +30,46 @@ from llmos.services.scheduler.task import Task
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one step: ``base``, plus for each decoding row, each token of context read, each prefilled
-    token. The defaults are a 8B model in bfloat16 on one H200."""
+    token. The defaults are a 8B model in bfloat16 on one H200.
+
+    With a ``kink`` the products of so many tokens, rows and prompts together, are hidden behind the reading
+    of the weights, and each token beyond costs ``prefill``."""
 
     base: float = 4.6e-3
     row: float = 7.0e-6
     context: float = 4.2e-8
     prefill: float = 2.1e-5
+    kink: int = 0
 
     def of(self, rows: int, context: int, prefilled: int) -> float:
-        return self.base + self.row * rows + self.context * context + self.prefill * prefilled
+        shown = max(0, rows + prefilled - self.kink) if self.kink else prefilled
+        return self.base + self.row * rows + self.context * context + self.prefill * shown
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """By how much steps differ that should not: each takes up to ``spread`` of its time less or more, and up
+    to ``late`` seconds more; one in so many ``stalls`` is longer by a uniform part of ``stall`` seconds."""
+
+    spread: float = 0.0
+    late: float = 0.0
+    stalls: int = 0
+    stall: float = 0.0
+    seed: int = 1
+
+
+class Jittery:
+    """A random sequence of what steps take."""
+
+    def __init__(self, jitter: Jitter) -> None:
+        self._jitter = jitter
+        self._random = random.Random(jitter.seed)
+
+    def of(self, seconds: float) -> float:
+        jitter, uniform = self._jitter, self._random.uniform
+        seconds *= 1.0 + uniform(-jitter.spread, jitter.spread)
+        stalled = jitter.stalls and not self._random.randrange(jitter.stalls)
+        return seconds + uniform(0.0, jitter.late) + (uniform(0.0, jitter.stall) if stalled else 0.0)
 
 
 @dataclass(slots=True)
@@ -77,6 +109,7 @@ class Simulator(MemoryCalls):
         burst: int = 1,
         make_core: Callable[[Simulator, int], Core] = Core,
         link_time: LinkTime | None = None,
+        jitter: Jitter = Jitter(),
         checked: bool = False,
         beside: Iterable[tuple[LoadedModel, StepTime]] = (),
     ) -> None:
@@ -87,6 +120,7 @@ class Simulator(MemoryCalls):
         models = {model.model: (model, step_time)} | {each.model: (each, time) for each, time in beside}
         self._step_times = {name: time for name, (_, time) in models.items()}
         self.link_time = link_time or LinkTime()
+        self._jittery = Jittery(jitter)
         self.checked = checked
         self.moved_bytes = self.prefilled = 0
         self.burst = burst
@@ -156,4 +190,4 @@ class Simulator(MemoryCalls):
         record.ended, record.reason, record.error = self.now, reason, error
 
     def step_seconds(self, host: Host, rows: int, context: int, prefilled: int) -> float:
-        return self._step_times[host.model.model].of(rows, context, prefilled)
+        return self._jittery.of(self._step_times[host.model.model].of(rows, context, prefilled))

@@ -16,10 +16,18 @@ from llmos.services.scheduler.admission import (
     earliest,
     finish_times,
 )
-from llmos.services.scheduler.simulator import Simulator, StepTime
+from llmos.services.scheduler.simulator import Jitter, Simulator, StepTime
 from llmos.services.scheduler.task import Task
 from tests.services.scheduler.traffic import expected, model, task
 
+EVEN, KINK, NO_JITTER = StepTime(), StepTime(kink=220), Jitter()
+UNEVEN = Jitter(spread=0.1, late=5e-4, stalls=100, stall=8e-3)
+DEVICES = {
+    "even": (EVEN, NO_JITTER),
+    "kink": (KINK, NO_JITTER),
+    "jitter": (EVEN, UNEVEN),
+    "kink and jitter": (KINK, UNEVEN),
+}
 MACHINE = Machine(
     step=lambda rows, context, prefilled: 0.01 + 0.0001 * prefilled, chunk=lambda *_: 100, slots=2, pages=100
 )
@@ -57,6 +65,25 @@ def test_one_whom_the_forecast_sees_late_is_no_reason_to_refuse_who_does_not_hol
     assert not does_no_harm(job(2, 0.05), [job(1, 1.0)], MACHINE, 0.0), "it would be late itself"
 
 
+def test_the_end_is_as_late_as_so_many_steps_may_be() -> None:
+    stretched = replace(MACHINE, stretch=[1.5] * 4 + [1.1] * 28)
+    done = finish_times([job(1, 1.0, decode=7), job(2, 2.0, decode=20)], stretched, 1.0)
+    assert done == pytest.approx({1: 1.0 + 0.07 * 1.5, 2: 1.0 + 0.2 * 1.1})
+
+
+def test_who_may_be_later_must_neither_be_late_nor_in_the_way() -> None:
+    pace = lambda rows, context, seconds: 200 if seconds > 0.02 else 0  # noqa: E731
+    machine = replace(MACHINE, chunk=pace)
+    first = job(1, 0.15, prefill=100)
+    second = job(2, 0.2, prefill=100)._replace(later=True)
+    # In the first step with the other it would be done after 0.13 s; later it waits for the other's end.
+    assert finish_times([first, second], machine, 0.0, together=True)[2] == pytest.approx(0.13)
+    assert finish_times([first, second], machine, 0.0)[2] == pytest.approx(0.24)
+    assert not does_no_harm(second, [first], machine, 0.0)
+    assert does_no_harm(second._replace(deadline=0.3), [first], machine, 0.0)
+    assert not does_no_harm(second._replace(deadline=0.3), [first._replace(deadline=0.125)], machine, 0.0)
+
+
 def test_the_earliest_deadline_can_be_kept_and_little_less_cannot() -> None:
     admitted = [job(i, 0.1 * (i + 1)) for i in range(4)]
     assert all_in_time(admitted[:2], MACHINE, 0.0)
@@ -78,9 +105,11 @@ def realtime(count: int, rate: float, seed: int = 1) -> list[Task]:
     return made
 
 
-def served(count: int, rate: float, batch: int = 0) -> tuple[Simulator, list[Task], float]:
+def served(
+    count: int, rate: float, batch: int = 0, device: StepTime = EVEN, jitter: Jitter = NO_JITTER
+) -> tuple[Simulator, list[Task], float]:
     """The simulator after the traffic, its tasks, and tokens in time for each second of arrivals."""
-    sim = Simulator(model(slots=64, pages=8192, page_tokens=16, chunk_tokens=2048), StepTime())
+    sim = Simulator(model(slots=64, pages=8192, page_tokens=16, chunk_tokens=2048), device, jitter=jitter)
     tasks = realtime(count, rate)
     sim.submit([*tasks, *(task(10**6 + i, [i % 256] * 300, 400, band=2) for i in range(batch))])
     sim.run(until=tasks[-1].arrived + 10)
@@ -89,8 +118,9 @@ def served(count: int, rate: float, batch: int = 0) -> tuple[Simulator, list[Tas
 
 
 @pytest.mark.parametrize("batch", [0, 200])
-def test_no_deadline_among_the_admitted_is_missed(batch: int) -> None:
-    sim, tasks, _ = served(400, 60.0, batch)
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_deadline_among_the_admitted_is_missed(batch: int, device: str) -> None:
+    sim, tasks, _ = served(400, 90.0, batch, *DEVICES[device])
     check_promises(sim, tasks)
     assert sum(sim.records[t.id].error is not None for t in tasks) > 20
 
@@ -109,9 +139,10 @@ def check_promises(sim: Simulator, tasks: list[Task]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_no_deadline_among_10_000_is_missed() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_deadline_among_10_000_is_missed(device: str) -> None:
     for rate, batch in ((45.0, 400), (60.0, 0), (120.0, 400), (180.0, 0)):
-        sim, tasks, _ = served(2_500, rate, batch)
+        sim, tasks, _ = served(2_500, rate, batch, *DEVICES[device])
         check_promises(sim, tasks)
 
 

@@ -76,13 +76,19 @@ def test_the_forecast_lets_a_prompt_wait_for_an_earlier_deadline() -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_of_a_burst_beside_batch_work_nobody_admitted_is_late(seed: int) -> None:
-    """Prompts that are computed in steps of the same quantum wait for who decodes in these by then."""
+@pytest.mark.parametrize("batch", [0, 96])
+@pytest.mark.parametrize("kink", [0, 220])
+def test_of_a_burst_nobody_admitted_is_late(seed: int, batch: int, kink: int) -> None:
+    """Prompts that are computed in steps of the same quantum wait for who decodes in these by then; and on a
+    device with nothing to do the first of a burst decodes before the others have their pages."""
     rng = random.Random(seed)
-    sim = Simulator(model(slots=64, pages=8192, page_tokens=16, chunk_tokens=2048), StepTime())
-    made = [task(0, [1] * 300, 80, band=2), *[task(1 + i, [i % 256] * 512, 300, band=2) for i in range(96)]]
+    sim = Simulator(model(slots=64, pages=8192, page_tokens=16, chunk_tokens=2048), StepTime(kink=kink))
+    made = [
+        task(0, [1] * 300, 80, band=2),
+        *[task(1 + i, [i % 256] * 512, 300, band=2) for i in range(batch)],
+    ]
     at = 3.0
-    for _ in range(6):
+    for _ in range(8):
         for _ in range(rng.randint(1, 32)):
             made.append(task(len(made), [len(made) % 256] * 256, 32, at, band=0, tenant="v"))
             made[-1].deadline = at + rng.uniform(0.15, 2.2)
