@@ -11,12 +11,12 @@ from llmos.ipc.errors import NoMemory, TimedOut
 from llmos.services.scheduler import pacing
 from llmos.services.scheduler.admission import Job, Machine, all_in_time, does_no_harm, earliest
 from llmos.services.scheduler.crowding import crowd
-from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, Host, InFlight
+from llmos.services.scheduler.flight import InFlight
+from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, STEPS_ON_DEVICE, Host
 from llmos.services.scheduler.pacing import MESSAGES, SAFETY
 from llmos.services.scheduler.task import Place, Task
 
-STEPS_IN_FLIGHT = 2  # what a preempt cannot take back
-TURNOVER = 1 + STEPS_IN_FLIGHT  # steps until a slot that was given up is taken
+TURNOVER = 1 + STEPS_ON_DEVICE  # steps until a slot that was given up is taken
 
 
 def check(hosts: list[Host], task: Task, now: float) -> Host | None:
@@ -82,9 +82,9 @@ def _full_step(host: Host, prefilled: int = 0) -> float:
 
 def _certain(host: Host) -> Iterator[tuple[InFlight, int]]:
     """The quanta in flight, with how many of their next steps will be computed whatever comes."""
-    left = STEPS_IN_FLIGHT
+    left = STEPS_ON_DEVICE
     for flight in host.flight:
-        count = min(left, flight.quantum.steps - flight.received)
+        count = min(left, flight.to_come)
         left -= count
         if count > 0:
             yield flight, count
