@@ -118,13 +118,20 @@ class _Lane:
         starts = [start for run in waiting if run.model == model for start in run.quantum.start]
         return any(start.adapter == adapter for start in starts)
 
-    def preempt(self, quantum: int) -> None:
-        runs = [run for run in self._queue if isinstance(run, _Run)]
-        last = next((run for run in runs if run.quantum.id == quantum), None)
-        for run in runs:
-            # Another model's quantum runs on: its next one may count on the steps.
-            if last is not None and run.model == last.model and run.quantum.id <= quantum:
-                run.preempted = True
+    def preempt(self, quantum: int) -> list[tuple[int, int]]:
+        sent = {run.quantum.id: run for run in self._runs()}
+        if (last := sent.get(quantum)) is None:
+            return []
+        # Another model's quantum runs on: its next one may count on the steps.
+        ended = [run for run in sent.values() if run.model == last.model and run.quantum.id <= quantum]
+        for run in ended:
+            run.preempted = run.preempted or run in self._queue
+        return [(run.quantum.id, run.dispatched) for run in ended]
+
+    def _runs(self) -> Iterator[_Run]:
+        """The quanta that have not ended, in their order."""
+        yield from (run for run, _ in self._pending if isinstance(run, _Run))
+        yield from (run for run in self._queue if isinstance(run, _Run))
 
     def abandon(self, model: str) -> None:
         gone: set[_Run | _Encoding] = {
@@ -258,11 +265,10 @@ class Executor:
         """Whether a quantum that waits starts a sequence with this adapter."""
         return any(lane.starts_with(model, adapter) for lane in self._lanes.values())
 
-    def preempt(self, quantum: int) -> None:
+    def preempt(self, quantum: int) -> list[tuple[int, int]]:
         """Dispatch no further step of this quantum or of any before it for its model and replica; their slots
-        still change hands."""
-        for lane in self._lanes.values():
-            lane.preempt(quantum)
+        still change hands. Returns those that end by it, and how many steps of each were dispatched."""
+        return [cut for lane in self._lanes.values() for cut in lane.preempt(quantum)]
 
     def abandon(self, model: str = "", replica: int = -1) -> None:
         """Run nothing that is queued for a model (any, if none is named) and a replica (any, if -1), and wait

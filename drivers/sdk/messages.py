@@ -376,6 +376,12 @@ class Preempt(msgspec.Struct, frozen=True):
     quantum: int
 
 
+class Cut(msgspec.Struct, frozen=True):
+    """What a preempt ended: quanta, and how many steps of each were dispatched by then."""
+
+    quanta: list[tuple[int, int]] = []
+
+
 class Reset(msgspec.Struct, frozen=True):
     """Empty all slots of one replica of a model, of all of them where it is -1: the scheduler that filled
     them is gone."""

@@ -14,6 +14,7 @@ from llmos.drivers.sdk.driver import Driver
 from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.keys import StorageKeys
 from llmos.drivers.sdk.messages import (
+    Cut,
     DriverInfo,
     EncodedStep,
     EncodeStep,
@@ -232,8 +233,9 @@ class DriverServer(Server):
         return Later()
 
     @method
-    def preempt(self, request: Preempt, call: Incoming) -> None:
-        self._executor.preempt(request.quantum)
+    def preempt(self, request: Preempt, call: Incoming) -> Cut:
+        """Answered at once, while the steps that were dispatched are still being computed."""
+        return Cut(self._executor.preempt(request.quantum))
 
     @method
     def reset(self, request: Reset, call: Incoming) -> None:

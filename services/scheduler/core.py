@@ -188,6 +188,13 @@ class Core:
             self.seating.admit(host.model.model, now)
         if ended:
             self.lending.wake(now)
+        if host.overdue:
+            self.take_back(host)
+
+    def cut(self, host: Host, steps: dict[int, int], now: float) -> None:
+        """Quanta were taken back, and end after so many steps: what follows can be sent behind these."""
+        host.cut(steps)
+        self.run(host, now)
 
     def done(self, host: Host, done: QuantumDone, now: float) -> None:
         """A quantum ended."""
@@ -225,11 +232,13 @@ class Core:
         urgent = [task for task in host.unstarted.values() if task.rank < 2]
         if hurry or urgent:
             self.take_back(host)
-        # Who is urgent and waits for its pages comes with the next quantum: this one must not be long.
-        coming = any(task.place is Place.RESERVING for task in urgent)
+        # Who is urgent and waits for its pages comes with the next quantum: it waits a moment for them while
+        # the device has work; else this one must not be long.
+        coming = [task for task in urgent if task.place is Place.RESERVING]
+        held = host.busy and any(host.expects(task) for task in coming)
         self.seating.rest(host)
         steps = 1 if coming else min(self._max_steps, host.tiers.patience)
-        while host.can_compose:
+        while host.can_compose and not held:
             quantum = compose(host, next(self._quanta), steps, now)
             if quantum is None:
                 break
@@ -239,9 +248,14 @@ class Core:
             self.paging.grow(host)
 
     def take_back(self, host: Host) -> None:
-        """Have what was sent end at the next step, if it is more than what is on the device already."""
-        if not host.draining and sum(f.quantum.steps - f.received for f in host.flight) > 2:
-            host.draining = True
+        """Have what was sent end at the next step, if it is more than what is on the device already.
+
+        Between two times a step of the host is done, or on the device: else hosts that share one could take
+        back for ever what each has sent before any of it is done. Who comes too soon waits for that step.
+        """
+        host.overdue = host.stalled and not host.draining
+        if host.can_take_back:
+            host.draining = host.stalled = True
             self._effects.preempt(host, host.flight[-1].quantum.id)
 
     def finish(self, task: Task, reason: Reason | None, error: LLMOSError | None, now: float) -> None:

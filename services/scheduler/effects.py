@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llmos.drivers.sdk.messages import Preempt, Quantum, QuantumDone, Step
+from llmos.drivers.sdk.messages import Cut, Preempt, Quantum, QuantumDone, Step
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
 from llmos.ipc.errors import Busy, HostDown, IOFailure, LLMOSError, NoMemory
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmos.services.scheduler.server import Scheduler
 
 RETRY_SECONDS = 0.05
+PREEMPT_SECONDS = 5.0  # a driver that has not said by then how far it came will not
 now = time.monotonic
 
 
@@ -135,7 +136,15 @@ class MessageEffects(SwapMessages):
         self._server.call(f"driver.{host.driver}.execute", quantum, answered)
 
     def preempt(self, host: Host, quantum: int) -> None:
-        self._server.cast(f"driver.{host.driver}.preempt", Preempt(quantum))
+        def answered(answer: Answer) -> None:
+            # Where it failed, or nothing is said, the quanta themselves say how far they came.
+            if answer.error is not None or answer.body == codec.EMPTY:
+                return
+            if self._server.core.hosts.get(host.arena) is host:
+                self._server.core.cut(host, dict(codec.decode(answer.body, Cut).quanta), now())
+
+        target = f"driver.{host.driver}.preempt"
+        self._server.call(target, Preempt(quantum), answered, timeout=PREEMPT_SECONDS)
 
     def emit(self, produced: list[Produced]) -> None:
         streams: dict[int, list[Tokens]] = {}

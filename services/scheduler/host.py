@@ -9,46 +9,20 @@ from math import inf
 
 from llmos.drivers.sdk.messages import FinishReason, LoadedModel, Quantum, QuantumDone, Step
 from llmos.ipc.grant import BANDS
+from llmos.services.scheduler.flight import InFlight
 from llmos.services.scheduler.prefixes import Computing
 from llmos.services.scheduler.rows import Rows
 from llmos.services.scheduler.steptime import StepTimes
-from llmos.services.scheduler.task import Place, Task
+from llmos.services.scheduler.task import Place, Swap, Task
 from llmos.services.scheduler.tiers import HostTiers
 
 QUANTA_IN_FLIGHT = 2
+STEPS_ON_DEVICE = 2  # at most: they cannot be taken back
 
 
 def arena_name(driver: str, model: str, replica: int = 0) -> str:
     """The name of the KV pages of a replica; the first is called as if it were the only one."""
     return f"{driver}/{model}#{replica}" if replica else f"{driver}/{model}"
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A quantum that was sent, who sat in the slots: (task, which of its stays on a device this is), and the
-    first and last step in which each slot gains tokens."""
-
-    quantum: Quantum
-    seats: dict[int, tuple[Task, int]]
-    gaining: dict[int, tuple[int, int]]
-    received: int = 0
-
-    def sitter(self, slot: int) -> Task | None:
-        """Who sat in a slot and sits there still; None if that stay is over."""
-        task, stay = self.seats.get(slot, (None, 0))
-        return task if task is not None and task.stay == stay and task.place is Place.RUNNING else None
-
-    def coming(self, task: Task, steps: int = 1 << 30) -> int:
-        """How many tokens of a task are on their way in the next ``steps``, at one a step."""
-        if self.sitter(task.slot) is not task or task.slot not in self.gaining:
-            return 0
-        first, last = self.gaining[task.slot]
-        return max(0, min(last + 1, self.received + steps) - max(first, self.received))
-
-    @property
-    def tasks(self) -> list[Task]:
-        """Those of the tasks that are still there."""
-        return [task for slot in self.seats if (task := self.sitter(slot)) is not None]
 
 
 @dataclass(slots=True)
@@ -73,6 +47,10 @@ class Host:
     and is in no quantum yet; ``thirsty`` says that someone who runs may need pages that nobody asked for.
     ``sharers`` are the models in its pool, of which none waits for its share if
     it ``may_borrow``; if it ``yields``, one waits for more than that.
+
+    It is ``draining`` while it is not known how far the quanta came that were taken back, and ``stalled``
+    until a step is done after that, or known to be on the device; if they should be taken back once more
+    before that, it is ``overdue``.
     """
 
     driver: str
@@ -88,6 +66,8 @@ class Host:
     growth: dict[int, list[int]] = field(default_factory=dict)
     flight: deque[InFlight] = field(default_factory=deque)
     draining: bool = False
+    stalled: bool = False
+    overdue: bool = False
     short_of_pages: bool = False
     steps: int = 0
     tokens: int = 0
@@ -133,7 +113,29 @@ class Host:
 
     @property
     def can_compose(self) -> bool:
-        return self.ready and not self.draining and len(self.flight) < QUANTA_IN_FLIGHT
+        return self.ready and not self.draining and self._under_way < QUANTA_IN_FLIGHT
+
+    @property
+    def can_take_back(self) -> bool:
+        """Whether what was sent is more than what is on the device already, and may be taken back now."""
+        if self.draining or self.stalled or not self.flight or self.flight[-1].final:
+            return False
+        return sum(flight.to_come for flight in self.flight) > STEPS_ON_DEVICE
+
+    @property
+    def busy(self) -> bool:
+        """Whether steps are to come of what was sent."""
+        return self._under_way > 0
+
+    @property
+    def _under_way(self) -> int:
+        return sum(flight.to_come > 0 for flight in self.flight)
+
+    def expects(self, task: Task) -> bool:
+        """Whether a task that came after the last quantum was sent may have its pages in a moment: memory was
+        asked, and nothing has to be moved."""
+        asked = task.place is Place.RESERVING and task.swap is Swap.NONE and task.id not in self.tiers.parked
+        return asked and not (self.flight and self.flight[-1].seats.get(task.slot) == (task, task.stay))
 
     def capacity(self, task: Task) -> int:
         """How many tokens fit in a task's pages."""
@@ -195,12 +197,13 @@ class Host:
         """A quantum is on its way."""
         self.thirsty = True
         seats = {i: (task, task.stay) for i, task in enumerate(self.slots) if task is not None}
-        self.flight.append(InFlight(quantum, seats, _gaining(quantum, seats)))
+        self.flight.append(InFlight(quantum, seats))
 
     def apply(self, step: Step, now: float) -> list[Produced]:
         """Record what a step produced; a task whose stay is over gets nothing."""
         flight = next(f for f in self.flight if f.quantum.id == step.quantum)
         flight.received += 1
+        self.stalled = False
         self.steps += 1
         self.step_micros += 0.1 * (step.micros - self.step_micros) if self.step_micros else step.micros
         prefilled = context = 0
@@ -241,24 +244,28 @@ class Host:
                 if slot not in produced and first <= index <= last and (task := flight.sitter(slot)):
                     task.gain(0)
 
+    def cut(self, steps: dict[int, int]) -> None:
+        """What was taken back ends after so many steps, by quantum; what comes before and is not among them
+        had been dispatched whole. Once the last of all is among them nothing is left to wait for."""
+        for flight in self.flight:
+            if flight.quantum.id in steps:
+                flight.end_after(steps[flight.quantum.id])
+        if self.flight and self.flight[-1].final:
+            self.draining = False
+            self.stalled = self.stalled and not self.busy
+        self._plan_again()
+
     def done(self, done: QuantumDone) -> None:
-        """A quantum ended: it may have had fewer steps than planned. Once none is in flight, the same holds
-        for prompts."""
+        """A quantum ended: it may have had fewer steps than planned."""
         self.flight = deque(f for f in self.flight if f.quantum.id != done.quantum)
+        self.draining = self.draining and bool(self.flight)
+        self._plan_again()
+
+    def _plan_again(self) -> None:
+        """Plans give way to what is in flight."""
         self.thirsty = True
         for task in self.running:
             if task.place is Place.RUNNING:
                 task.settle(sum(flight.coming(task) for flight in self.flight))
-                if not self.flight:
-                    task.prefilled = min(task.base, task.computed)
-        self.draining = self.draining and bool(self.flight)
-
-
-def _gaining(quantum: Quantum, seats: dict[int, tuple[Task, int]]) -> dict[int, tuple[int, int]]:
-    """In which steps each slot gains tokens: from its last chunk on, or from the first if it has none."""
-    last = quantum.steps - 1
-    found = dict.fromkeys(quantum.decode, (0, last))
-    for chunk in quantum.chunks:
-        if chunk.slot in seats and chunk.start + chunk.length == seats[chunk.slot][0].base:
-            found[chunk.slot] = chunk.step, last if chunk.slot in found else chunk.step
-    return found
+                if task.computed < task.base:
+                    task.prefilled = max([task.computed, *(flight.prefills(task) for flight in self.flight)])

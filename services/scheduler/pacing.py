@@ -65,6 +65,6 @@ def _in_flight(host: Host, rows: int, context: int) -> float:
     """Seconds until what was sent is done."""
     steps, prefilled = 0, 0
     for flight in host.flight:
-        steps += flight.quantum.steps - flight.received
+        steps += flight.to_come
         prefilled += sum(chunk.length for chunk in flight.quantum.chunks if chunk.step >= flight.received)
     return steps * host.times.seconds(rows, context, prefilled / max(1, steps)) + MESSAGES

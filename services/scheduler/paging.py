@@ -60,7 +60,7 @@ class Paging:
             swapping.incoming(host, task, pages, cached, transfer)
         else:
             self.received(host, task, pages, cached)
-            self._core.run(host, now)
+        self._core.run(host, now)
         self._core.seating.go_on(host.model.model, now)
         swapping.relieve(host, low)
 
@@ -86,6 +86,11 @@ class Paging:
         less urgent, or queue again."""
         if task.place is not Place.RESERVING or self._core.hosts.get(host.arena) is not host:
             return
+        self._refused(host, task, now, error)
+        # The next quantum may have waited for this task.
+        self._core.run(host, now)
+
+    def _refused(self, host: Host, task: Task, now: float, error: NoMemory | None) -> None:
         details = error.details if error is not None else {}
         if details.get("quota"):
             self._refused_by_quota(host, task, now, error)
@@ -275,6 +280,9 @@ class Paging:
         """Whether a seated task gets pages from another model, or got them while it was told that it could
         not: it asks again, now or when they have left."""
         lending = self._core.lending
+        if not lending.asked_in_vain(host, task):
+            self.reserve(host, task)
+            return True
         claim = lending.claim(host, task, debts, lacking)
         if claim is Claim.COMING:
             self._core.swapping.park(host, task, lacking)

@@ -11,13 +11,13 @@ from llmos.ipc.errors import NoMemory, TimedOut
 from llmos.services.scheduler import pacing
 from llmos.services.scheduler.admission import Job, Machine, all_in_time, does_no_harm, earliest
 from llmos.services.scheduler.crowding import crowd
-from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, Host, InFlight
+from llmos.services.scheduler.flight import InFlight
+from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, STEPS_ON_DEVICE, Host
 from llmos.services.scheduler.pacing import MESSAGES, SAFETY
 from llmos.services.scheduler.task import Place, Task
 
-STEPS_IN_FLIGHT = 2  # what a preempt cannot take back
 COMING = (Place.WAITING, Place.HELD, Place.RESERVING)
-TURNOVER = 1 + STEPS_IN_FLIGHT  # steps until a slot that was given up is taken
+TURNOVER = 1 + STEPS_ON_DEVICE  # steps until a slot that was given up is taken
 
 
 def check(hosts: list[Host], task: Task, now: float) -> Host | None:
@@ -88,9 +88,9 @@ def _stretched(host: Host, steps: int, each: float) -> float:
 
 def _certain(host: Host) -> Iterator[tuple[InFlight, int]]:
     """The quanta in flight, with how many of their next steps will be computed whatever comes."""
-    left = STEPS_IN_FLIGHT
+    left = STEPS_ON_DEVICE
     for flight in host.flight:
-        count = min(left, flight.quantum.steps - flight.received)
+        count = min(left, flight.to_come)
         left -= count
         if count > 0:
             yield flight, count

@@ -76,7 +76,19 @@ class Device:
 
     def preempt(self, quantum: int) -> None:
         self._preempted = max(self._preempted, quantum)
+        if self._sim.tells:
+            cut, sim, host = self._dispatched(quantum), self._sim, self._host
+            sim.soon(lambda: None if self.dead else sim.core.cut(host, cut, sim.now))
         self._dispatch()
+
+    def _dispatched(self, last: int) -> dict[int, int]:
+        """How many steps were dispatched of each of the quanta that wait or run, up to the last."""
+        lane = self._lane
+        return {
+            queued.id: lane.next_step if index == 0 and lane.entered else 0
+            for index, (device, queued) in enumerate(lane.queue)
+            if device is self and isinstance(queued, Quantum) and queued.id <= last
+        }
 
     def _dispatch(self) -> None:
         lane, sim = self._lane, self._sim

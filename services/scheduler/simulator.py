@@ -95,8 +95,9 @@ class Record:
 
 class Simulator(MemoryCalls):
     """One model on one device, or on ``hosts`` of them, or several on each with ``beside``, in what pools
-    they say. Feed it with ``submit`` at any time, then ``run``. ``checked`` asserts that every sequence finds
-    its own KV in its pages."""
+    they say. Feed it with ``submit`` at any time, then ``run``. Unless a driver ``tells`` how far the quanta
+    came that are taken back, they are waited for. ``checked`` asserts that every sequence finds its own KV in
+    its pages."""
 
     def __init__(
         self,
@@ -107,6 +108,7 @@ class Simulator(MemoryCalls):
         latency: float = 2.5e-4,
         hosts: int = 1,
         burst: int = 1,
+        tells: bool = True,
         make_core: Callable[[Simulator, int], Core] = Core,
         link_time: LinkTime | None = None,
         jitter: Jitter = Jitter(),
@@ -124,6 +126,7 @@ class Simulator(MemoryCalls):
         self.checked = checked
         self.moved_bytes = self.prefilled = 0
         self.burst = burst
+        self.tells = tells
         self.hosts = [Host(f"sim{i}", each) for i in range(hosts) for each, _ in models.values()]
         self.host = self.hosts[0]
         self.arenas = Arenas()

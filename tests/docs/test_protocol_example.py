@@ -136,6 +136,12 @@ except RuntimeError as error:
     print(error)
 """)
     assert told == "ENOSYS: no method dance\n"
+    cut = machine.run_client("""
+from wire import Connection, token
+[(_, answer)] = Connection("kernel", token("user")).call("driver.count0", "preempt", {"quantum": 0})
+print(answer)
+""")
+    assert cut == "{'quanta': []}\n"
     said = machine.run_client(PROGRAMS["client.py"]).splitlines()
     assert set(said[0].split()[1:]) == {"memory", "scheduler", "driver.count0"}
     tokens = [token for line in said[1:-1] for token in line.partition(": ")[2].split()]

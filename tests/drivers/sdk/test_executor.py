@@ -92,7 +92,7 @@ def test_a_preempt_stops_dispatching_at_the_next_step() -> None:
     executor = Executor(driver)
     executor.submit(quantum(1, 100), notes)
     executor.advance()
-    executor.preempt(1)
+    assert executor.preempt(1) == [(1, 2)], "told at once, while both steps are computed"
     run(executor)
     assert notes.ended == [QuantumDone(1, 2, True)]
     assert len(notes.steps) == 2
@@ -103,10 +103,32 @@ def test_a_quantum_preempted_before_it_began_still_changes_the_slots() -> None:
     executor = Executor(driver)
     executor.submit(quantum(1, 100), notes)
     executor.submit(quantum(2, 100), notes)
-    executor.preempt(2)
+    assert executor.preempt(2) == [(1, 0), (2, 0)]
     run(executor)
     assert driver.log == ["begin 1", "begin 2"]
     assert notes.ended == [QuantumDone(1, 0, True), QuantumDone(2, 0, True)]
+
+
+def test_a_preempt_names_what_was_dispatched_whole_and_not_what_has_ended() -> None:
+    driver, notes = Scripted(), Notes()
+    executor = Executor(driver)
+    executor.submit(quantum(1, 1), notes)
+    executor.submit(quantum(2, 9), notes)
+    executor.advance()
+    assert executor.preempt(2) == [(1, 1), (2, 1)], "the end of the first is still to be sent"
+    executor.submit(quantum(3, 9), notes)
+    run(executor)
+    assert notes.ended == [QuantumDone(1, 1, False), QuantumDone(2, 1, True), QuantumDone(3, 9, False)]
+    assert executor.preempt(3) == []
+
+
+def test_a_preempt_leaves_the_quanta_of_another_model_alone() -> None:
+    executor, notes = Executor(Scripted()), Notes()
+    executor.submit(Quantum(id=1, model="other", steps=3), notes)
+    executor.submit(quantum(2, 9), notes)
+    assert executor.preempt(2) == [(2, 0)]
+    run(executor)
+    assert notes.ended == [QuantumDone(1, 3, False), QuantumDone(2, 0, True)]
 
 
 def test_a_refused_quantum_fails_and_the_next_runs() -> None:
@@ -267,7 +289,7 @@ def test_preempt_and_abandon_reach_one_replica() -> None:
     executor.submit(replicated(1, 0), first)
     executor.submit(replicated(2, 1), second)
     executor.advance()
-    executor.preempt(2)
+    assert executor.preempt(2) == [(2, 2)]
     run(executor)
     assert first.ended == [QuantumDone(1, 4, False)]
     assert second.ended == [QuantumDone(2, 2, True)]

@@ -95,3 +95,30 @@ def test_else_they_decode_beside_prompts(host: Host, case: str) -> None:
     quantum = compose(host, 1, 8, NOW)
     assert quantum is not None
     assert 0 in quantum.decode
+
+
+def test_what_was_taken_back_is_planned_anew_behind_what_was_dispatched(host: Host) -> None:
+    decoding, prompt = task(1, [1] * 4, 40, band=2), task(2, [1] * 3000, 10, band=2)
+    for slot, one in enumerate((decoding, prompt)):
+        one.slot, one.place, one.base, one.pages = slot, Place.RUNNING, len(one.tokens), list(range(200))
+        host.slots[slot] = one
+    decoding.prefilled = decoding.computed = decoding.planned = 4
+    host.ready = True
+    first, second = compose(host, 1, 8, NOW), None
+    assert first is not None
+    host.sent(first)
+    assert [chunk.length for chunk in first.chunks] == [2048, 952]
+    assert (first.steps, decoding.planned, prompt.prefilled) == (2, 6, 3000)
+    second = compose(host, 2, 8, NOW)
+    assert second is not None
+    host.sent(second)
+    host.draining = True
+    assert (second.steps, decoding.planned, host.can_compose) == (8, 14, False)
+    host.cut({1: 1, 2: 0})
+    assert (decoding.planned, prompt.prefilled) == (5, 2048)
+    assert host.busy
+    assert host.can_compose
+    third = compose(host, 3, 8, NOW)
+    assert third is not None
+    assert [(chunk.start, chunk.length) for chunk in third.chunks] == [(2048, 952)]
+    assert 0 in third.decode

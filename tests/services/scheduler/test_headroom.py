@@ -81,7 +81,7 @@ def test_a_flood_moves_anothers_time_by_what_a_quarter_of_the_slots_adds() -> No
     took = []
     for size in (0, 300):
         sim = Simulator(model(slots=64, pages=8000, page_tokens=16, chunk_tokens=512), StepTime())
-        calm = [task(1000 + i, [i] * 64, 64, 0.01 * i, tenant=f"calm{i % 3}") for i in range(200)]
+        calm = [task(1000 + i, [i] * 64, 64, 0.005 + 0.01 * i, tenant=f"calm{i % 3}") for i in range(200)]
         sim.submit([*calm, *(task(i, [7 + i] * 64, 64, 1.0, tenant="flooder") for i in range(size))])
         sim.run()
         took.append(sorted(sim.records[each.id].ended - each.arrived for each in calm)[-2])
