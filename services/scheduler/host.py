@@ -71,7 +71,8 @@ class Host:
     pages here and no slot; ``tenants`` counts the slots of each, ``rows`` those of the interactive band,
     ``unstarted`` who has a slot and is in no quantum yet; ``thirsty`` says that someone who runs may need
     pages that nobody asked for. ``sharers`` are the models in its pool, of which none waits for its share if
-    it ``may_borrow``; if it ``yields``, one waits for more than that.
+    it ``may_borrow``; if it ``yields``, one waits for more than that, or for its share.
+    ``favoured`` is who is lent more than the share. It is ``tight`` from when pages were refused until nobody waits.
     """
 
     driver: str
@@ -81,6 +82,8 @@ class Host:
     sharers: int = 1
     may_borrow: bool = True
     yields: bool = False
+    favoured: Task | None = None
+    tight: bool = False
     slots: list[Task | None] = field(default_factory=list)
     starting: list[Task] = field(default_factory=list)
     releasing: list[int] = field(default_factory=list)
