@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.scheduling import traces
+from benchmarks.scheduling.mixes import mixes
 from benchmarks.scheduling.models import pool
 from benchmarks.scheduling.policies import POLICIES, core
 from benchmarks.scheduling.tiers import conversations, displaced
@@ -312,5 +313,6 @@ EXPERIMENTS: dict[str, Callable[[], Figures]] = {
         conversations,
         displaced,
         pool,
+        mixes,
     )
 }

@@ -33,14 +33,14 @@ SHAPES = [
 NAMES = [f"m{number}" for number in range(len(SHAPES))]
 
 
-def models(shared: bool) -> list[tuple[LoadedModel, StepTime]]:
+def models(shared: bool, slabs: int = SLABS, count: int = len(SHAPES)) -> list[tuple[LoadedModel, StepTime]]:
     """The models with a share of the memory each, or in one pool."""
     made = []
-    for name, (token_bytes, scale) in zip(NAMES, SHAPES, strict=True):
+    for name, (token_bytes, scale) in zip(NAMES[:count], SHAPES[:count], strict=True):
         page_bytes = PAGE_TOKENS * token_bytes
         slab_pages = SLAB_BYTES // page_bytes
-        pool = {"pool": "p", "slabs": SLABS, "slab_pages": slab_pages, "slab_bytes": SLAB_BYTES}
-        pages = SLABS * slab_pages if shared else SLABS * SLAB_BYTES // len(SHAPES) // page_bytes
+        pool = {"pool": "p", "slabs": slabs, "slab_pages": slab_pages, "slab_bytes": SLAB_BYTES}
+        pages = slabs * slab_pages if shared else slabs * SLAB_BYTES // count // page_bytes
         loaded = LoadedModel(
             model=name, family="null", parameters=0, weight_bytes=0, pages=pages, page_tokens=PAGE_TOKENS,
             page_bytes=page_bytes, slots=SLOTS, max_context=4096, chunk_tokens=2048, vocab_size=256,

@@ -99,6 +99,8 @@ class Arena:
         hurry: bool = True,
         adapter: str = "",
         borrow: bool = True,
+        spare: int = 0,
+        around: int = 0,
     ) -> tuple[list[int], int]:
         """Pages for ``tokens`` and ``extra`` more; (block table, number of tokens already cached in it, once
         the task's ``transfer`` is settled, if it has one).
@@ -106,7 +108,8 @@ class Arena:
         ``quota`` bounds the pages that the tenant owns in this arena, 0 for no bound. Raises NoMemory with
         ``free``, ``evictable`` and ``needed``, and ``demotable`` where pages worth keeping would be dropped
         and there is no ``hurry``; InvalidArgument for a task that holds pages already. Without ``borrow`` an
-        arena of a pool gets no more slabs than its share.
+        arena of a pool gets no more slabs than its share. With ``spare`` it raises NoMemory unless so many
+        pages more could be had, and beyond its share ``around`` besides.
         """
         if id in self.tasks:
             raise InvalidArgument(f"task {id} holds pages already: free them first")
@@ -121,6 +124,7 @@ class Arena:
         resident = [node for node in hits if node.tier == DEVICE]
         revived = sum(node.pins == 0 for node in resident)
         self.check_space(total - len(resident), revived, hurry, borrow)
+        self.check_spare(total - len(resident), revived, spare, around)
         for node in hits:
             self.index.pin(node)
         task = self.tasks[id] = Task(tenant, quota, text, [], adapter)
@@ -261,7 +265,18 @@ class Arena:
                 free=self.pool.free,
                 evictable=evictable,
                 needed=needed,
-                **({"owed": owed, "lenders": lenders} if lenders else {}),
+                **({"owed": owed, "lenders": lenders, "kept": kept} if lenders else {}),
+            )
+
+    def check_spare(self, needed: int, kept: int, spare: int, around: int) -> None:
+        """Raise NoMemory where so many pages could be had, but not ``spare`` more."""
+        here = self.pool.free + self.index.evictable - kept
+        within = needed + spare <= here + self.pool.claimable
+        if not within and needed + spare + around > here + self.pool.elsewhere():
+            raise NoMemory(
+                f"{needed} pages needed and {spare} to spare, {around} for others; {here} are to be had here",
+                needed=needed,
+                spare=spare,
             )
 
     def _grow(self, task: Task, count: int, borrow: bool) -> list[int]:

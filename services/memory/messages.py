@@ -42,7 +42,8 @@ class Reserve(msgspec.Struct, frozen=True):
     of ``tokens`` that this tenant may share, new ones for the rest. At least one token is left to compute.
     In a ``hurry`` cached pages are dropped for it that had better be demoted first. Tasks share pages only
     with those of the same ``adapter``, on which their KV depends. Unless it may ``borrow`` an arena of a pool
-    gets no more than its share."""
+    gets no more than its share. With ``spare`` only if so many pages more could be had, and where
+    that is beyond its share ``around`` besides, which its neighbours may need."""
 
     arena: str
     task: int
@@ -51,6 +52,8 @@ class Reserve(msgspec.Struct, frozen=True):
     hurry: bool = True
     adapter: str = ""
     borrow: bool = True
+    spare: int = 0
+    around: int = 0
 
 
 class Batch(msgspec.Struct, frozen=True):

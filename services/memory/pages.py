@@ -39,6 +39,11 @@ class PagePool:
         """Pages that could be had from other arenas; unless it may ``borrow``, within this one's share."""
         return 0
 
+    @property
+    def claimable(self) -> int:
+        """Pages that others have to give back where they are needed."""
+        return 0
+
     def obtain(self, missing: int, index: RadixIndex, borrow: bool = True) -> int:
         """Get pages from elsewhere, where that is better than to evict from this ``index``, or the only way;
         how many of the missing ones were got."""

@@ -75,6 +75,8 @@ class MemoryServer(Server):
             request.hurry,
             request.adapter,
             request.borrow,
+            request.spare,
+            request.around,
         )
         return _reserved(arena, request.task)
 

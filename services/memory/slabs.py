@@ -118,6 +118,10 @@ class SlabPages(PagePool):
     def elsewhere(self, borrow: bool = True) -> int:
         return self.slab_pages * min(self.slabs.others(self)[1], self._most(borrow))
 
+    @property
+    def claimable(self) -> int:
+        return self.slab_pages * self._most(borrow=False)
+
     def obtain(self, missing: int, index: RadixIndex, borrow: bool = True) -> int:
         before, most = missing, self._most(borrow)
         while missing > 0 and most > 0:

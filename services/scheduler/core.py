@@ -51,7 +51,7 @@ class Core:
         self.seating = Seating(self, self._order, share)
         self.paging = Paging(self, effects, self._order, max_steps)
         self.swapping = Swapping(self, effects)
-        self.lending = Lending(self)
+        self.lending = Lending(self, effects)
         self.hosts: dict[str, Host] = {}
         self.queues: dict[str, TaskQueue] = {}
         self.models: dict[str, LoadedModel] = {}

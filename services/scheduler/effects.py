@@ -25,6 +25,7 @@ from llmos.services.memory.messages import (
 )
 from llmos.services.scheduler import saving
 from llmos.services.scheduler.host import Host, Produced
+from llmos.services.scheduler.lasting import Room
 from llmos.services.scheduler.lending import Debts
 from llmos.services.scheduler.limits import RateLimits
 from llmos.services.scheduler.messages import Emitted, Finished, Reason, Tokens
@@ -50,7 +51,7 @@ class MessageEffects(SwapMessages):
         # Resumed tasks whose pages are being read from their files, with what they asked for meanwhile.
         self._filling: dict[int, Callable[[], None] | None] = {}
 
-    def reserve(self, host: Host, task: Task, extra: int) -> None:
+    def reserve(self, host: Host, task: Task, extra: int, room: Room) -> None:
         def answered(answer: Answer) -> None:
             if answer.error is None:
                 body = codec.decode(answer.body, Reserved)
@@ -66,15 +67,15 @@ class MessageEffects(SwapMessages):
                 self._server.core.paging.refused(host, task, now(), answer.error)
             elif isinstance(answer.error, HostDown | Busy):
                 # What was sent to a memory that has just died finds its queue full.
-                self._server.after(RETRY_SECONDS, lambda: self.reserve(host, task, extra))
+                self._server.after(RETRY_SECONDS, lambda: self.reserve(host, task, extra, room))
             else:
                 self._server.core.kill(task, answer.error, now())
 
         if task.id in self._filling:
-            self._filling[task.id] = lambda: self.reserve(host, task, extra)
+            self._filling[task.id] = lambda: self.reserve(host, task, extra, room)
         elif task.place is Place.RESERVING:
             hurry, borrow = host.tiers.hurries(task), host.may_borrow
-            body = Reserve(host.arena, task.id, task.tokens, extra, hurry, task.adapter, borrow)
+            body = Reserve(host.arena, task.id, task.tokens, extra, hurry, task.adapter, borrow, *room)
             self._server.call("memory.reserve", body, answered, acting=task.call)
 
     def _resume(self, host: Host, task: Task, body: Reserved) -> None:
@@ -121,6 +122,9 @@ class MessageEffects(SwapMessages):
         for task in tasks:
             task.committed = len(task.tokens)
         self._server.cast("memory.commit", Commit(host.arena, lines))
+
+    def wake(self, seconds: float) -> None:
+        self._server.after(seconds, lambda: self._server.core.lending.wake(now()))
 
     def execute(self, host: Host, quantum: Quantum) -> None:
         def answered(answer: Answer) -> None:

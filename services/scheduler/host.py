@@ -45,8 +45,9 @@ class Host:
     ids of tasks that hold still for the sake of other tenants; ``keepers`` have pages here and no slot;
     ``tenants`` counts the slots of each, ``rows`` those of the interactive band, ``unstarted`` who has a slot
     and is in no quantum yet; ``thirsty`` says that someone who runs may need pages that nobody asked for.
-    ``sharers`` are the models in its pool, of which none waits for its share if
-    it ``may_borrow``; if it ``yields``, one waits for more than that.
+    ``sharers`` are the models in its pool, of which none waits for its share if it ``may_borrow``; if it
+    ``yields``, one waits for more than that, or for its share. ``favoured`` is who is lent more than the
+    share. It is ``tight`` from when pages were refused until nobody waits.
 
     It is ``draining`` while it is not known how far the quanta came that were taken back, and ``stalled``
     until a step is done after that, or known to be on the device; if they should be taken back once more
@@ -60,6 +61,8 @@ class Host:
     sharers: int = 1
     may_borrow: bool = True
     yields: bool = False
+    favoured: Task | None = None
+    tight: bool = False
     slots: list[Task | None] = field(default_factory=list)
     starting: list[Task] = field(default_factory=list)
     releasing: list[int] = field(default_factory=list)

@@ -2,10 +2,11 @@
 
 Every model on a device has its share of the pool and uses what others leave. Who needs pages within its
 share gets them from those that use more than theirs, whatever bands are at stake, and while it waits for them
-nobody borrows; beyond its share it gets them from lower bands of those, if they use enough more. So no two
-models take from each other in turn, and none starves. Of a lender that slab is emptied in which nobody runs,
-else where the least urgent do, else with the least to compute again; never one with a task whose deadline
-was promised.
+nobody borrows; beyond its share it gets them from lower bands of those, or for a task that grows from newer
+ones, if they use enough more. So no two models take from each other in turn, and none starves. Of a lender
+give way who is beyond its share, the most urgent and oldest being within it: first where nobody runs, else the least urgent,
+else with the least to compute again; never one whose deadline was promised. Who has just got its pages has
+them for a while (``lasting``): a claim is put off until then, and its lenders seat nobody.
 
 A task that needs more than its model's share would wait for ever where the others use theirs. So one that
 waited for ``AGING_SECONDS`` is *due*: all others of the pool lend it what it needs, out of their shares too,
@@ -16,16 +17,23 @@ the next no sooner than ``AGING_SECONDS`` after, so that the others have their s
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 from typing import TYPE_CHECKING, Any
 
+from llmos.services.scheduler import displace, lasting
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.queue import AGING_SECONDS
 from llmos.services.scheduler.task import Place, Swap, Task
+from llmos.services.scheduler.tiers import PATIENCE
 
 if TYPE_CHECKING:
     from llmos.services.scheduler.core import Core
+    from llmos.services.scheduler.paging import PageEffects
+
+UNKNOWN = 0.005  # seconds in which memory's answers to those who have asked will be known
 
 
 class Claim(Enum):
@@ -54,8 +62,9 @@ class Debts:
 class Lending:
     """The core's dealings between hosts of one pool."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, effects: PageEffects) -> None:
         self._core = core
+        self._effects = effects
         self._ceding: list[Task] = []  # are swapped out for a neighbour
         self._stirred: dict[str, None] = {}  # models, in order, for whom pages may have become free
         self._freed: Counter[str] = Counter()  # by pool or arena: how often pages were given back
@@ -63,6 +72,8 @@ class Lending:
         self._large: dict[int, tuple[Task, Host]] = {}  # who waits for more than its share, and where
         self._due: dict[str, tuple[Task, Host]] = {}  # by pool: whose turn it is to have more
         self._rests: dict[str, float] = {}  # by pool: until when nobody is due
+        # By arena: when those who have pages of its share will have had their time, and their arenas.
+        self._put_off: dict[str, tuple[float, set[str]]] = {}
 
     def neighbours(self, host: Host) -> list[Host]:
         """The other hosts of a host's pool."""
@@ -96,11 +107,29 @@ class Lending:
         for arena, task in list(self._hungry.items()):
             if task.place in (Place.ENDED, Place.STOPPED):
                 self._feed(arena)
+        for arena in [arena for arena, (at, _) in self._put_off.items() if at <= now]:
+            del self._put_off[arena]
+            self._tell()
+            if (host := self._core.hosts.get(arena)) is not None:
+                host.short_of_pages = False
+                self._stirred[host.model.model] = None
         while self._stirred:
             model = next(iter(self._stirred))
             del self._stirred[model]
             if model in self._core.queues and len(self._core.queues[model]):
                 self._core.seating.admit(model, now)
+
+    def tighten(self, host: Host) -> None:
+        """Pages are short on a host, and so for its neighbours."""
+        for each in (host, *self.neighbours(host)):
+            each.tight = True
+
+    def relax(self, hosts: list[Host]) -> None:
+        """Nobody waits for these hosts: pages are short only if somebody does beside them."""
+        for host in hosts:
+            if host.tight:
+                around = (host, *self.neighbours(host))
+                host.tight = any(len(self._core.queues[each.model.model]) for each in around)
 
     def left(self, host: Host) -> None:
         """Pages of a host have left the device: those of its neighbours who wait for that look for them."""
@@ -123,16 +152,18 @@ class Lending:
     def received(self, host: Host, task: Task) -> None:
         """A task of this host got pages that it asked for."""
         self._large.pop(task.id, None)
+        if self._put_off.pop(host.arena, None) or self.due(host, task):
+            self._tell()
         if host.arena in self._hungry:
             self._feed(host.arena)
-        elif self.due(host, task):
-            self._tell()
 
     def lacks(self, host: Host, task: Task, needed: int) -> None:
-        """A task waits again, since nobody had to lend it what it needs."""
+        """A task waits again, since nobody had to lend it the pages that it needs in all."""
         if self.due(host, task):
             self._tell()
         elif host.sharers > 1 and needed > host.guaranteed:
+            if task.id not in self._large:
+                self._effects.wake(AGING_SECONDS)
             self._large[task.id] = task, host
 
     def due(self, host: Host, task: Task) -> bool:
@@ -148,7 +179,7 @@ class Lending:
                 del self._due[pool]
                 self._rests[pool] = now + AGING_SECONDS
                 self._tell()
-        for task, host in sorted(self._large.values(), key=lambda each: (each[0].queued_at, each[0].id)):
+        for task, host in sorted(self._large.values(), key=lambda each: _turn(each[0])):
             free = host.pool not in self._due and now >= self._rests.get(host.pool, 0.0)
             if free and now - task.queued_at > AGING_SECONDS:
                 self._due[host.pool] = task, host
@@ -168,17 +199,20 @@ class Lending:
             waits = task is not None and task.place is Place.RESERVING and not task.pages
             others = self.neighbours(host) if self._hungry else []
             hungry = any(other.arena in self._hungry for other in others)
+            host.favoured = task if at is host else None
             host.may_borrow = not hungry or (waits and at is host)
-            yielded, host.yields = host.yields, waits and at is not host
+            cedes = any(host.arena in lenders for _, lenders in self._put_off.values())
+            yielded, host.yields = host.yields, cedes or (waits and at is not host)
             if yielded and not host.yields:
                 self._stirred[host.model.model] = None
 
-    def claim(self, host: Host, needy: Task, debts: Debts, lacking: int) -> Claim:
-        """Let a lender empty a slab for a task of another model that lacks so many pages."""
+    def claim(self, host: Host, needy: Task, debts: Debts, lacking: int, more: int, now: float) -> Claim:
+        """Let a lender empty a slab for a task of another model that lacks so many pages, and will hold
+        ``more`` than its model does now."""
         due = self.due(host, needy)
         lenders = [lender for lender in self.neighbours(host) if due or lender.arena in debts.lenders]
         count = -(-lacking // max(1, host.model.slab_pages))
-        within = due or count <= debts.owed
+        within = due or (count <= debts.owed and _held(host) + more <= host.guaranteed)
         if within:
             self._hungry[host.arena] = needy
             self._tell()
@@ -187,31 +221,67 @@ class Lending:
         self._ceding = [task for task in self._ceding if task.swap is Swap.OUT]
         if any(task.arena == lender.arena for task in self._ceding for lender in self.neighbours(host)):
             return Claim.COMING
-        found = _candidates(lenders, None if within else needy.urgency[0], self._kept(host))
-        if not found or (not within and len(found) < count):
+        gives = (lambda task: True) if within else _gives_way_to(needy)
+        found = _candidates(lenders, gives, within, self._kept(host))
+        if len(found) < count:
+            if within and any(t.place is Place.RESERVING for lender in lenders for t in lender.running):
+                self._put_off_until(now + UNKNOWN, now, host, lenders)
             return Claim.NOBODY
-        lender, tasks = min(found, key=lambda each: _cost(each[1]))
+        if needy.place is not Place.RUNNING and needy.id not in host.promised:
+            free = [_free_from(lender, tasks, needy) for lender, tasks in found]
+            if (at := sorted(free)[count - 1]) > now:
+                self._put_off_until(at, now, host, lenders)
+                return Claim.NOBODY
+            found = [each for each, start in zip(found, free, strict=True) if start <= now]
+        lender, tasks = min(found, key=lambda each: _cost(*each))
         for task in tasks:
             if not self._core.paging.take(lender, task, needy):
                 self._ceding.append(task)
         lender.short_of_pages = True
         return Claim.COMING if self._ceding else Claim.FREED
 
+    def _put_off_until(self, at: float, now: float, host: Host, lenders: list[Host]) -> None:
+        """A claim has to wait; its lenders seat nobody meanwhile."""
+        self._put_off[host.arena] = at, {lender.arena for lender in lenders}
+        self._tell()
+        self._effects.wake(at - now)
+
     def _kept(self, host: Host) -> Task | None:
         """Who of the pool keeps its pages, since it was its turn."""
         return self._due[host.pool][0] if host.pool in self._due else None
 
 
-def _candidates(lenders: list[Host], rank: int | None, kept: Task | None) -> list[tuple[Host, list[Task]]]:
-    """Each slab that could be emptied: whose it is, and the tasks that hold pages in it; with a ``rank`` only
-    those of lower bands."""
+def _candidates(
+    lenders: list[Host], gives: Callable[[Task], bool], within: bool, kept: Task | None
+) -> list[tuple[Host, list[Task]]]:
+    """Each slab that could be emptied: whose it is, and the tasks that hold pages in it, all of which give
+    way. Only for a claim ``within`` a share those of a lender's own share do, where slabs are in pieces."""
     return [
         (lender, tasks)
         for lender in lenders
         for tasks in _by_slab(lender).values()
         if not any(t.id in lender.promised or t is kept for t in tasks)
-        and (rank is None or min(t.urgency[0] for t in tasks) > rank)
+        and (within or not any(t.id in _entitled(lender) for t in tasks))
+        and all(gives(t) for t in tasks)
     ]
+
+
+def _gives_way_to(needy: Task) -> Callable[[Task], bool]:
+    """As among the tasks of one model: to who asks for a seat lower bands give way, and to who runs whoever
+    came later as well."""
+    if needy.place is Place.RUNNING:
+        return lambda task: displace.expendable(task) > displace.expendable(needy)
+    return lambda task: task.urgency[0] > needy.urgency[0]
+
+
+def _entitled(host: Host) -> set[int]:
+    """The tasks within their model's share: those that fit in it, the most urgent and oldest first."""
+    room, found = host.guaranteed, set[int]()
+    for task in sorted((*host.keepers.values(), *host.running), key=displace.expendable):
+        if len(task.pages) <= room:
+            room -= len(task.pages)
+            found.add(task.id)
+    return found
 
 
 def _by_slab(host: Host) -> dict[int, list[Task]]:
@@ -227,6 +297,33 @@ def _by_slab(host: Host) -> dict[int, list[Task]]:
     return found
 
 
-def _cost(tasks: list[Task]) -> tuple[bool, int, int]:
-    seated = [task for task in tasks if task.slot >= 0]
-    return bool(seated), -min((t.urgency[0] for t in seated), default=0), sum(t.computed for t in tasks)
+def _free_from(lender: Host, tasks: list[Task], needy: Task) -> float:
+    """When a slab may be emptied for a task: none loses more than is worth it, as far as who is more urgent
+    can wait."""
+    return max(
+        min(
+            lasting.due_back(lender, task),
+            task.housed_at + PATIENCE[needy.rank] if task.urgency[0] > needy.urgency[0] else inf,
+        )
+        for task in tasks
+    )
+
+
+def _turn(task: Task) -> tuple[bool, float, int]:
+    """Of those who wait for more than their share: realtime, then who waits for longest."""
+    return task.rank > 0, task.queued_at, task.id
+
+
+def _held(host: Host) -> int:
+    """How many different pages a model's tasks hold."""
+    return len({page for task in (*host.keepers.values(), *host.running) for page in task.pages})
+
+
+def _cost(lender: Host, tasks: list[Task]) -> tuple[bool, bool, int, int]:
+    seated, entitled = [task for task in tasks if task.slot >= 0], _entitled(lender)
+    return (
+        any(task.id in entitled for task in tasks),
+        bool(seated),
+        -min((t.urgency[0] for t in seated), default=0),
+        sum(t.computed for t in tasks),
+    )

@@ -29,5 +29,6 @@ class Order:
 
     def for_pages(self, host: Host, task: Task, needed: int) -> Task | None:
         """Who gives up pages."""
-        waiting = displace.keeper(host.keepers.values(), task, needed)
-        return waiting or displace.for_pages(task, host.running, needed)
+        waiting = displace.keeper([t for t in host.keepers.values() if t is not host.favoured], task, needed)
+        running = [t for t in host.running if t is not host.favoured]
+        return waiting or displace.for_pages(task, running, needed)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmos.ipc.errors import LLMOSError, NoMemory
 from llmos.services.memory.messages import Transfer
-from llmos.services.scheduler import displace
+from llmos.services.scheduler import displace, lasting
 from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.lasting import Room
 from llmos.services.scheduler.lending import Claim, Debts
 from llmos.services.scheduler.order import Order
 from llmos.services.scheduler.task import Place, Swap, Task
@@ -21,12 +22,14 @@ AHEAD = 4  # quanta whose pages a task is given ahead of need
 
 
 class PageEffects(Protocol):
-    """What is asked of memory; answers to ``reserve`` and ``grow`` come back as events of ``Paging``."""
+    """What is asked of memory; answers to ``reserve`` and ``grow`` come back as events of ``Paging``. After
+    ``seconds`` ``Lending.wake`` is to be called."""
 
-    def reserve(self, host: Host, task: Task, extra: int) -> None: ...
+    def reserve(self, host: Host, task: Task, extra: int, room: Room) -> None: ...
     def grow(self, host: Host, wants: list[tuple[Task, int]]) -> None: ...
     def free(self, host: Host, tasks: list[Task]) -> None: ...
     def commit(self, host: Host, tasks: list[Task]) -> None: ...
+    def wake(self, seconds: float) -> None: ...
 
 
 class Paging:
@@ -56,6 +59,7 @@ class Paging:
             self._core.lending.gave(host)
             self._core.pump(host.model.model, now)
             return
+        task.housed_at = now
         if transfer is not None:
             swapping.incoming(host, task, pages, cached, transfer)
         else:
@@ -97,6 +101,12 @@ class Paging:
             return
         swapping = self._core.swapping
         needed, lacking = _shortage(details)
+        kept = details.get("kept")
+        more = needed + (kept if isinstance(kept, int) else 0)
+        if details.get("spare"):
+            self._wait(host, task)
+            return
+        self._core.lending.tighten(host)
         if details.get("demotable"):
             swapping.park(host, task, lacking)
             swapping.relieve(host, low=True)
@@ -105,9 +115,11 @@ class Paging:
             swapping.park(host, task, lacking)
             return
         victim = self._order.for_pages(host, task, needed)
-        if (victim is None or victim.slot >= 0) and self._borrow(host, task, Debts.of(details), lacking):
+        if (victim is None or victim.slot >= 0) and self._borrow(
+            host, task, Debts.of(details), lacking, more, now
+        ):
             return
-        if victim is None or (victim.slot >= 0 and victim.urgency <= task.urgency):
+        if victim is None or (victim.slot >= 0 and not self._enough(host, task, Debts.of(details), lacking)):
             victim = self._core.seating.gives_way(host, task)
         if victim is not None:
             if self.take(host, victim, task):
@@ -115,11 +127,22 @@ class Paging:
             else:
                 swapping.park(host, task, lacking)
             return
+        self._wait(host, task)
+        swapping.relieve(host, low=True)
+
+    def _enough(self, host: Host, task: Task, debts: Debts, lacking: int) -> bool:
+        """Whether the less urgent who run here, and other models, have what a task lacks: else nobody gives
+        way in vain."""
+        lower = [t for t in host.running if t.urgency > task.urgency and t is not host.favoured]
+        own = len({page for t in lower for page in t.pages})
+        return bool(own) and own + host.model.slab_pages * debts.owed >= lacking
+
+    def _wait(self, host: Host, task: Task) -> None:
+        """A seated task waits in the queue until there are pages."""
         self._core.seating.leave(host, task)
         self._core.queues[task.model].push(task, front=True)
-        self._core.lending.lacks(host, task, needed)
+        self._core.lending.lacks(host, task, host.pages_for(len(task.tokens) + self.extra(host, task)))
         host.short_of_pages = True
-        swapping.relieve(host, low=True)
 
     def grown(
         self, host: Host, gets: list[tuple[Task, int, list[int]]], now: float, low: bool = False,
@@ -144,12 +167,14 @@ class Paging:
                 victim = self._growth_victim(host, task) or task
                 if victim.slot >= 0 and not capped:
                     claim = self._core.lending.claim
-                    claimed = claimed or claim(host, task, debts, lacking) is not Claim.NOBODY
+                    claimed = claimed or claim(host, task, debts, lacking, lacking, now) is not Claim.NOBODY
                     if claimed:
                         failed = True
                         continue
                 failed = failed or victim.tenant != task.tenant or not task.max_pages
                 size = len(victim.pages)
+                if not capped:
+                    self._core.lending.tighten(host)
                 if not self.take(host, victim, None if capped else task, swap=not capped):
                     coming += size - lacking
         # Nobody new is let in before those who run have what they need: they would take it from each other.
@@ -163,10 +188,11 @@ class Paging:
     def reserve(self, host: Host, task: Task) -> None:
         """Ask for a seated task's pages, or for what it has in other tiers."""
         self._core.lending.asks(host, task)
+        extra = self.extra(host, task)
         if task.swap is Swap.NONE:
-            self._effects.reserve(host, task, self.extra(host, task))
+            self._effects.reserve(host, task, extra, self._room(host, task, extra))
         else:
-            self._core.swapping.fetch(host, task, self.extra(host, task))
+            self._core.swapping.fetch(host, task, extra)
 
     def extra(self, host: Host, task: Task) -> int:
         """A task with a promise gets all the pages it can need, and so does who is lent them by all others;
@@ -174,6 +200,12 @@ class Paging:
         left = task.limit - len(task.tokens)
         whole = task.id in host.promised or self._core.lending.due(host, task)
         return left if whole else min(left, AHEAD * self._max_steps)
+
+    def _room(self, host: Host, task: Task, extra: int) -> Room:
+        """What has to be free for a task to last; who was promised or is lent pages lasts anyway."""
+        if not host.tight or task.id in host.promised or self._core.lending.due(host, task):
+            return Room()
+        return lasting.room(host, self._core.lending.neighbours(host), task, extra)
 
     def grow(self, host: Host) -> None:
         """Ask ahead for the pages that running tasks will need."""
@@ -276,14 +308,14 @@ class Paging:
                 self.free(host, keepers[-1])
         self._core.seating.admit(host.model.model, now)
 
-    def _borrow(self, host: Host, task: Task, debts: Debts, lacking: int) -> bool:
+    def _borrow(self, host: Host, task: Task, debts: Debts, lacking: int, more: int, now: float) -> bool:
         """Whether a seated task gets pages from another model, or got them while it was told that it could
         not: it asks again, now or when they have left."""
         lending = self._core.lending
         if not lending.asked_in_vain(host, task):
             self.reserve(host, task)
             return True
-        claim = lending.claim(host, task, debts, lacking)
+        claim = lending.claim(host, task, debts, lacking, more, now)
         if claim is Claim.COMING:
             self._core.swapping.park(host, task, lacking)
         elif claim is Claim.FREED or not lending.asked_in_vain(host, task):

@@ -63,7 +63,7 @@ def _load(host: Host) -> float:
 
 def _crowded(host: Host, task: Task) -> bool:
     """No pages are left, and nobody here would give this task some; or they are lent to another model."""
-    if host.yields and task.rank and not task.pages:
+    if host.yields and not task.bound and not task.pages:
         return True
     if not host.short_of_pages or not host.seated or task.pages:
         return False

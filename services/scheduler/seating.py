@@ -8,7 +8,7 @@ from llmos.services.scheduler import headroom
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.order import Order
 from llmos.services.scheduler.placing import Placing
-from llmos.services.scheduler.queue import REALTIME_LOOKAHEAD, TaskQueue
+from llmos.services.scheduler.queue import REALTIME_LOOKAHEAD, Eligible, TaskQueue
 from llmos.services.scheduler.rows import INTERACTIVE
 from llmos.services.scheduler.task import Place, Swap, Task
 
@@ -44,8 +44,9 @@ class Seating:
             return task.id not in passed and self._eligible(task, hosts, slots)
 
         for _ in range(AT_ONCE if hosts else 0):
-            task = queue.peek(now, eligible, any(host.vacant for host in hosts))
+            task = self._favoured(hosts, eligible) or queue.peek(now, eligible, any(h.vacant for h in hosts))
             if task is None:
+                self._core.lending.relax(hosts)
                 return
             place = self.placing.place(task, hosts) or self._from_beyond(task, hosts)
             if place is None:
@@ -133,6 +134,14 @@ class Seating:
             self.placing.note(host, task)
             host.computing.begin(task, task.names)
         self._core.paging.reserve(host, task)
+
+    def _favoured(self, hosts: list[Host], eligible: Eligible) -> Task | None:
+        """Who waits for a slot only to have what all others lend it: nobody of its model is before it."""
+        for host in hosts:
+            task = host.favoured
+            if task is not None and task.place is Place.WAITING and eligible(task):
+                return task
+        return None
 
     def _held_back(self, host: Host, task: Task) -> bool:
         """Whether a task waits for another to compute their common prefix; it leaves the queue meanwhile."""

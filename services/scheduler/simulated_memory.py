@@ -10,6 +10,7 @@ from llmos.ipc.errors import HostDown, LLMOSError, NoMemory
 from llmos.services.memory.arena import Arena
 from llmos.services.memory.messages import Batch, Costs, Transfer
 from llmos.services.scheduler.host import Host
+from llmos.services.scheduler.lasting import Room
 from llmos.services.scheduler.lending import Debts
 from llmos.services.scheduler.simulated_clock import Clock
 from llmos.services.scheduler.task import Place, Task
@@ -63,13 +64,14 @@ class MemoryCalls(Clock):
         """A cast to memory; nobody learns what becomes of it."""
         self._ask(host, call, lambda _: None, lambda _: None)
 
-    def reserve(self, host: Host, task: Task, extra: int) -> None:
+    def reserve(self, host: Host, task: Task, extra: int, room: Room) -> None:
         hurry, borrow = host.tiers.hurries(task), host.may_borrow
 
         def call(memory: Arena) -> tuple[list[int], int, Transfer | None, bool]:
             pages, cached = memory.reserve(
-                task.id, task.tenant, list(task.tokens), extra, task.max_pages, hurry, task.adapter, borrow
-            )
+                task.id, task.tenant, list(task.tokens), extra, task.max_pages, hurry, task.adapter, borrow,
+                *room,
+            )  # fmt: skip
             return pages, cached, _transfer(memory, task), memory.tiers.low
 
         def reply(got: tuple[list[int], int, Transfer | None, bool]) -> None:
@@ -79,7 +81,7 @@ class MemoryCalls(Clock):
             if isinstance(error, NoMemory):
                 self.core.paging.refused(host, task, self.now, error)
             elif isinstance(error, HostDown):
-                self.at(self.now + RETRY_SECONDS, lambda: self.reserve(host, task, extra))
+                self.at(self.now + RETRY_SECONDS, lambda: self.reserve(host, task, extra, room))
             else:
                 self.core.kill(task, error, self.now)
 
@@ -112,6 +114,9 @@ class MemoryCalls(Clock):
         for task in tasks:
             task.committed = len(task.tokens)
         self._tell(host, lambda memory: memory.commit([line for line in lines if line[0] in memory.tasks]))
+
+    def wake(self, seconds: float) -> None:
+        self.at(self.now + seconds, lambda: self.core.lending.wake(self.now))
 
     def swap_out(self, host: Host, task: Task) -> None:
         residence, swapping = task.residence, self.core.swapping

@@ -252,7 +252,7 @@ class Swapping:
         if journey.kind is Kind.HIT:
             self._core.paging.received(host, task, journey.pages, journey.cached)
             return
-        task.pages = journey.pages
+        task.pages, task.housed_at = journey.pages, now
         self._core.lending.received(host, task)
         if task.place is Place.RESERVING:
             host.begin(task, journey.pages, min(journey.cached, len(task.tokens) - 1))

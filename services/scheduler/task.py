@@ -49,7 +49,7 @@ class Task:
     more than one where the driver speculates, so that ``planned`` is what it will have at least. ``context``
     belongs to who submitted it; ``resume`` says where its KV was saved, until it has been read. ``adapter``
     is empty for the model as it is. ``asked`` is how often pages of its pool had been given back when it
-    asked for some.
+    asked for some, ``housed_at`` when it last got its first ones.
     """
 
     id: int
@@ -99,6 +99,7 @@ class Task:
     names: list[int] | None = None
     swap: Swap = Swap.NONE
     asked: int = 0
+    housed_at: float = 0.0
 
     @property
     def rank(self) -> int:

@@ -193,10 +193,12 @@ def test_between_two_that_are_lent_pages_the_others_have_their_shares() -> None:
     large = [task(9000 + i, "b", 120, 40, arrived=5.0) for i in range(2)]
     sim = full(made, large)
     first, second = (sim.records[each.id] for each in large)
-    assert first.ended + AGING_SECONDS < second.times[0] < first.ended + AGING_SECONDS + 4.0
+    # It may borrow what is free for a moment, but has to give that back to who needs it for its share.
+    turn = first.ended + AGING_SECONDS
+    assert turn < second.ended < turn + 8.0
     for name in "acd":
         times = [at for each in made if each.model == name for at in sim.records[each.id].times]
-        assert sum(first.ended < at < second.times[0] for at in times) > 100
+        assert sum(first.ended < at < turn for at in times) > 100
 
 
 def test_who_is_due_and_is_withdrawn_leaves_the_others_their_shares() -> None:
