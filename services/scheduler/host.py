@@ -71,8 +71,9 @@ class Host:
     pages here and no slot; ``tenants`` counts the slots of each, ``rows`` those of the interactive band,
     ``unstarted`` who has a slot and is in no quantum yet; ``thirsty`` says that someone who runs may need
     pages that nobody asked for. ``sharers`` are the models in its pool, of which none waits for its share if
-    it ``may_borrow``; if it ``yields``, one waits for more than that, or for its share.
-    ``favoured`` is who is lent more than the share. It is ``tight`` from when pages were refused until nobody waits.
+    it ``may_borrow``; if it ``yields``, one waits for more than that, or for its
+    share. ``favoured`` is who is lent more than the share. It is ``tight`` from when pages were refused until
+    nobody waits.
     """
 
     driver: str
