@@ -3,10 +3,11 @@
 Every model on a device has its share of the pool and uses what others leave. Who needs pages within its
 share gets them from those that use more than theirs, whatever bands are at stake, and while it waits for them
 nobody borrows; beyond its share it gets them from lower bands of those, or for a task that grows from newer
-ones, if they use enough more. So no two models take from each other in turn, and none starves. Of a lender
-give way who is beyond its share, the most urgent and oldest being within it: first where nobody runs, else the least urgent,
-else with the least to compute again; never one whose deadline was promised. Who has just got its pages has
-them for a while (``lasting``): a claim is put off until then, and its lenders seat nobody.
+ones, if they use enough more. So no two models take from each other in turn, and none starves.
+Of a lender give way who is beyond its share, the most urgent and oldest being within it: first where nobody
+runs, else the least urgent, else with the least to compute again; never one whose deadline was promised. Who
+has just got its pages has them for a while (``lasting``): a claim is put off until then, and its lenders seat
+nobody.
 
 A task that needs more than its model's share would wait for ever where the others use theirs. So one that
 waited for ``AGING_SECONDS`` is *due*: all others of the pool lend it what it needs, out of their shares too,

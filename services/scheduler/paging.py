@@ -312,9 +312,6 @@ class Paging:
         """Whether a seated task gets pages from another model, or got them while it was told that it could
         not: it asks again, now or when they have left."""
         lending = self._core.lending
-        if not lending.asked_in_vain(host, task):
-            self.reserve(host, task)
-            return True
         claim = lending.claim(host, task, debts, lacking, more, now)
         if claim is Claim.COMING:
             self._core.swapping.park(host, task, lacking)

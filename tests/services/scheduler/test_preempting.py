@@ -170,7 +170,7 @@ def send(host: Host, id: int, steps: int, *chunks: Chunk) -> None:
 
 
 def step(host: Host, quantum: int, index: int) -> None:
-    host.apply(Step(quantum, index, [], [], [], 1000))
+    host.apply(Step(quantum, index, [], [], [], 1000), 0.0)
 
 
 def test_who_says_nothing_is_waited_for(host: Host) -> None:
