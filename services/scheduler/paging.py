@@ -90,11 +90,6 @@ class Paging:
         less urgent, or queue again."""
         if task.place is not Place.RESERVING or self._core.hosts.get(host.arena) is not host:
             return
-        self._refused(host, task, now, error)
-        # The next quantum may have waited for this task.
-        self._core.run(host, now)
-
-    def _refused(self, host: Host, task: Task, now: float, error: NoMemory | None) -> None:
         details = error.details if error is not None else {}
         if details.get("quota"):
             self._refused_by_quota(host, task, now, error)

@@ -83,6 +83,7 @@ def test_work_is_done_however_often_it_is_taken_back(models: int, tells: bool) -
     assert sim.preempts > 40
 
 
+pauses = st.sampled_from([LATENCY, 4 * LATENCY, 20 * LATENCY, 1.0])  # between two wishes to take all back
 requests = st.lists(
     st.tuples(
         st.integers(1, 30),  # prompt
@@ -97,7 +98,7 @@ requests = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(requests, st.integers(1, 3), st.booleans(), st.booleans(), st.integers(1, 3), st.floats(1e-4, 0.1))
+@given(requests, st.integers(1, 3), st.booleans(), st.booleans(), st.integers(1, 3), pauses)
 def test_any_traffic_on_one_device_ends_with_the_right_tokens(
     traffic: list[tuple[int, int, float, int, int]],
     models: int,
