@@ -73,12 +73,16 @@ def _machine(host: Host, safety: float, others: tuple[int, int] = (0, 0)) -> Mac
 def _lag(host: Host) -> float:
     """Until a quantum composed now begins: the steps that no preempt can take back, and messages, the last of
     them that of the end."""
-    certain = list(_certain(host))
-    steps = sum(count for _, count in certain)
-    prefilled = max((c.length for flight, count in certain for c in _chunks(flight, count)), default=0)
+    steps, prefilled = 0, 0
+    for flight, count in _certain(host):
+        steps += count
+        prefilled += sum(chunk.length for chunk in _chunks(flight, count))
+    if not steps:
+        return MESSAGES + host.times.slippage.late
     context = sum(len(task.tokens) for task in host.slots if task is not None)
-    ahead = _stretched(host, steps, host.times.seconds(host.seated, context, prefilled))
-    return ahead + MESSAGES + host.times.slippage.late
+    # Of all ways to spread the prompts the longest: in one step.
+    each, more = (host.times.seconds(host.seated, context, tokens) for tokens in (0, prefilled))
+    return _stretched(host, steps, each + (more - each) / steps) + MESSAGES + host.times.slippage.late
 
 
 def _stretched(host: Host, steps: int, each: float) -> float:
