@@ -2,9 +2,9 @@
 // row. Compiled by build.py on first use for the machine it runs on.
 //
 // Weights are read once and as they lie, [out, in], in float32, bfloat16 or int8; sums are float32. Products with
-// few rows are here, those with many in packed.h. Work is cut into blocks that threads of XLA's own pool take from
-// a counter, so that no second pool competes with it. XLA's C interface is used as it is: its C++ one takes seconds
-// to compile.
+// few rows are here, those with many in packed.h, and pairs of bfloat16 in pairs.h. Work is cut into blocks that
+// threads of XLA's own pool take from a counter, so that no second pool competes with it. XLA's C interface is used
+// as it is: its C++ one takes seconds to compile.
 
 #include <algorithm>
 #include <cmath>

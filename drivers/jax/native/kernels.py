@@ -21,11 +21,10 @@ from llmos.drivers.jax import platform
 from llmos.drivers.jax.native import build
 from llmos.ipc.errors import LLMOSError
 
-FEWEST_ROWS = {jnp.dtype(jnp.float32): 2, jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.int8): 1}
-"""From how many rows on a product is the kernel's, by the weight's type; XLA:CPU is as fast at fewer."""
 MEMORY_BOUND = 64
-"""Rows up to which reading a bfloat16 weight takes longer than multiplying with it."""
+"""Rows up to which a bfloat16 weight is the kernel's even where the processor multiplies whole matrices."""
 _TYPES = (jnp.float32, jnp.bfloat16)
+_WEIGHTS = (*_TYPES, jnp.int8)
 
 _wanted: ContextVar[bool] = ContextVar("native_kernels", default=False)
 _lock = threading.Lock()
@@ -67,10 +66,9 @@ def suits(rows: jax.Array, weight: jax.Array) -> bool:
     """Whether a product of ``rows`` [n, in] is for the kernel: on a CPU, where it is wanted."""
     if not _wanted.get() or _state != "ready":
         return False
-    fewest, count = FEWEST_ROWS.get(weight.dtype), rows.shape[0]
-    if rows.dtype not in _TYPES or fewest is None or count < fewest:
+    if rows.dtype not in _TYPES or weight.dtype not in _WEIGHTS:
         return False
-    return count <= MEMORY_BOUND or weight.dtype != jnp.bfloat16 or not platform.multiplies_matrices()
+    return rows.shape[0] <= MEMORY_BOUND or weight.dtype != jnp.bfloat16 or not platform.multiplies_matrices()
 
 
 def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:

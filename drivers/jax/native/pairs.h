@@ -4,7 +4,7 @@
 
 #include "common.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define LLMOS_PAIRS 1
 
 namespace {
@@ -19,7 +19,7 @@ inline float widen(Pair x) {
   return bits;
 }
 
-inline Floats load(const Pair* x) { return Floats(_mm512_loadu_ps(x)); }
+// Eight pairs, moved as floats.
 inline __m256 eight(const Pair* x) { return _mm256_loadu_ps(reinterpret_cast<const float*>(x)); }
 
 // sum + the products of two vectors of pairs.
@@ -27,7 +27,11 @@ inline Floats added(Floats sum, Floats x, Floats w) {
   return Floats(_mm512_dpbf16_ps(__m512(sum), __m512bh(x), __m512bh(w)));
 }
 
-inline Floats added(Floats sum, Pair x, Floats w) { return added(sum, Floats{} + widen(x), w); }
+inline Floats added(Floats sum, Pair x, Floats w) {
+  int32_t bits;  // an addition would take a pair for a number, and flush or quiet it
+  std::memcpy(&bits, &x, 4);
+  return added(sum, Floats(_mm512_set1_epi32(bits)), w);
+}
 
 // The totals of four vectors, in one.
 inline __m128 totals(Floats first, Floats second, Floats third, Floats fourth) {

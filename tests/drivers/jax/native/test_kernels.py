@@ -63,10 +63,11 @@ def test_a_large_product_is_shared_among_threads_without_loss() -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 80, 140])
+@pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("out", [jnp.float32, jnp.bfloat16])
-def test_what_is_not_finite_stays_so(rows: int, dtype: Any, out: Any) -> None:
-    x = jnp.ones((rows, 64), dtype).at[0, 0].set(jnp.nan).at[1, 0].set(jnp.inf)
+def test_what_is_not_finite_stays_so(rows: int, place: int, dtype: Any, out: Any) -> None:
+    x = jnp.ones((rows, 64), dtype).at[0, place].set(jnp.nan).at[1, place].set(jnp.inf)
     got = np.asarray(kernels.product(x, jnp.ones((9, 64), dtype), out), np.float32)
     assert np.isnan(got[0]).all()
     assert np.isinf(got[1]).all()
@@ -78,6 +79,15 @@ def test_a_narrow_result_is_rounded_to_nearest(rows: int) -> None:
     x, w = values((rows, 64), jnp.float32), values((33, 64), jnp.float32, 1)
     wide = kernels.product(x, w)
     assert bool((kernels.product(x, w, jnp.bfloat16) == wide.astype(jnp.bfloat16)).all())
+
+
+@pytest.mark.parametrize("rows", [2, 140])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_number_beside_a_zero_is_not_lost(rows: int, place: int) -> None:
+    x = values((rows, 64), jnp.bfloat16).at[:, 1 - place :: 2].set(0)
+    w = values((9, 64), jnp.bfloat16, 1).at[:, 1 - place :: 2].set(0)
+    got = kernels.product(x, w, jnp.float32)
+    np.testing.assert_allclose(got, np.asarray(x, np.float64) @ np.asarray(w, np.float64).T, atol=1e-3)
 
 
 @pytest.mark.parametrize("weight_type", [jnp.float32, jnp.bfloat16, jnp.int8])
@@ -95,11 +105,10 @@ def lowered(rows: int, dtype: Any, wanted: bool) -> str:
         return jax.jit(lambda x: layers.product(x, weight)).lower(x).as_text()
 
 
-def test_layers_use_the_kernel_only_where_it_is_wanted_and_pays() -> None:
-    for rows in (2, 9, 512):
+def test_layers_use_the_kernel_only_where_it_is_wanted() -> None:
+    for rows in (1, 2, 9, 512):
         assert "llmos_product" in lowered(rows, jnp.float32, True)
         assert "llmos_product" not in lowered(rows, jnp.float32, False)
-    assert "llmos_product" not in lowered(1, jnp.float32, True)
 
 
 def test_many_rows_of_bfloat16_are_left_to_a_processor_that_multiplies_matrices(
