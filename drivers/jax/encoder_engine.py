@@ -82,7 +82,8 @@ class EncoderPrograms(Programs):
         rows, length = (int(side) for side in key[1:])
         packed = struct((rows, 2 * length + 1), np.int32)
         (device,) = self.encoder.weights[0].sharding.device_set
-        options = platform.compiler_options(device, rows * length)
+        # Triton's kernels for the one program of few tokens would take long to try.
+        options = platform.compiler_options(device, max(rows * length, platform.FEW_TOKENS + 1))
         return jax.jit(partial(_run, self.encoder)).lower(self.encoder.weights, packed).compile(options)
 
 
