@@ -27,6 +27,7 @@ swapping.py   tasks swapped out and in, cold cache demoted, hits fetched (no I/O
 core.py       what happens on every event; asks for effects through an interface (no I/O, no clock)
 seating.py    who gets a slot, and who gives it up (no I/O, no clock)
 paging.py     pages asked for, grown, shared, taken from one for another (no I/O, no clock)
+lasting.py    whether a task that is seated keeps its pages for long enough (pure)
 lending.py    pages of one pool that models lend each other (no I/O, no clock)
 encoding.py   work for encoders: who is next, what goes into one step (no I/O, no clock)
 effects.py    those effects as messages to memory, the drivers and the callers
