@@ -116,12 +116,12 @@ def owned(up: Running) -> int:
 
 @pytest.fixture
 def full_disk() -> Iterator[Path]:
-    """A folder for a system whose pages lie on a file system of 32 KiB: eight pages, and it is full."""
+    """A folder for a system whose pages lie on a file system of 8 KiB: two pages, and it is full."""
     folder = Path(tempfile.mkdtemp(prefix="llmos-"))
     pages = folder / "state" / "pages"
     pages.mkdir(parents=True)
     pages.parent.chmod(0o700)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32k,mode=700", "none", str(pages)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k,mode=700", "none", str(pages)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         shutil.rmtree(folder)
         pytest.skip("only root may mount a small file system")
@@ -133,7 +133,8 @@ def full_disk() -> Iterator[Path]:
 
 
 def test_a_full_disk_keeps_pages_where_they_are_and_fails_nobody(full_disk: Path) -> None:
-    with small_system(SLOW_COMPUTE, SMALL, full_disk) as running:
+    little_ram = SMALL.replace("host_pages = 12", "host_pages = 4")
+    with small_system(SLOW_COMPUTE, little_ram, full_disk) as running:
         push(running)
         wait_until(lambda: owned(running) == 0, what="pages given back")
         logs = "".join(log.read_text() for log in (full_disk / "state" / "logs").iterdir())
