@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.cluster import DRIVER, Cluster
+from benchmarks.play import say
 from benchmarks.report import Report, arguments
 from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
 from llmos.ipc import codec, header
@@ -121,11 +123,17 @@ def main() -> None:
     with Cluster(DriverSpec(name=DRIVER, kind="jax")) as cluster, cluster.connect("user") as second:
         loaded, seconds = cluster.load(request)
         report.figures["load"] = {"seconds": round(seconds, 1), **loaded.phases}
+        say(f"load: {report.figures['load']}")
         load, batch = (Load(client, loaded, options.length) for client in (cluster.client, second))
-        many(load, min(options.texts, 1024), options.length)
-        report.figures["one"] = one(load)
-        report.figures["many"] = many(load, options.texts, options.length)
-        report.figures["urgent"] = urgent(batch, load, options.texts)
+        say(f"warmed up: {many(load, min(options.texts, 1024), options.length)}")
+        cases: dict[str, Callable[[], dict[str, float]]] = {
+            "one": lambda: one(load),
+            "many": lambda: many(load, options.texts, options.length),
+            "urgent": lambda: urgent(batch, load, options.texts),
+        }
+        for name, case in cases.items():
+            report.figures[name] = case()
+            say(f"{name}: {report.figures[name]}")
         (line,) = cluster.client.call("scheduler.stats", None, SchedulerStats).hosts
         report.figures["last_step_ms"] = round(line.step_micros / 1e3, 2)
         report.environment = {"model": options.model, "dtype": options.dtype, "length": options.length}
