@@ -342,6 +342,7 @@ class Load:
             disk_pages=self.request.disk_pages,
             replicas=replicas,
             adapters=self.request.adapters,
+            least_chunk=parts.programs.spec.least_chunk,
             phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
             **(parts.member.described() if parts.member is not None else {}),
         )

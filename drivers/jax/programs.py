@@ -84,6 +84,11 @@ class Spec:
     speculating: Speculating | None = None
     room: adapters.Room | None = None
 
+    @property
+    def least_chunk(self) -> int:
+        """The tokens of the smallest program for prompts; 0 where those that decode take a few along."""
+        return 0 if self.mixed[0] else self.chunk_sizes[0]
+
 
 class Programs:
     """Compiled programs by key; a missing one is compiled on first use."""

@@ -108,9 +108,10 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is ready to execute quanta, or to encode.
 
     ``pages`` counts the usable pages, numbered 0 to ``pages - 1``; each holds ``page_tokens`` tokens and
-    ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step. Each of the
-    ``replicas`` has as many slots and pages of its own, and executes quanta beside the others. One that is
-    ``parked`` was loaded before, and has to be woken first.
+    ``page_bytes`` bytes over all layers. ``chunk_tokens`` bounds the prompt tokens of one step; fewer than
+    ``least_chunk`` of a prompt take as long as so many. Each of the ``replicas`` has as many slots and pages
+    of its own, and executes quanta beside the others. One that is ``parked`` was loaded before, and has to be
+    woken first.
 
     Of an encoder ``pages`` and ``slots`` are 0, ``max_context`` is the longest text, and ``chunk_tokens``
     bounds the texts of one step, each counted as long as the longest. It makes ``width`` numbers of a text:
@@ -151,6 +152,7 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     slab_bytes: int = 0
     adapters: int = 0
     parked: bool = False
+    least_chunk: int = 0
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True):

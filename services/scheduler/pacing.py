@@ -19,7 +19,7 @@ SHARE = 0.95  # of the time to a deadline that may be used up
 HOPELESS = 0.9  # of the steps without prompts: who needs shorter ones will be late
 SAFETY = 1.02  # a promise assumes steps this much slower than the estimate
 MESSAGES = 2.0e-3  # seconds for the messages between two quanta
-FINEST = 16  # a chunk is no smaller than this fraction of the largest, or than a page
+FINEST = 16  # a chunk is no smaller than this fraction of the largest, than a page, or than pays
 
 
 class Paces:
@@ -58,7 +58,8 @@ def room(host: Host, rows: float, context: float, seconds: float) -> int:
 def finest(host: Host) -> int:
     """The smallest chunk worth a step."""
     full = host.model.chunk_tokens
-    return max(1, min(full, max(host.model.page_tokens, full // FINEST)))
+    least = max(host.model.page_tokens, host.model.least_chunk, full // FINEST)
+    return max(1, min(full, least))
 
 
 def _in_flight(host: Host, rows: int, context: int) -> float:

@@ -56,3 +56,9 @@ def test_of_a_prompt_the_last_layer_goes_on_with_its_last_token(spec: Any) -> No
     assert found.count((2, gate_up)) == 1
     assert found.count((2, down)) == 2, "what attention mixed, and what the MLP makes of it"
     assert found.count((2, TINY["vocab_size"])) == 1
+
+
+def test_the_smallest_program_for_prompts_is_told_where_nothing_rides_along(spec: Any) -> None:
+    assert spec.mixed == ([], [])
+    assert spec.least_chunk == spec.chunk_sizes[0] == CHUNK
+    assert replace(spec, mixed=([2], [4])).least_chunk == 0

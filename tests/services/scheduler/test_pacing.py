@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from msgspec.structs import replace
 
 from llmos.services.scheduler.admission import Job, Machine, finish_times
 from llmos.services.scheduler.host import Host
@@ -57,6 +58,15 @@ def test_a_prompt_waits_where_hardly_anything_is_left() -> None:
     tasks = [decoding(tight, 1, 1.0, 90)]
     assert Paces(tight, tasks, 0.0).room(due(2.0)) == 0
     assert finest(tight) == 64
+
+
+@pytest.mark.parametrize(
+    ("page", "least", "smallest"), [(16, 0, 64), (128, 0, 128), (16, 256, 256), (16, 4096, 1024)]
+)
+def test_no_chunk_is_smaller_than_what_takes_as_long(page: int, least: int, smallest: int) -> None:
+    cut = host()
+    cut.model = replace(cut.model, page_tokens=page, least_chunk=least)
+    assert finest(cut) == smallest
 
 
 def test_nobody_waits_for_the_sake_of_one_who_will_be_late_all_the_same() -> None:
