@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmos.drivers.jax.attention import suits_cudnn
 from llmos.drivers.jax.config import Activation
 from llmos.drivers.jax.layers import ACTIVATIONS, Init, LayerNorm, Linear, precision
 from llmos.ipc.errors import InvalidArgument
@@ -100,14 +101,13 @@ class EncoderLayer(nnx.Module):  # type: ignore[misc]
     def _mix(self, fused: jax.Array, lengths: jax.Array) -> jax.Array:
         shape = fused.shape[:2]
         q, k, v = (part.reshape(*shape, self.heads, -1) for part in jnp.split(fused, 3, axis=-1))
-        mix = _mix_on_gpu if suits_cudnn(q, jax.default_backend()) else _mix_anywhere
+        mix = _mix_on_gpu if on_cudnn(q, jax.default_backend()) else _mix_anywhere
         return mix(q, k, v, lengths).reshape(*shape, -1)
 
 
-def suits_cudnn(q: Any, platform: str) -> bool:
-    """Whether cuDNN's attention takes such queries [B, L, heads, head_dim]."""
-    head_dim = q.shape[-1]
-    return platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
+def on_cudnn(q: Any, platform: str) -> bool:
+    """Whether cuDNN attends from such queries [B, L, heads, head_dim]."""
+    return platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16 and suits_cudnn(q.shape[-1])
 
 
 def _mix_on_gpu(

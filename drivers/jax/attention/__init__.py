@@ -97,6 +97,7 @@ class Scoring:
 
 
 PLAIN = Scoring()
+CUDNN_HEAD = 128  # values of a head that cuDNN takes on every GPU
 _NATIVE_KV = ("float32", "bfloat16")
 
 
@@ -160,6 +161,11 @@ class AttentionBackend(Protocol):
         What ``decode`` and ``verify`` would do one after the other; pieces of a prompt see those before them.
         """
         ...
+
+
+def suits_cudnn(head_dim: int) -> bool:
+    """Whether cuDNN's attention takes heads of this size; it wants a multiple of 8."""
+    return head_dim <= CUDNN_HEAD and head_dim % 8 == 0
 
 
 class Paged(ABC):

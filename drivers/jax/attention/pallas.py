@@ -12,13 +12,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import PLAIN, Paged, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention import PLAIN, Paged, PrefillPlan, Scoring, VerifyPlan, suits_cudnn
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
 from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache, XlaAttention, packed, write
 from llmos.drivers.jax.config import DecoderConfig
 
 TALL = 64  # rows of a program from which twice the warps share its sums
-CUDNN_HEAD = 128  # values of a head that cuDNN takes on every GPU; it wants a multiple of 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class PallasAttention(Paged):
         if not fresh:
             return self.verify(VerifyPlan(*plan), cache, q, k, v, scoring)
         cache = write_pages(cache, plan, k, v)
-        if scoring.cap or q.shape[-1] > CUDNN_HEAD or q.shape[-1] % 8:
+        if scoring.cap or not suits_cudnn(q.shape[-1]):
             return self.attend(plan.tables, plan.lengths, plan.starts + 1, cache, q, scoring), cache
         # The chunk attends to itself alone; what pads it comes after all that counts.
         out = jax.nn.dot_product_attention(

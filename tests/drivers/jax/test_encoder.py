@@ -185,4 +185,4 @@ def test_what_a_gpu_is_asked_for_is_the_same_attention() -> None:
 )
 def test_cudnn_attends_where_it_can(platform_name: str, dtype: Any, head_dim: int, suits: bool) -> None:
     q = jnp.zeros((1, 4, 2, head_dim), dtype)
-    assert encoder.suits_cudnn(q, platform_name) is suits
+    assert encoder.on_cudnn(q, platform_name) is suits
