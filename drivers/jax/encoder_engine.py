@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from llmos.drivers.jax import platform
-from llmos.drivers.jax.buckets import bucket, split
+from llmos.drivers.jax.buckets import bucket, decode_buckets, split
 from llmos.drivers.jax.encoder import EncoderConfig
 from llmos.drivers.jax.modules import struct
 from llmos.drivers.jax.programs import Key, Programs
@@ -28,24 +28,25 @@ SHORTEST = 16
 @dataclass(frozen=True)
 class EncoderSpec:
     """What an encoder's programs are specialised on: its module (``graph`` and ``tree``, as in ``forward``),
-    the shapes of its ``weights``, and the buckets. ``first`` is how many are compiled ahead of serving."""
+    the shapes of its ``weights``, and the buckets. ``first`` is how many are compiled ahead of serving. A
+    call of fewer than ``least`` tokens takes as long as one of so many, so texts are not cut into such."""
 
     graph: Any
     tree: Any
     weights: list[Any]
     lengths: list[int]
     step_tokens: int
-    factor: int
     first: int
+    least: int
 
     def rows_for(self, length: int) -> list[int]:
-        """Batch sizes for texts of a length: ``factor`` apart, together no more than a step."""
-        largest = max(1, self.step_tokens // length)
-        sizes, size = [], 1
-        while size < largest:
-            sizes.append(size)
-            size *= self.factor
-        return [*sizes, largest]
+        """Batch sizes for texts of a length, together no more than a step."""
+        return decode_buckets(max(1, self.step_tokens // length))
+
+    def calls(self, texts: int, length: int, sizes: list[int]) -> list[tuple[int, int]]:
+        """How many ``texts`` each call takes, and which of the ``sizes`` holds these."""
+        worth = [rows for rows in sizes if rows * length >= self.least] or sizes[-1:]
+        return [(count, bucket(count, sizes)) for count in split(texts, worth)]
 
 
 def length_buckets(longest: int) -> list[int]:
@@ -120,9 +121,7 @@ class EncoderEngine:
         length = bucket(max(map(len, request.texts)), spec.lengths)
         types = request.types or [[]] * len(request.texts)
         outputs, at = [], 0
-        sizes = self._programs.ready_rows(length)
-        for count in split(len(request.texts), sizes):
-            rows = bucket(count, sizes)
+        for count, rows in spec.calls(len(request.texts), length, self._programs.ready_rows(length)):
             packed = _pack(request.texts[at : at + count], types[at : at + count], rows, length)
             made = self._programs.get(("encode", rows, length))(self.weights, packed)
             made.copy_to_host_async()

@@ -33,6 +33,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _FIRST_ON_CPU = 2
 _FIRST_EACH = 2
 """Programs for each length that an accelerator waits for: of one text, and of as many as a step takes."""
+_LEAST_TOKENS = 2048
+"""Fewer take an accelerator as long: it reads the weights and starts some hundred kernels."""
 
 
 def is_encoder(source: str) -> bool:
@@ -84,8 +86,8 @@ class EncoderLoad(Load):
             weights=weights,
             lengths=lengths,
             step_tokens=max(self.request.chunk_tokens, lengths[-1]),
-            factor=4 if on_cpu else 2,
             first=_FIRST_ON_CPU if on_cpu else _FIRST_EACH * len(lengths),
+            least=0 if on_cpu else _LEAST_TOKENS,
         )
 
     def _described(self, config: EncoderConfig, spec: EncoderSpec, shapes: dict[str, Any]) -> LoadedModel:

@@ -159,8 +159,26 @@ def test_what_is_no_encoder_or_not_loaded_is_said(driver: JaxDriver) -> None:
 def test_buckets_hold_every_text_in_no_more_than_a_step() -> None:
     assert length_buckets(20) == [16, 20]
     assert length_buckets(16) == [16]
-    spec = EncoderSpec(None, None, [], length_buckets(256), 256, 4, 2)
+    spec = EncoderSpec(None, None, [], length_buckets(256), 256, 2, 0)
     assert [spec.rows_for(length) for length in (16, 128, 256)] == [[1, 4, 16], [1, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "sizes", "calls"),
+    [
+        (64, [1, 128], [(64, 128)]),  # while the programs between are compiled
+        (40, [1, 4, 16, 64, 128], [(16, 16), (16, 16), (8, 16)]),
+        (100, [1, 4, 16, 64, 128], [(100, 128)]),
+        (3, [1, 4, 16, 64, 128], [(3, 4)]),
+        (130, [1, 4, 16, 64, 128], [(128, 128), (2, 4)]),
+        (2, [1], [(1, 1), (1, 1)]),
+    ],
+)
+def test_texts_are_not_cut_into_calls_that_take_as_long_as_one_of_more(
+    texts: int, sizes: list[int], calls: list[tuple[int, int]]
+) -> None:
+    spec = EncoderSpec(None, None, [], length_buckets(128), 128 * 128, 2, least=2048)
+    assert spec.calls(texts, 128, sizes) == calls
 
 
 def test_what_a_gpu_is_asked_for_is_the_same_attention() -> None:
