@@ -19,6 +19,7 @@ import msgspec
 from llmos.drivers.jax import (
     adapters,
     attention,
+    gating,
     lora,
     platform,
     quant,
@@ -258,6 +259,7 @@ class Load:
 
     def _kernels(self, place: Placement) -> bool:
         """Whether this model runs on the CPU's own kernels, which know one device only."""
+        gating.enable(place.device)
         if place.device.platform != "cpu" or not isinstance(place, OneDevice) or self.attention == "xla":
             return False
         cache = Path(self.request.cache) if self.request.cache else paths.cache_dir()
