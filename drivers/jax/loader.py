@@ -191,6 +191,7 @@ class Load:
             roomy = parameters(config, dtype, place, request.weights, stacks)
         shapes = place.arranged(config, roomy[2])
         self._native = self._timed("kernels", lambda: self._kernels(place))
+        self._timed("link", lambda: place.link(self._compiled()))
         draft = self._draft(plan.config, place)
         member = self._member(plan.config, place, shapes)
         limits, width = limits_of(request, plan.config, place, shapes, draft, member)
@@ -260,8 +261,11 @@ class Load:
         """Whether this model runs on the CPU's own kernels, which know one device only."""
         if place.device.platform != "cpu" or not isinstance(place, OneDevice) or self.attention == "xla":
             return False
-        cache = Path(self.request.cache) if self.request.cache else paths.cache_dir()
-        return kernels.enable(cache / "native")
+        return kernels.enable(self._compiled())
+
+    def _compiled(self) -> Path:
+        """The folder of kernels that are compiled here."""
+        return (Path(self.request.cache) if self.request.cache else paths.cache_dir()) / "native"
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()
