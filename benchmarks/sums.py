@@ -1,4 +1,4 @@
-"""What sums over the GPUs of one host cost a decode step: a step's matrix products with none, NCCL's, and ours.
+"""What sums over GPUs cost a decode step: its products without any, with NCCL's, and with ours.
 
     python -m benchmarks.sums [--model benchmarks/shapes/llama-3.1-8b.json] [--gpus 2] [--rows 1 64]
     python -m benchmarks.sums --check [--gpus 2]
@@ -6,7 +6,7 @@
 The products of all layers of the shape, cut over ``tensor``, with norms between them and two sums a layer, on
 random bfloat16 numbers: milliseconds a step by turns, and microseconds a sum, which is what a step takes
 longer than without any. Results with our sums are compared with those with NCCL's. ``--check`` only compares
-sums of many sizes with NumPy's, and what 64 in a row make with NCCL's. Ends by itself after ``--limit`` seconds.
+sums of many sizes with NumPy's, and what 64 in a row make with NCCL's. Both end after ``--limit`` seconds.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def measure(mesh: Mesh, config: dict[str, Any], weights: Weights, rows: int) -> 
             programs[kind] = compiled(kind, mesh, step, specs, (weights, x))
             results[kind] = np.asarray(programs[kind](weights, x), np.float32)
             say(f"rows {rows:3d} {kind:9s} compiled and run in {time.perf_counter() - begun:.1f} s")
-        except Exception:
+        except RuntimeError:
             say(f"rows {rows} {kind} FAILED")
             traceback.print_exc(limit=-4)
     times: dict[str, list[float]] = {kind: [] for kind in programs}
@@ -148,7 +148,7 @@ def measure(mesh: Mesh, config: dict[str, Any], weights: Weights, rows: int) -> 
 
 
 def check(mesh: Mesh, width: int) -> dict[str, Any]:
-    """Sums of many sizes against NumPy's to the bit, and chains of them, as in a CUDA graph, against NCCL's."""
+    """Sums of many sizes against NumPy's to the bit, and chains of them against NCCL's."""
     begun = time.perf_counter()
     fitting = [size for size in CHECKED if size * 8 * (mesh.size - 1) <= 2 * exchange.LARGEST]
     exchange.check(mesh.devices.flat, fitting, times=10)
@@ -191,9 +191,7 @@ def main() -> None:
     mesh = Mesh(np.asarray(devices), AXES)
     begun = time.perf_counter()
     works = exchange.enable(devices, options.cache)
-    say(
-        f"exchange: {exchange.state(devices)} in {time.perf_counter() - begun:.1f} s, {devices[0].device_kind}"
-    )
+    say(f"{devices[0].device_kind}: {exchange.state(devices)}, {time.perf_counter() - begun:.1f} s")
     report = Report("sums", environment={"devices": len(devices), "exchange": exchange.state(devices)})
     if options.check:
         if not works:

@@ -347,6 +347,7 @@ class Load:
             replicas=replicas,
             adapters=self.request.adapters,
             least_chunk=parts.programs.spec.least_chunk,
+            sums=parts.programs.spec.place.sums,
             phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
             **(parts.member.described() if parts.member is not None else {}),
         )

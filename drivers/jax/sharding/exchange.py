@@ -27,9 +27,9 @@ LARGEST = 1 << 20
 PEERS = 8
 TRIAL_S = 5.0
 PATIENCE_S = 60.0
-"""How long a kernel waits for the other GPUs: while it is tried, and later, when giving up ends the driver."""
+"""How long a kernel waits for other GPUs: while it is tried, and later, when giving up ends the driver."""
 OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
-"""XLA's, for programs that use the kernel: in a CUDA graph two that do not depend on each other must not overlap."""
+"""XLA's, for programs that use the kernel: two of them must not overlap in a CUDA graph."""
 _TYPES = (jnp.float32, jnp.bfloat16)
 _SIZES = (1, 3, 64 << 7, (LARGEST >> 3) - 5)  # in 8 bytes: one block, several, all with four lines a thread
 

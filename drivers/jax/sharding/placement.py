@@ -43,7 +43,7 @@ class Placement(Protocol):
 
     @property
     def sums(self) -> str:
-        """What small sums are done with: "exchange" (see there), "xla", or nothing where there are none."""
+        """What small sums are done with: "exchange" (see there), "xla" and why, or nothing: there are none."""
         ...
 
     def local(self, config: DecoderConfig) -> DecoderConfig:
@@ -173,7 +173,10 @@ class Sharded:
 
     @property
     def sums(self) -> str:
-        return "exchange" if exchange.ready(self.mesh.devices.flat) else "xla"
+        if exchange.ready(self.mesh.devices.flat):
+            return "exchange"
+        why = exchange.state(self.mesh.devices.flat)
+        return f"xla ({why})" if why else "xla"
 
     def local(self, config: DecoderConfig) -> DecoderConfig:
         return rules.local_config(config, self.axes)
