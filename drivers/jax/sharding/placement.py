@@ -43,7 +43,7 @@ class Placement(Protocol):
 
     @property
     def sums(self) -> str:
-        """What small sums are done with: "exchange" (see there), "xla" and why, or nothing: there are none."""
+        """What small sums are done with: "exchange", "xla" and why, or nothing where there are none."""
         ...
 
     def local(self, config: DecoderConfig) -> DecoderConfig:
