@@ -151,7 +151,7 @@ def check(mesh: Mesh, width: int) -> dict[str, Any]:
     """Sums of many sizes against NumPy's to the bit, and chains of them against NCCL's."""
     begun = time.perf_counter()
     fitting = [size for size in CHECKED if size * 8 * (mesh.size - 1) <= 2 * exchange.LARGEST]
-    exchange.check(mesh.devices.flat, fitting, times=10)
+    exchange.check(mesh.devices.tolist(), fitting, times=10)
     say(f"{20 * len(fitting)} sums are NumPy's to the bit, {time.perf_counter() - begun:.1f} s")
     figures: dict[str, Any] = {}
     for rows in (1, 16, 64):

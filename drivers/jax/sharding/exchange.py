@@ -33,6 +33,8 @@ OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 _TYPES = (jnp.float32, jnp.bfloat16)
 _SIZES = (1, 3, 64 << 7, (LARGEST >> 3) - 5)  # in 8 bytes: one block, several, all with four lines a thread
 
+READY = "ready"
+
 _peers = jax.make_user_context(0)
 _lock = threading.Lock()
 _states: dict[tuple[int, ...], str] = {}
@@ -46,7 +48,7 @@ def enable(devices: Sequence[Any], cache: Path) -> bool:
         if group not in _states:
             try:
                 _open(devices, cache)
-                _states[group] = "ready"
+                _states[group] = READY
             except LLMOSError as error:
                 _states[group] = error.message
     return ready(devices)
@@ -54,7 +56,7 @@ def enable(devices: Sequence[Any], cache: Path) -> bool:
 
 def ready(devices: Sequence[Any]) -> bool:
     """Whether a group was enabled, and works."""
-    return state(devices) == "ready"
+    return state(devices) == READY
 
 
 def state(devices: Sequence[Any]) -> str:

@@ -169,13 +169,13 @@ class Sharded:
 
     def link(self, cache: Path) -> None:
         if self.device.platform == "gpu":
-            exchange.enable(self.mesh.devices.flat, cache)
+            exchange.enable(self.mesh.devices.ravel().tolist(), cache)
 
     @property
     def sums(self) -> str:
-        if exchange.ready(self.mesh.devices.flat):
+        why = exchange.state(self.mesh.devices.ravel().tolist())
+        if why == exchange.READY:
             return "exchange"
-        why = exchange.state(self.mesh.devices.flat)
         return f"xla ({why})" if why else "xla"
 
     def local(self, config: DecoderConfig) -> DecoderConfig:
