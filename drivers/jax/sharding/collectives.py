@@ -30,7 +30,8 @@ def total(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         return part
     if exchange.suits(part, axes):
         return exchange.total(part)
-    return jax.lax.psum(part, axes)  # type: ignore[no-untyped-call]
+    whole: jax.Array = jax.lax.psum(part, axes)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def find_rows(table: jax.Array, ids: jax.Array, axes: tuple[str, ...]) -> jax.Array:

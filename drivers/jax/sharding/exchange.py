@@ -28,14 +28,14 @@ PEERS = 8
 TRIAL_S = 5.0
 PATIENCE_S = 60.0
 """How long a kernel waits for other GPUs: while it is tried, and later, when giving up ends the driver."""
-OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+OPTIONS: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 """XLA's, for programs that use the kernel: two of them must not overlap in a CUDA graph."""
 _TYPES = (jnp.float32, jnp.bfloat16)
 _SIZES = (1, 3, 64 << 7, (LARGEST >> 3) - 5)  # in 8 bytes: one block, several, all with four lines a thread
 
 READY = "ready"
 
-_peers = jax.make_user_context(0)
+_peers: Any = jax.make_user_context(0)  # type: ignore[no-untyped-call]
 _lock = threading.Lock()
 _states: dict[tuple[int, ...], str] = {}
 _libraries: dict[str, ctypes.CDLL] = {}
@@ -88,7 +88,7 @@ def total(part: jax.Array) -> jax.Array:
 def check(devices: Sequence[Any], sizes: Sequence[int] = _SIZES, times: int = 3) -> None:
     """NotSupported if sums of arrays of ``sizes`` times 8 bytes differ from NumPy's in any bit."""
     mesh, random = Mesh(np.asarray(devices), ("all",)), np.random.default_rng(0)
-    cut = PartitionSpec("all")
+    cut = PartitionSpec("all")  # type: ignore[no-untyped-call]
     with use(len(devices)):
         for size in sizes:
             for dtype in _TYPES:
