@@ -229,7 +229,8 @@ def _model(line: ModelLine) -> Finding:
         return Finding("note", f"model {line.name} is {line.state} on {line.driver}")
     attention = f", attention by {line.attention}" if line.attention else ""
     mesh = f", over a mesh of {words}" if (words := mesh_words(line.mesh)) else ""
-    return Finding("ok", f"model {line.name} is ready on {line.driver}{attention}{mesh}")
+    sums = f", small sums by {line.sums}" if line.sums else ""
+    return Finding("ok", f"model {line.name} is ready on {line.driver}{attention}{mesh}{sums}")
 
 
 def _driver(client: Client, name: str) -> Iterator[Finding]:

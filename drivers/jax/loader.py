@@ -192,6 +192,7 @@ class Load:
             roomy = parameters(config, dtype, place, request.weights, stacks)
         shapes = place.arranged(config, roomy[2])
         self._native = self._timed("kernels", lambda: self._kernels(place))
+        self._timed("link", lambda: place.link(self._compiled()))
         draft = self._draft(plan.config, place)
         member = self._member(plan.config, place, shapes)
         limits, width = limits_of(request, plan.config, place, shapes, draft, member)
@@ -262,8 +263,11 @@ class Load:
         gating.enable(place.device)
         if place.device.platform != "cpu" or not isinstance(place, OneDevice) or self.attention == "xla":
             return False
-        cache = Path(self.request.cache) if self.request.cache else paths.cache_dir()
-        return kernels.enable(cache / "native")
+        return kernels.enable(self._compiled())
+
+    def _compiled(self) -> Path:
+        """The folder of kernels that are compiled here."""
+        return (Path(self.request.cache) if self.request.cache else paths.cache_dir()) / "native"
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()
@@ -345,6 +349,7 @@ class Load:
             replicas=replicas,
             adapters=self.request.adapters,
             least_chunk=parts.programs.spec.least_chunk,
+            sums=parts.programs.spec.place.sums,
             phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
             **(parts.member.described() if parts.member is not None else {}),
         )

@@ -121,7 +121,8 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     A model that shares pages names the ``pool`` of each replica's device ("": they are its own). The pool
     has ``slabs`` slabs of ``slab_bytes``, the same for all its models; in slab s this model's pages are
     ``s * slab_pages`` to ``s * slab_pages + slab_pages - 1``, so ``pages`` is all that it could have. Whoever
-    hands out pages decides which model has which slab, and the driver is not told.
+    hands out pages decides which model has which slab, and the driver is not told. ``sums`` says what adds up
+    small arrays over the devices that a model is cut over, and why ("": it is not cut).
     """
 
     model: str
@@ -153,6 +154,7 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     adapters: int = 0
     parked: bool = False
     least_chunk: int = 0
+    sums: str = ""
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True):

@@ -140,6 +140,7 @@ class Model:
             kind=loaded.kind if loaded else "decoder",
             mesh=self.spec.mesh,
             woke=self.woke,
+            sums=loaded.sums if loaded else "",
         )
 
     def adapter_line(self, adapter: Adapter) -> ModelLine:

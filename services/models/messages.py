@@ -201,6 +201,7 @@ class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     mesh: dict[str, int] = {}
     parent: str = ""
     woke: float = 0.0
+    sums: str = ""
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from llmos.drivers.jax.sharding import exchange
+
 
 @dataclass(frozen=True)
 class Split:
@@ -24,7 +26,12 @@ WHOLE = Split()
 
 def total(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The sum of every device's part."""
-    return jax.lax.psum(part, axes) if axes else part  # type: ignore[no-untyped-call]
+    if not axes:
+        return part
+    if exchange.suits(part, axes):
+        return exchange.total(part)
+    whole: jax.Array = jax.lax.psum(part, axes)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def find_rows(table: jax.Array, ids: jax.Array, axes: tuple[str, ...]) -> jax.Array:

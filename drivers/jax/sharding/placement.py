@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from llmos.drivers.jax.attention import AttentionBackend
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.modules import Decoder, struct
-from llmos.drivers.jax.sharding import rules
+from llmos.drivers.jax.sharding import exchange, rules
 from llmos.drivers.jax.sharding.mesh import Axes, make_mesh
 from llmos.drivers.jax.sharding.sequence import SequenceAttention
 
@@ -34,6 +35,15 @@ class Placement(Protocol):
     @property
     def common(self) -> Any:
         """The sharding of what every device has: the batch, token ids, logits."""
+        ...
+
+    def link(self, cache: Path) -> None:
+        """Make ready what small sums over the devices are done with; ``cache`` is for what is compiled."""
+        ...
+
+    @property
+    def sums(self) -> str:
+        """What small sums are done with: "exchange", "xla" and why, or nothing where there are none."""
         ...
 
     def local(self, config: DecoderConfig) -> DecoderConfig:
@@ -97,6 +107,13 @@ class OneDevice:
     def common(self) -> SingleDeviceSharding:
         return SingleDeviceSharding(self.device)
 
+    def link(self, cache: Path) -> None:
+        return
+
+    @property
+    def sums(self) -> str:
+        return ""
+
     def local(self, config: DecoderConfig) -> DecoderConfig:
         return config
 
@@ -149,6 +166,17 @@ class Sharded:
     @property
     def common(self) -> NamedSharding:
         return self._at(rules.spec())
+
+    def link(self, cache: Path) -> None:
+        if self.device.platform == "gpu":
+            exchange.enable(self.mesh.devices.ravel().tolist(), cache)
+
+    @property
+    def sums(self) -> str:
+        why = exchange.state(self.mesh.devices.ravel().tolist())
+        if why == exchange.READY:
+            return "exchange"
+        return f"xla ({why})" if why else "xla"
 
     def local(self, config: DecoderConfig) -> DecoderConfig:
         return rules.local_config(config, self.axes)
@@ -210,7 +238,10 @@ class Sharded:
             lambda at: rules.spec() if at is None else specs[at], outputs, is_leaf=lambda x: x is None
         )
         local = jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False)
-        return jax.jit(local, donate_argnums=donated).lower(*placed).compile(options)
+        own = self.sums == "exchange"
+        with exchange.use(self.mesh.size if own else 0):
+            traced = jax.jit(local, donate_argnums=donated).lower(*placed)
+        return traced.compile((options or {}) | exchange.OPTIONS if own else options)
 
     def _at(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -69,6 +70,13 @@ class Stage:
     @property
     def common(self) -> Any:
         return self.inner.common
+
+    def link(self, cache: Path) -> None:
+        self.inner.link(cache)
+
+    @property
+    def sums(self) -> str:
+        return self.inner.sums
 
     def local(self, config: DecoderConfig) -> DecoderConfig:
         return self.inner.local(config)
