@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ STAGES = 4  # as many steps are fetched ahead as shared memory holds
 FETCH = 24  # what fetching a tile's rows costs, in outputs
 WIDTHS = (128, 112, 96, 80, 64, 48, 32)  # of a tile, in outputs
 LEAST_ROWS = 256  # fewer wait for the weights in any case
+LEAST_WEIGHT = 1 << 26  # numbers; smaller ones XLA's product and gate take less time for
 MULTIPROCESSORS = 132
 ACTIVATIONS = ("silu", "gelu_tanh")  # those that Mosaic knows the functions of
 
@@ -93,7 +93,7 @@ def _trial(device: Any) -> str:
     keys = jax.device_put(jax.random.split(jax.random.key(0)), device)
     x, weight = (jax.random.normal(key, (LEAST_ROWS, 256), jnp.bfloat16) for key in keys)
     try:
-        made = jax.jit(partial(product, act=jax.nn.silu))(x, weight).astype(jnp.float32)
+        made = jax.jit(partial(product, activation="silu"))(x, weight).astype(jnp.float32)
     except Exception as problem:  # noqa: BLE001 - what a compiler says that does not know the device
         return str(problem)
     gate, up = jnp.split(jnp.matmul(x, weight.T, preferred_element_type=jnp.float32), 2, axis=-1)
@@ -106,11 +106,11 @@ def suits(x: jax.Array, weight: jax.Array, activation: Activation) -> bool:
     """Whether the kernel multiplies ``x`` [rows, hidden] by ``weight`` [2 inner, hidden] and gates."""
     if _state != "ready" or activation not in ACTIVATIONS or not x.dtype == weight.dtype == jnp.bfloat16:
         return False
-    return tiling(x.shape[0], weight.shape[0] // 2, x.shape[1]) is not None
+    return weight.size >= LEAST_WEIGHT and tiling(x.shape[0], weight.shape[0] // 2, x.shape[1]) is not None
 
 
-def product(x: jax.Array, weight: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def product(x: jax.Array, weight: jax.Array, activation: Activation) -> jax.Array:
     """See ``gate_kernel.product``, which takes half a second to import."""
     from llmos.drivers.jax import gate_kernel
 
-    return gate_kernel.product(x, weight, act)
+    return gate_kernel.product(x, weight, activation)

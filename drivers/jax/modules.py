@@ -106,7 +106,7 @@ class MLP(nnx.Module):  # type: ignore[misc]
             return self.down(act(self.up(x)))
         rows, weight = x.reshape(-1, x.shape[-1]), self.gate_up.weight[...]
         if self.gate_up.plain and gating.suits(rows, weight, self.activation):
-            return self.down(gating.product(rows, weight, act).reshape(*x.shape[:-1], -1))
+            return self.down(gating.product(rows, weight, self.activation).reshape(*x.shape[:-1], -1))
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(gated(act, gate, up))
 

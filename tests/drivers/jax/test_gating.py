@@ -7,7 +7,6 @@ transposed tiles (0.11).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ def test_tiles_cover_the_product_once_and_fill_the_device_evenly(rows: int, inne
 def test_what_does_not_fit_into_tiles_is_left_to_xla(rows: int, inner: int, hidden: int) -> None:
     assert gating.tiling(rows, inner, hidden) is None
     with pytest.raises(ValueError, match="cannot be cut"):
-        gate_kernel.product(jnp.zeros((rows, hidden)), jnp.zeros((2 * inner, hidden)), jax.nn.silu)
+        gate_kernel.product(jnp.zeros((rows, hidden)), jnp.zeros((2 * inner, hidden)), "silu")
 
 
 @pytest.mark.parametrize(
@@ -70,22 +69,23 @@ def test_the_width_is_the_one_that_leaves_least_to_wait_for(
 )
 def test_the_kernel_is_lowered_for_a_gpu(activation: Activation, rows: int, inner: int, hidden: int) -> None:
     x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, hidden), (2 * inner, hidden)))
-    traced = jax.jit(partial(gate_kernel.product, act=ACTIVATIONS[activation])).trace(x, weight)
+    traced = jax.jit(partial(gate_kernel.product, activation=activation)).trace(x, weight)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter knows no transposed tiles")
+@pytest.mark.parametrize("activation", gating.ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "inner"), [(256, 96), (384, 64), (512, 128)])
-def test_the_kernel_computes_what_xla_does(rows: int, inner: int) -> None:
+def test_the_kernel_computes_what_xla_does(rows: int, inner: int, activation: Activation) -> None:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     keys = jax.random.split(jax.random.key(rows))
     x = jax.random.normal(keys[0], (rows, 256), jnp.bfloat16)
     weight = jax.random.normal(keys[1], (2 * inner, 256), jnp.bfloat16) * 0.1
-    made = gate_kernel.product(x, weight, jax.nn.silu, interpret=InterpretGPUParams())
+    made = gate_kernel.product(x, weight, activation, interpret=InterpretGPUParams())
     gate, up = jnp.split(x.astype(jnp.float32) @ weight.astype(jnp.float32).T, 2, axis=-1)
     np.testing.assert_allclose(
-        np.asarray(made, np.float32), np.asarray(jax.nn.silu(gate) * up), rtol=0.02, atol=0.02
+        np.asarray(made, np.float32), np.asarray(ACTIVATIONS[activation](gate) * up), rtol=0.02, atol=0.02
     )
 
 
@@ -94,12 +94,13 @@ def ready(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """As if the kernel had passed its trial: what it was called with, computed plainly."""
     asked = []
 
-    def plainly(x: jax.Array, weight: jax.Array, act: Any) -> jax.Array:
+    def plainly(x: jax.Array, weight: jax.Array, activation: Activation) -> jax.Array:
         asked.append(x.shape)
         gate, up = jnp.split(x.astype(jnp.float32) @ weight.astype(jnp.float32).T, 2, axis=-1)
-        return (act(gate) * up).astype(x.dtype)
+        return (ACTIVATIONS[activation](gate) * up).astype(x.dtype)
 
     monkeypatch.setattr(gating, "_state", "ready")
+    monkeypatch.setattr(gating, "LEAST_WEIGHT", 1)
     monkeypatch.setattr(gating, "product", plainly)
     return asked
 
@@ -137,12 +138,25 @@ def test_an_mlp_takes_the_kernel_for_many_rows_and_computes_the_same(
     )
 
 
-def test_few_rows_and_quantised_weights_keep_to_xla(ready: list[tuple[int, ...]]) -> None:
-    layer = mlp(CONFIG)
-    layer(jnp.ones((4, 64), jnp.bfloat16))
+def test_few_rows_small_and_quantised_weights_keep_to_xla(
+    ready: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, many = mlp(CONFIG), jnp.ones((256, 64), jnp.bfloat16)
+    layer(many[:4])
+    with monkeypatch.context() as smaller:
+        smaller.setattr(gating, "LEAST_WEIGHT", layer.gate_up.weight.get_value().size + 1)
+        layer(many)
     layer.gate_up.quantise(jnp.int8)
-    layer(jnp.ones((256, 64), jnp.bfloat16))
+    layer(many)
     assert ready == []
+
+
+@pytest.mark.parametrize("activation", gating.ACTIVATIONS)
+def test_gates_are_exact_enough_for_bfloat16(activation: Activation) -> None:
+    x = jnp.linspace(-30, 30, 10001, dtype=jnp.float32)
+    np.testing.assert_allclose(
+        gate_kernel.GATES[activation](x), ACTIVATIONS[activation](x), rtol=2e-4, atol=1e-6
+    )
 
 
 def test_no_other_device_is_tried() -> None:
