@@ -179,5 +179,5 @@ def _first(q: Any, k: Any, v: Any, there: Any, scoring: Scoring, head_dim: int) 
     """A running softmax that has seen the new token [1, size], or nothing if it is not ``there``."""
     products = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1)
     top = jnp.where(there, scored(products, scoring, head_dim), MASKED)
-    weight = jnp.zeros((q.shape[0],), jnp.float32) + jnp.where(there, 1.0, 0.0)
+    weight = jnp.where(there, jnp.ones((q.shape[0],), jnp.float32), 0.0)
     return top, weight, weight[:, None] * v.astype(jnp.float32)

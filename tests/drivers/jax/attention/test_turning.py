@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +12,6 @@ import pytest
 from llmos.drivers.jax.attention import DecodePlan, Scoring
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches
 from llmos.drivers.jax.attention.turning import suits, turned_attention
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
@@ -117,22 +114,3 @@ def test_pages_that_the_queries_do_not_see_are_not_read_nor_what_a_page_held_bef
     out, _ = turned_attention(plan, PagedCache(spoilt, cache.v), new, scoring=scoring, interpret=True)
     expected, _ = turned_attention(plan, cache, new, scoring=scoring, interpret=True)
     np.testing.assert_array_equal(out, expected)
-
-
-@pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=9)])
-def test_a_pool_is_read_and_written_as_caches_are(scoring: Scoring) -> None:
-    layers, size, kv_heads = 2, 64, 2
-    plan, cache, new = case()
-    geometry = Geometry(layers, (kv_heads, TOKENS, size), 5 * 2 * layers * kv_heads * TOKENS * size + 32)
-    geometry = replace(geometry, slab=geometry.slab // (kv_heads * TOKENS * size) * (kv_heads * TOKENS * size))
-    slabs = -(-PAGES // geometry.slab_pages)
-    plan = plan._replace(pages=jnp.where(plan.pages == PAGES, slabs * geometry.slab_pages, plan.pages))
-    pool = jnp.asarray(np.random.default_rng(3).normal(size=(slabs, geometry.slab)), jnp.float32)
-    shared = SharedCaches(pool, geometry)
-    backend = SharedAttention(PallasAttention(interpret=True), geometry)
-    reference = SharedAttention(XlaAttention(), geometry)
-    for layer in range(layers):
-        own = shared.layer(layer)
-        found, expected = (jax.jit(each.step, static_argnums=3)(plan, own, Held(new), scoring) for each in (backend, reference))  # fmt: skip
-        compare((found[0], found[1].pool), (expected[0], expected[1].pool))
-        shared = shared.with_layer(found[1])
