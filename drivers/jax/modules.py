@@ -78,10 +78,8 @@ class Attention(nnx.Module):  # type: ignore[misc]
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, pick: Pick = everyone
     ) -> tuple[jax.Array, Any]:
         fused = self.qkv(x).reshape(*x.shape[:-1], self.heads + 2 * self.kv_heads, self.head_dim)
-        if self.qk_norm:
-            q, k, v = jnp.split(fused, [self.heads, self.heads + self.kv_heads], axis=-2)
-            fused = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=-2)
-        mixed, cache = attend(Projected(fused, cos, sin, self.kv_heads), self.scoring)
+        norms = (self.q_norm, self.k_norm) if self.qk_norm else None
+        mixed, cache = attend(Projected(fused, cos, sin, self.kv_heads, norms), self.scoring)
         return self.out(pick(mixed.reshape(*x.shape[:-1], self.heads * self.head_dim))), cache
 
 

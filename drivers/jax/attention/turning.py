@@ -1,5 +1,6 @@
-"""One Pallas (Triton) kernel for all that is between two products of a decode step: it turns the queries and
-the key of each row's new token, writes key and value to their page, and attends.
+"""One Pallas (Triton) kernel for all that is between two products of a decode step: it norms (where a model
+does) and turns the queries and the key of each row's new token, writes key and value to their page, and
+attends.
 
 As in ``paged``, a program takes a row, a KV head and a split of the row's pages. The last split has the new
 token: from registers, so that nothing of a page is read that the step writes. The pages are an input and an
@@ -20,12 +21,14 @@ from llmos.drivers.jax.attention import PLAIN, DecodePlan, Scoring
 from llmos.drivers.jax.attention.paged import MASKED, Tiling, join, outputs, page, scored, tiling, whole, wide
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache
+from llmos.drivers.jax.layers import RMSNorm
 from llmos.drivers.jax.modules import struct
 
 
 def suits(cache: Cache, new: Projected) -> bool:
     """Whether the kernel can do it: pages are not of 8 bits, and there is something to turn."""
-    return cache.k_scale is None and new.cos.shape[-1] > 0
+    known = all(isinstance(norm, RMSNorm) for norm in new.norms or ())
+    return cache.k_scale is None and new.cos.shape[-1] > 0 and known
 
 
 def turned_attention(
@@ -48,14 +51,15 @@ def turned_attention(
     _check(plan, cache, new)
     rows, _, head_dim = new.fused.shape
     like = struct((rows, 1, new.heads, head_dim), new.fused.dtype)
-    paired = isinstance(cache, PooledCache)
     held = [cache.blocks] if isinstance(cache, PooledCache) else [cache.k, cache.v]
     tile = tiling(1, new.heads // new.kv_heads, head_dim, splits, scoring)
     specs, shapes = outputs(like, splits)
     given = [plan.tables, plan.lengths, plan.pages, plan.offsets, new.fused, new.cos, new.sin]
+    norms = [norm for norm in new.norms or () if isinstance(norm, RMSNorm)]
+    given += [norm.scale[...] for norm in norms]
     given += [cache.first.reshape(1)] if isinstance(cache, PooledCache) else []
     results = pl.pallas_call(
-        partial(_kernel, tile=tile, kv_heads=new.kv_heads, paired=paired),
+        partial(_kernel, tile=tile, kv_heads=new.kv_heads, norms=[(norm.eps, norm.unit) for norm in norms]),
         grid=(rows, new.kv_heads, splits),
         in_specs=[*(_own(part) for part in given[:7]), *(whole(part) for part in (*given[7:], *held))],
         out_specs=[*specs, *(whole(part) for part in held)],
@@ -97,12 +101,15 @@ def _kernel(
     fused: Any,  # [heads + 2 * kv_heads, head_dim]
     cos: Any,  # [n / 2]
     sin: Any,
-    *rest: Any,  # keys and values [pages, kv_heads, page_tokens, head_dim]; if paired ``first`` [1] and one
-    # array of both; then the results; then the pages again, to be written
+    *rest: Any,  # scales of norms [head_dim], if there are any; keys and values [pages, kv_heads,
+    # page_tokens, head_dim], or ``first`` [1] and both in one array; the results; the pages, to be written
     tile: Tiling,
     kv_heads: int,
-    paired: bool,
+    norms: list[tuple[float, bool]],  # of queries and keys: epsilon, and whether the scale lacks its 1
 ) -> None:
+    scales, rest = rest[: len(norms)], rest[len(norms) :]
+    normed = [(scale, *norm) for scale, norm in zip(scales, norms, strict=True)] or [None, None]
+    paired = rest[0].ndim == 1
     held = rest[1:2] * 2 if paired else rest[:2]
     written = rest[-1:] * 2 if paired else rest[-2:]
     results = rest[2:-1] if paired else rest[2:-2]
@@ -110,9 +117,9 @@ def _kernel(
     head, split, heads = pl.program_id(1), pl.program_id(2), fused.shape[0] - 2 * kv_heads
     row = jnp.arange(tile.rows)
     real = row < tile.group
-    q = _turned(fused, head * tile.group + row, real, cos, sin, tile.size).astype(fused.dtype)
+    q = _turned(fused, head * tile.group + row, real, (cos, sin), normed[0], tile.size)
     one, every = jnp.zeros((1,), jnp.int32) + head, jnp.ones((1,), jnp.bool_)
-    k = _turned(fused, heads + one, every, cos, sin, tile.size).astype(fused.dtype).astype(held[0].dtype)
+    k = _turned(fused, heads + one, every, (cos, sin), normed[1], tile.size).astype(held[0].dtype)
     v = _values(fused, heads + kv_heads + one, every, tile.size).astype(held[1].dtype)
     last = split == tile.splits - 1
     for part, new, number in zip(written, (k, v), (into[0] + beside[0], into[0] + beside[1]), strict=True):
@@ -145,18 +152,29 @@ def _values(fused: Any, at: Any, real: Any, size: int) -> Any:
     return plgpu.load(fused.at[wide((at,), size)], mask=mask, other=0.0)
 
 
-def _turned(fused: Any, at: Any, real: Any, cos: Any, sin: Any, size: int) -> Any:
-    """The heads ``at`` [rows], turned, in float32: each number with the one that it is turned with."""
-    half, column = cos.shape[0], jnp.arange(size)
+def _turned(fused: Any, at: Any, real: Any, turn: tuple[Any, Any], norm: Any, size: int) -> Any:
+    """The heads ``at`` [rows], normed and turned: each number with the one that it is turned with."""
+    half, column = turn[0].shape[0], jnp.arange(size)
     moved, first = column < 2 * half, column < half
-    angle = jnp.where(first, column, column - half)
     across = jnp.where(first, column + half, column - half)
     pairs = tuple(jnp.broadcast_to(x, (at.shape[0], size)) for x in (at[:, None], across[None, :]))
     other = plgpu.load(fused.at[pairs], mask=real[:, None] & moved[None, :], other=0.0).astype(jnp.float32)
     plain = _values(fused, at, real, size).astype(jnp.float32)
-    c = plgpu.load(cos.at[angle], mask=moved, other=1.0)
-    s = plgpu.load(sin.at[angle], mask=moved, other=0.0)
-    return plain * c[None, :] + other * jnp.where(first, -s, s)[None, :]
+    if norm is not None:
+        factor = jax.lax.rsqrt((plain * plain).sum(axis=1) / fused.shape[1] + norm[1])[:, None]
+        plain = _normed(plain * factor, norm, column, column < fused.shape[1], fused.dtype)
+        other = _normed(other * factor, norm, across, moved, fused.dtype)
+    angle = jnp.where(first, column, column - half)
+    cos = plgpu.load(turn[0].at[angle], mask=moved, other=1.0)
+    sin = plgpu.load(turn[1].at[angle], mask=moved, other=0.0)
+    return (plain * cos[None, :] + other * jnp.where(first, -sin, sin)[None, :]).astype(fused.dtype)
+
+
+def _normed(x: Any, norm: Any, column: Any, there: Any, dtype: Any) -> Any:
+    """``x`` [rows, size] times the scale of its columns, rounded as ``RMSNorm`` does."""
+    scale = plgpu.load(norm[0].at[column], mask=there, other=0.0).astype(jnp.float32)[None, :]
+    scaled = x * (1.0 + scale) if norm[2] else x.astype(dtype).astype(jnp.float32) * scale
+    return scaled.astype(dtype).astype(jnp.float32)
 
 
 def _write(part: Any, new: Any, number: Any, offset: Any, head: Any, last: Any) -> None:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -21,6 +20,7 @@ from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.turning import turned_attention
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.layers import RMSNorm
 from llmos.drivers.jax.modules import Decoder, random
 from llmos.drivers.jax.rope import rotation
 from llmos.drivers.jax.state import empty_state
@@ -97,6 +97,18 @@ def test_heads_groups_and_what_is_turned_of_a_head_may_have_any_size(
 ) -> None:
     plan, cache, new = case(heads, kv_heads, size, rotary)
     compare(turned_attention(plan, cache, new, interpret=True), XlaAttention().step(plan, cache, new))
+
+
+@pytest.mark.parametrize(("unit", "rotary"), [(True, 24), (False, 80)])
+def test_queries_and_keys_are_normed_before_they_are_turned(unit: bool, rotary: int) -> None:
+    plan, cache, new = case(kv_heads=3, size=80, rotary=rotary)
+    scales = iter(np.random.default_rng(1).normal(size=(2, 80)))
+    q, k = (RMSNorm(80, 0.5, lambda _: jnp.asarray(next(scales), jnp.float32), unit) for _ in range(2))
+    new = replace(new, norms=(q, k))
+    expected = XlaAttention().decode(plan, cache, *new.parts())
+    compare(turned_attention(plan, cache, new, splits=2, interpret=True), expected)
+    plain = turned_attention(plan, cache, replace(new, norms=None), splits=2, interpret=True)
+    assert np.abs(plain[0] - expected[0]).max() > 0.1
 
 
 @pytest.mark.parametrize("kv", ["bfloat16", "float32"])
