@@ -108,7 +108,7 @@ def _kernel(
     norms: list[tuple[float, bool]],  # of queries and keys: epsilon, and whether the scale lacks its 1
 ) -> None:
     scales, rest = rest[: len(norms)], rest[len(norms) :]
-    normed = [(scale, *norm) for scale, norm in zip(scales, norms, strict=True)] or [None, None]
+    normed: list[Any] = [(scale, *norm) for scale, norm in zip(scales, norms, strict=True)] or [None, None]
     paired = rest[0].ndim == 1
     held = rest[1:2] * 2 if paired else rest[:2]
     written = rest[-1:] * 2 if paired else rest[-2:]
