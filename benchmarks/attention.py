@@ -3,10 +3,12 @@
     python -m benchmarks.attention --part decode|chunks [--bandwidth 4.3] [--tflops 790] [--json FILE]
 
 The 8B shape (32 heads, 8 KV heads of 128) and a layer with windows and caps (8 heads, 4 KV heads of 256), in
-bfloat16 and pages of 64. Each line runs a backend's method as a step does, the KV writes included; ``us``
-is the best of several rounds. ``floor`` is the larger of the time to read the keys and values that can be
-seen at ``bandwidth`` TB/s, and that of the products at ``tflops``. The start of a prompt is computed as it is
-picked (cuDNN where it can) and, by the other lines, like any chunk, from pages.
+bfloat16 and pages of 64. Each line runs a backend's method as a step does, the KV writes included, and of
+single tokens the turning of queries and keys ("apart": in kernels of their own); ``us`` is the best of
+several rounds. What does all in one kernel has one more here, that joins queries, keys and values. ``floor``
+is the larger of the time to read the keys and values that can be seen at ``bandwidth`` TB/s, and that of the
+products at ``tflops``. The start of a prompt is computed as it is picked (cuDNN where it can) and, by the
+other lines, like any chunk, from pages.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import numpy as np
 
 from benchmarks.report import Report, arguments
 from llmos.drivers.jax import quant
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention import PLAIN, DecodePlan, Paged, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.rope import rotation
 
 PAGE = 64
 CALLS, ROUNDS = 20, 4
@@ -66,11 +70,20 @@ CHUNKS = [
     Case("chunk", 1, 2048, 2048),
     Case("chunk", 1, 8192, 512),
 ]
+
+
+class Apart(PallasAttention):
+    """Turns, writes and attends in kernels of their own."""
+
+    step = Paged.step
+
+
 XLA = XlaAttention(tokens_in_flight=8192)
 PICKED = "as picked"
 DECODERS: dict[str, Any] = {
     "pallas 4w 2s": PallasAttention(),
     "pallas 4w 3s": PallasAttention(stages=3),
+    "pallas apart": Apart(),
     "xla": XLA,
 }
 CHUNKERS: dict[str, Any] = {
@@ -100,14 +113,15 @@ def plan(case: Case) -> PrefillPlan:
 
 
 def attend(
-    backend: Any, case: Case, paged: bool, plan: PrefillPlan, cache: PagedCache, qkv: tuple[jax.Array, ...]
+    backend: Any, case: Case, paged: bool, plan: PrefillPlan, cache: PagedCache, given: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, PagedCache]:
     """One layer's attention as the step of this case runs it; ``paged``: not as the start of a prompt."""
-    q, k, v = qkv
+    q, k, v, *turn = given
     out: tuple[jax.Array, PagedCache]
     if case.queries == 1:
         one = DecodePlan(plan.tables, plan.lengths, plan.pages[:, 0], plan.offsets[:, 0])
-        out = backend.decode(one, cache, q[:, 0], k[:, 0], v[:, 0], case.scoring)
+        new = Projected(jnp.concatenate([q, k, v], axis=2)[:, 0], turn[0], turn[1], case.kv_heads)
+        out = backend.step(one, cache, new, case.scoring)
     elif case.queries < FEW:
         out = backend.verify(VerifyPlan(*plan), cache, q, k, v, case.scoring)
     else:
@@ -125,8 +139,10 @@ def measure(case: Case, backend: Any, paged: bool) -> float:
     q, k, v = (normal(next(keys), (case.rows, case.queries, n, case.head_dim)) for n in heads)
 
     def calls(where: PrefillPlan, cache: PagedCache, q: jax.Array) -> tuple[jax.Array, PagedCache]:
+        turn = rotation(where.starts, (1e4 ** -np.linspace(0, 1, case.head_dim // 2)).astype(np.float32))
+
         def once(_: Any, carry: tuple[jax.Array, PagedCache]) -> tuple[jax.Array, PagedCache]:
-            out, cache = attend(backend, case, paged, where, carry[1], (carry[0], k, v))
+            out, cache = attend(backend, case, paged, where, carry[1], (carry[0], k, v, *turn))
             return out.reshape(q.shape), cache
 
         result: tuple[jax.Array, PagedCache] = jax.lax.fori_loop(0, CALLS, once, (q, cache))

@@ -25,6 +25,7 @@ from llmos.drivers.jax.attention import (
     VerifyPlan,
     shared,
 )
+from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.state import BatchState
 
@@ -228,9 +229,10 @@ def _layer(
     adapter: jax.Array | None,
     last: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
+    def attend(new: Projected, scoring: Scoring) -> tuple[jax.Array, Any]:
         if isinstance(plan, DecodePlan):
-            return backend.decode(plan, cache, q, k, v, scoring)
+            return backend.step(plan, cache, new, scoring)
+        q, k, v = new.parts()
         if isinstance(plan, VerifyPlan):
             return backend.verify(plan, cache, q, k, v, scoring)
         if isinstance(plan, MixedPlan):

@@ -15,10 +15,11 @@ from flax import nnx
 
 from llmos.drivers.jax import gating
 from llmos.drivers.jax.attention import Scoring
+from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.experts import Experts
 from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, gated, make_norm, product
-from llmos.drivers.jax.rope import rotate, rotation, tables
+from llmos.drivers.jax.rope import rotation, tables
 from llmos.drivers.jax.sharding.collectives import WHOLE, columns, find_rows
 
 Pick = Callable[[jax.Array], jax.Array]
@@ -33,8 +34,8 @@ def everyone(x: jax.Array) -> jax.Array:
 class Attend(Protocol):
     """Attention of one layer over its cache."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
-        """q [..., heads, head_dim], k and v [..., kv_heads, head_dim] -> output like q, new layer cache."""
+    def __call__(self, new: Projected, scoring: Scoring) -> tuple[jax.Array, Any]:
+        """Output [..., heads, head_dim] of the new tokens, and the layer's cache with them."""
         ...
 
 
@@ -77,11 +78,9 @@ class Attention(nnx.Module):  # type: ignore[misc]
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, pick: Pick = everyone
     ) -> tuple[jax.Array, Any]:
-        heads = self.qkv(x).reshape(*x.shape[:-1], self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=-2)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.scoring)
+        fused = self.qkv(x).reshape(*x.shape[:-1], self.heads + 2 * self.kv_heads, self.head_dim)
+        norms = (self.q_norm, self.k_norm) if self.qk_norm else None
+        mixed, cache = attend(Projected(fused, cos, sin, self.kv_heads, norms), self.scoring)
         return self.out(pick(mixed.reshape(*x.shape[:-1], self.heads * self.head_dim))), cache
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest
 from llmos.ipc.errors import InvalidArgument
@@ -128,6 +129,12 @@ class AttentionBackend(Protocol):
         """q [B, heads, head_dim], k and v [B, kv_heads, head_dim] -> output like q, and the cache."""
         ...
 
+    def step(
+        self, plan: DecodePlan, cache: Any, new: Projected, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        """As ``decode``, of tokens [B] whose queries and keys are yet to be turned."""
+        ...
+
     def prefill(
         self,
         plan: PrefillPlan,
@@ -193,6 +200,11 @@ class Paged(ABC):
         Of a row the first query sees the first ``visible`` [B] tokens, each later one a token more, and of
         these the last ``scoring.window``.
         """
+
+    def step(
+        self, plan: DecodePlan, cache: Any, new: Projected, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        return self.decode(plan, cache, *new.parts(), scoring)
 
     def decode(
         self, plan: DecodePlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN

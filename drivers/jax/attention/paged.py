@@ -28,7 +28,7 @@ from llmos.drivers.jax.modules import struct
 LEAST = 16  # rows and columns of a matrix product in Triton
 MOST_VALUES = 1 << 14  # of the queries that one program holds: their sums fill a quarter of its registers
 PROGRAMS = 528  # four for each multiprocessor of an H100 or H200
-_MASKED = -1e30
+MASKED = -1e30
 _LOG2E = math.log2(math.e)
 
 
@@ -91,7 +91,7 @@ def paged_attention(
     rows, queries, heads, head_dim = q.shape
     kv_heads = cache.k.shape[1]
     tile = tiling(queries, heads // kv_heads, head_dim, splits, scoring)
-    specs, shapes = _results(q, splits)
+    specs, shapes = outputs(q, splits)
     if isinstance(cache, PooledCache):
         parts = [cache.blocks, cache.blocks, cache.first.reshape(1)]
     else:
@@ -104,7 +104,7 @@ def paged_attention(
             pl.BlockSpec((1,), lambda b, h, s: (b,)),
             pl.BlockSpec((1,), lambda b, h, s: (b,)),
             pl.BlockSpec((None, *q.shape[1:]), lambda b, h, s: (b, 0, 0, 0)),
-            *(_whole(part) for part in parts),
+            *(whole(part) for part in parts),
         ],
         out_specs=specs,
         out_shape=shapes,
@@ -112,7 +112,7 @@ def paged_attention(
         interpret=interpret,
         name="paged_attention",
     )(tables, lengths, visible, q, *parts)
-    out: jax.Array = results[0] if splits == 1 else _join(results, q, interpret)
+    out: jax.Array = results[0] if splits == 1 else join(results, q, interpret)
     return out
 
 
@@ -127,19 +127,19 @@ def _check(q: jax.Array, cache: Cache, tables: jax.Array, lengths: jax.Array, vi
         )
 
 
-def _whole(part: jax.Array) -> pl.BlockSpec:
+def whole(part: jax.Array) -> pl.BlockSpec:
     """All of an array, for every program."""
     return pl.BlockSpec(part.shape, lambda b, h, s: (0,) * part.ndim)
 
 
-def _results(q: jax.Array, splits: int) -> tuple[list[pl.BlockSpec], list[Any]]:
+def outputs(q: jax.Array, splits: int) -> tuple[list[pl.BlockSpec], list[Any]]:
     """What the kernel writes: the output, or for each split its mixed values, their maxima and their sums."""
     if splits == 1:
         return [pl.BlockSpec((None, *q.shape[1:]), lambda b, h, s: (b, 0, 0, 0))], [struct(q.shape, q.dtype)]
     spec = pl.BlockSpec((None, None, *q.shape[1:3]), lambda b, h, s: (s % splits, b, 0, 0))
-    wide = pl.BlockSpec((None, None, *q.shape[1:]), lambda b, h, s: (s % splits, b, 0, 0, 0))
+    mixed = pl.BlockSpec((None, None, *q.shape[1:]), lambda b, h, s: (s % splits, b, 0, 0, 0))
     part = struct((splits, *q.shape[:3]), jnp.float32)
-    return [wide, spec, spec], [struct((splits, *q.shape), jnp.float32), part, part]
+    return [mixed, spec, spec], [struct((splits, *q.shape), jnp.float32), part, part]
 
 
 def _kernel(
@@ -165,18 +165,19 @@ def _kernel(
     query = pl.program_id(2) // tile.splits * tile.queries + offset
     where = (query, head * tile.group + row % tile.group)
     real = (offset < tile.queries) & (query < q_ref.shape[0])
-    wide, mask = _wide(where, tile.size), real[:, None] & (jnp.arange(tile.size) < q_ref.shape[2])[None, :]
-    q = plgpu.load(q_ref.at[wide], mask=mask, other=0.0)
+    at, mask = wide(where, tile.size), real[:, None] & (jnp.arange(tile.size) < q_ref.shape[2])[None, :]
+    q = plgpu.load(q_ref.at[at], mask=mask, other=0.0)
     limit = jnp.minimum(visible[0] + query, lengths[0])
+    oldest = limit - tile.scoring.window if tile.scoring.window else None
     first, last = _span(lengths[0], visible[0], tile, k_pages.shape[2])
     share = pl.cdiv(last - first, tile.splits)
     begin = first + split * share
     top, total, acc = jax.lax.fori_loop(
         begin,
         jnp.minimum(begin + share, last),
-        partial(_page, tables, q, (k_pages, v_pages), beside, scales, head, limit, tile.scoring),
+        partial(page, tables, q, (k_pages, v_pages), beside, scales, head, (oldest, limit), tile.scoring),
         (
-            jnp.full((tile.rows,), _MASKED, jnp.float32),
+            jnp.full((tile.rows,), MASKED, jnp.float32),
             jnp.zeros((tile.rows,), jnp.float32),
             jnp.zeros((tile.rows, q.shape[1]), jnp.float32),
         ),
@@ -186,10 +187,10 @@ def _kernel(
     else:
         plgpu.store(results[1].at[where], top, mask=real)
         plgpu.store(results[2].at[where], total, mask=real)
-    plgpu.store(results[0].at[wide], acc, mask=mask)
+    plgpu.store(results[0].at[at], acc, mask=mask)
 
 
-def _wide(where: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+def wide(where: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """Indices [rows] of the first axes as indices [rows, size] of all."""
     shape = (where[0].shape[0], size)
     parts = (*(part[:, None] for part in where), jnp.arange(size)[None, :])
@@ -204,43 +205,48 @@ def _span(length: Any, visible: Any, tile: Tiling, page_tokens: int) -> tuple[An
     return jnp.minimum(begin, end) // page_tokens, pl.cdiv(end, page_tokens)
 
 
-def _page(
+def page(
     tables: Any,
     q: Any,  # [rows, head_dim]
     pages: tuple[Any, Any],
     beside: tuple[Any, Any],  # where keys and values are, from a page's number on
     scales: tuple[Any, ...],
     head: Any,
-    limit: Any,  # [rows], how many tokens each sees
+    seen: tuple[Any, Any],  # [rows] each, the first token that each sees (None: the very first) and the end
     scoring: Scoring,
     index: Any,
     carry: Any,
 ) -> Any:
     """One page more of a running softmax, its maxima and sums to the base of 2."""
     top, total, acc = carry
-    page = tables[index]
-    scores = plgpu.dot(q, _read(pages[0], page + beside[0], head, q).T)
-    factor = scoring.scale or pages[0].shape[3] ** -0.5
+    number = tables[index]
+    scores = plgpu.dot(q, _read(pages[0], number + beside[0], head, q).T)
     if scales:
-        scores = scores * scales[0][page, head][None, :]
-    if scoring.cap:
-        scores = jnp.tanh(scores * (factor / scoring.cap)) * (scoring.cap * _LOG2E)
-    else:
-        scores = scores * (factor * _LOG2E)
+        scores = scores * scales[0][number, head][None, :]
+    scores = scored(scores, scoring, pages[0].shape[3])
     place = (index * scores.shape[1] + jnp.arange(scores.shape[1]))[None, :]
-    seen = place < limit[:, None]
-    if scoring.window:
-        seen &= place >= limit[:, None] - scoring.window
+    oldest, end = seen
+    inside = place < end[:, None]
+    if oldest is not None:
+        inside &= place >= oldest[:, None]
     # What sees nothing yet counts a page of zeros, which weighs nothing once it sees something.
-    scores = jnp.where(seen, scores, _MASKED)
+    scores = jnp.where(inside, scores, MASKED)
     peak = jnp.maximum(top, scores.max(axis=-1))
     weights = jnp.exp2(scores - peak[:, None])
     decay = jnp.exp2(top - peak)
     total = total * decay + weights.sum(axis=-1)
     if scales:
-        weights = weights * scales[1][page, head][None, :]
-    mixed = plgpu.dot(weights.astype(q.dtype), _read(pages[1], page + beside[1], head, q))
+        weights = weights * scales[1][number, head][None, :]
+    mixed = plgpu.dot(weights.astype(q.dtype), _read(pages[1], number + beside[1], head, q))
     return peak, total, acc * decay[:, None] + mixed
+
+
+def scored(products: Any, scoring: Scoring, head_dim: int) -> Any:
+    """Scores to the base of 2, of the products of queries and keys."""
+    factor = scoring.scale or head_dim**-0.5
+    if scoring.cap:
+        return jnp.tanh(products * (factor / scoring.cap)) * (scoring.cap * _LOG2E)
+    return products * (factor * _LOG2E)
 
 
 def _read(pages: Any, page: Any, head: Any, q: Any) -> Any:
@@ -249,12 +255,12 @@ def _read(pages: Any, page: Any, head: Any, q: Any) -> Any:
     if head_dim == size:
         return pages[page, head].astype(q.dtype)
     zero = jnp.zeros((tokens,), jnp.int32)
-    where = _wide((zero + page, zero + head, jnp.arange(tokens)), size)
+    where = wide((zero + page, zero + head, jnp.arange(tokens)), size)
     mask = jnp.broadcast_to((jnp.arange(size) < head_dim)[None, :], (tokens, size))
     return plgpu.load(pages.at[where], mask=mask, other=jnp.zeros((), pages.dtype)).astype(q.dtype)
 
 
-def _join(parts: list[jax.Array], like: jax.Array, interpret: bool) -> jax.Array:
+def join(parts: list[jax.Array], like: jax.Array, interpret: bool) -> jax.Array:
     """Join the splits, axis 0, by their running maxima (in log2) and sums, in one kernel: XLA makes four."""
     acc, top, total = parts
     splits, size = acc.shape[0], acc.shape[-1]
@@ -277,10 +283,10 @@ def _join_kernel(acc_ref: Any, top_ref: Any, total_ref: Any, out_ref: Any) -> No
     splits, size = acc_ref.shape  # and [splits] twice; the result is [size]
     split, place = jnp.arange(_power(splits)), jnp.arange(_power(size))
     real = split < splits
-    top = plgpu.load(top_ref.at[split], mask=real, other=_MASKED)
+    top = plgpu.load(top_ref.at[split], mask=real, other=MASKED)
     share = jnp.exp2(top - top.max(axis=0))
     total = (plgpu.load(total_ref.at[split], mask=real, other=0.0) * share).sum(axis=0)
     mask = real[:, None] & (place < size)[None, :]
-    acc = plgpu.load(acc_ref.at[_wide((split,), place.shape[0])], mask=mask, other=0.0)
+    acc = plgpu.load(acc_ref.at[wide((split,), place.shape[0])], mask=mask, other=0.0)
     mixed = (acc * share[:, None]).sum(axis=0) / jnp.maximum(total, 1e-30)
     plgpu.store(out_ref.at[place], mixed.astype(out_ref.dtype), mask=place < size)

@@ -12,8 +12,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import PLAIN, Paged, PrefillPlan, Scoring, VerifyPlan, suits_cudnn
+from llmos.drivers.jax.attention import (
+    PLAIN,
+    DecodePlan,
+    Paged,
+    PrefillPlan,
+    Scoring,
+    VerifyPlan,
+    suits_cudnn,
+    turning,
+)
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
+from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache, XlaAttention, packed, write
 from llmos.drivers.jax.config import DecoderConfig
 
@@ -37,6 +47,23 @@ class PallasAttention(Paged):
 
     def scrub(self, cache: PagedCache, pages: jax.Array) -> PagedCache:
         return self._xla.scrub(cache, pages)
+
+    def step(
+        self, plan: DecodePlan, cache: Cache, new: Projected, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Cache]:
+        if not turning.suits(cache, new):
+            return super().step(plan, cache, new, scoring)
+        rows, width = plan.tables.shape
+        return turning.turned_attention(
+            plan,
+            cache,
+            new,
+            scoring=scoring,
+            splits=split_count(rows, new.kv_heads, width),
+            warps=self.warps,
+            stages=self.stages,
+            interpret=self.interpret,
+        )
 
     def prefill(
         self,

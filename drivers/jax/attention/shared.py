@@ -24,6 +24,7 @@ from llmos.drivers.jax.attention import (
     Scoring,
     VerifyPlan,
 )
+from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import BITS, PooledCache, held, numbers
 from llmos.drivers.jax.config import DecoderConfig
 
@@ -115,6 +116,11 @@ class SharedAttention:
 
     def scrub(self, cache: Any, pages: jax.Array) -> Any:
         return cache.scrubbed(pages)
+
+    def step(
+        self, plan: DecodePlan, cache: Any, new: Projected, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        return self.inner.step(self._placed(plan), cache, new, scoring)
 
     def decode(
         self, plan: DecodePlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN

@@ -24,6 +24,7 @@ from llmos.drivers.jax.attention import (
     VerifyPlan,
     joined,
 )
+from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.config import DecoderConfig
 
 
@@ -49,6 +50,11 @@ class TpuAttention:
         found = cache.kv[pages]
         clear = jnp.where(jnp.isfinite(found), found, jnp.zeros_like(found))
         return PairedCache(cache.kv.at[pages].set(clear, mode="drop"))
+
+    def step(
+        self, plan: DecodePlan, cache: PairedCache, new: Projected, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, PairedCache]:
+        return self.decode(plan, cache, *new.parts(), scoring)
 
     def decode(
         self,

@@ -21,6 +21,7 @@ from llmos.drivers.jax.attention import (
 )
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches, storage
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, held, numbers
 from llmos.drivers.jax.config import DecoderConfig
@@ -85,9 +86,12 @@ def plans() -> dict[str, tuple[Any, int]]:
 
 
 def step(backend: AttentionBackend, kind: str, cache: Any, dtype: Any, scoring: Scoring) -> tuple[Any, Any]:
-    plan, fed = plans()[kind]
+    plan, fed = plans()["decode" if kind == "step" else kind]
     shape = (len(plan.pages), fed) if fed else plan.pages.shape
     q, k, v = (random(*shape, n, SIZE, dtype=dtype, seed=s) for s, n in enumerate((HEADS, KV, KV), 20))
+    if kind == "step":
+        turns = (random(*shape, SIZE // 2, seed=s) for s in (30, 31))
+        return backend.step(plan, cache, Projected(jnp.concatenate([q, k, v], axis=-2), *turns, KV), scoring)
     if kind in ("decode", "verify", "mixed"):
         return getattr(backend, kind)(plan, cache, q, k, v, scoring)  # type: ignore[no-any-return]
     return backend.prefill(plan, cache, q, k, v, kind == "fresh", scoring)
@@ -98,6 +102,7 @@ def step(backend: AttentionBackend, kind: str, cache: Any, dtype: Any, scoring: 
     [
         ("decode", "float32"),
         ("decode", "bfloat16"),
+        ("step", "float32"),
         ("prefill", "float32"),
         ("fresh", "bfloat16"),
         ("verify", "float32"),

@@ -62,7 +62,7 @@ def apply(graph: Any, state: Any, cache: Any, x: Any, cos: Any, sin: Any, plan: 
     """One layer; those that are alike share a compiled program."""
     backend = XlaAttention(tokens_in_flight=16)
     attend = backend.decode if isinstance(plan, DecodePlan) else backend.prefill
-    bound = lambda q, k, v, scoring: attend(plan, cache, q, k, v, scoring=scoring)  # noqa: E731
+    bound = lambda new, scoring: attend(plan, cache, *new.parts(), scoring=scoring)  # noqa: E731
     return nnx.merge(graph, state)(x, cos, sin, bound)
 
 
