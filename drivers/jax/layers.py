@@ -128,11 +128,6 @@ class Linear(nnx.Module):  # type: ignore[misc]
         if bias:
             self.bias = nnx.Param(init((out,)))
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is no more than its weight."""
-        return not (self.biased or self.quantised or self.parts or self.join)
-
     def quantise(self, dtype: Any) -> None:
         """Replace the weight by 8-bit values and their scale; of a weight without values, the shapes."""
         weight, scale = quant.quantised(self.weight.get_value(), dtype)

@@ -19,7 +19,6 @@ import msgspec
 from llmos.drivers.jax import (
     adapters,
     attention,
-    gating,
     lora,
     platform,
     quant,
@@ -260,7 +259,6 @@ class Load:
 
     def _kernels(self, place: Placement) -> bool:
         """Whether this model runs on the CPU's own kernels, which know one device only."""
-        gating.enable(place.device)
         if place.device.platform != "cpu" or not isinstance(place, OneDevice) or self.attention == "xla":
             return False
         return kernels.enable(self._compiled())

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmos.drivers.jax import gating
 from llmos.drivers.jax.attention import Scoring
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.config import DecoderConfig
@@ -103,9 +102,6 @@ class MLP(nnx.Module):  # type: ignore[misc]
         act = ACTIVATIONS[self.activation]
         if not self.gated:
             return self.down(act(self.up(x)))
-        rows, weight = x.reshape(-1, x.shape[-1]), self.gate_up.weight[...]
-        if self.gate_up.plain and gating.suits(rows, weight, self.activation):
-            return self.down(gating.product(rows, weight, self.activation).reshape(*x.shape[:-1], -1))
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(gated(act, gate, up))
 
