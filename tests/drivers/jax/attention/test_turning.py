@@ -64,7 +64,7 @@ def compare(found: tuple[Any, Any], expected: tuple[Any, Any], atol: float = 2e-
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (part, other)), atol=atol)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("splits", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_rows_write_their_new_token_and_attend_as_on_the_other_backend(splits: int) -> None:
     plan, cache, new = case()
     found = turned_attention(plan, cache, new, splits=splits, interpret=True)
@@ -79,7 +79,7 @@ def test_rows_write_their_new_token_and_attend_as_on_the_other_backend(splits: i
         (Scoring(window=1), 4),
         (Scoring(window=5), 1),
         (Scoring(window=TOKENS + 1, cap=2.0, scale=0.5), 2),
-        (Scoring(cap=1.5), 4),
+        pytest.param(Scoring(cap=1.5), 4, marks=pytest.mark.slow),
     ],
 )
 def test_windows_caps_and_scales_are_those_of_the_other_backend(scoring: Scoring, splits: int) -> None:
@@ -90,7 +90,7 @@ def test_windows_caps_and_scales_are_those_of_the_other_backend(scoring: Scoring
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "rotary"),
-    [(8, 1, 128, 128), (5, 5, 80, 32), (20, 1, 24, 18)],
+    [(8, 1, 128, 128), pytest.param(5, 5, 80, 32, marks=pytest.mark.slow), (20, 1, 24, 18)],
 )
 def test_heads_groups_and_what_is_turned_of_a_head_may_have_any_size(
     heads: int, kv_heads: int, size: int, rotary: int
@@ -111,7 +111,7 @@ def test_queries_and_keys_are_normed_before_they_are_turned(unit: bool, rotary: 
     assert np.abs(plain[0] - expected[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("kv", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kv", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_bfloat16_is_rounded_where_the_other_backend_rounds(kv: str) -> None:
     plan, cache, new = case(dtype=jnp.bfloat16, kv=jnp.dtype(kv))
     found = turned_attention(plan, cache, new, interpret=True)
