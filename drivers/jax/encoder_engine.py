@@ -18,7 +18,7 @@ from llmos.drivers.jax.buckets import bucket, decode_buckets, split
 from llmos.drivers.jax.encoder import EncoderConfig
 from llmos.drivers.jax.modules import struct
 from llmos.drivers.jax.programs import Key, Programs
-from llmos.drivers.sdk.driver import PendingEncoding
+from llmos.drivers.sdk.driver import Pending, PendingEncoding
 from llmos.drivers.sdk.messages import EncodedStep, EncodeStep
 from llmos.ipc.errors import InvalidArgument, IOFailure
 
@@ -120,14 +120,15 @@ class EncoderEngine:
         begun = self._clock()
         length = bucket(max(map(len, request.texts)), spec.lengths)
         types = request.types or [[]] * len(request.texts)
-        outputs, at = [], 0
+        outputs, at, computed = [], 0, 0
         for count, rows in spec.calls(len(request.texts), length, self._programs.ready_rows(length)):
             packed = _pack(request.texts[at : at + count], types[at : at + count], rows, length)
             made = self._programs.get(("encode", rows, length))(self.weights, packed)
             made.copy_to_host_async()
             outputs.append((count, made))
-            at += count
-        return partial(self._resolve, outputs, begun)
+            at, computed = at + count, computed + rows * length
+        ready = lambda: all(made.is_ready() for _, made in outputs)  # noqa: E731
+        return Pending(partial(self._resolve, outputs, computed, begun), ready)
 
     def put_down(self, weights: list[jax.Array]) -> None:
         """See ``parking.Parkable``."""
@@ -144,13 +145,14 @@ class EncoderEngine:
         """Stop what still runs in the background."""
         self._programs.close()
 
-    def _resolve(self, outputs: list[tuple[int, jax.Array]], begun: float) -> EncodedStep:
+    def _resolve(self, outputs: list[tuple[int, jax.Array]], computed: int, begun: float) -> EncodedStep:
         rows = np.concatenate([np.asarray(made)[:count] for count, made in outputs])
         now = self._clock()
         since, self._completed = max(begun, self._completed), now
         if not np.isfinite(rows).all():
             raise IOFailure("the device made numbers that are not finite of these texts")
-        return EncodedStep(rows.astype("<f4").tobytes(), rows.shape[1], round((now - since) * 1e6))
+        micros = round((now - since) * 1e6)
+        return EncodedStep(rows.astype("<f4").tobytes(), rows.shape[1], micros, computed)
 
 
 def _pack(texts: list[list[int]], types: list[list[int]], rows: int, length: int) -> np.ndarray:

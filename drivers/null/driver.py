@@ -333,7 +333,7 @@ class NullDriver(Driver):
             _sleep_until(ends)
             return EncodedStep(packed, 4, round(cost * 1e6))
 
-        return wait
+        return Pending(wait, lambda: time.monotonic() >= ends)
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
         model = self._models.get(quantum.model)

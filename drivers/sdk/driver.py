@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from llmos.drivers.sdk.messages import (
     DriverInfo,
@@ -47,19 +48,23 @@ Get = Callable[[int], Bytes]
 """Returns the bytes of the page at an index; may be called from several threads at once."""
 
 
+Result = TypeVar("Result", Step, EncodedStep)
+
+
 @dataclass(frozen=True)
-class Pending:
-    """A ``PendingStep`` that tells, without waiting, whether it is done: replicas are waited for by turns.
+class Pending(Generic[Result]):
+    """A pending step that tells, without waiting, whether it is done: replicas are waited for by turns, and
+    a step that ends sooner than others like it is not waited for as long as they are.
 
     ``overlaps`` says that the next step begins on the device before this one ends, as in a pipeline: then it
     is dispatched at once, and not shortly before the end.
     """
 
-    resolve: Callable[[], Step]
+    resolve: Callable[[], Result]
     ready: Callable[[], bool]
     overlaps: bool = False
 
-    def __call__(self) -> Step:
+    def __call__(self) -> Result:
         return self.resolve()
 
 

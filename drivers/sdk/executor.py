@@ -176,7 +176,7 @@ class _Lane:
 
     def _dispatch_encoding(self, run: _Encoding) -> None:
         try:
-            self._pending.append((run, self._timed(run.model, self._driver.encode(run.request))))
+            self._pending.append((run, self._timed(_shape(run.request), self._driver.encode(run.request))))
         except LLMOSError as error:
             run.sink.fail(error)
 
@@ -304,6 +304,12 @@ def _kind(quantum: Quantum, index: int) -> Hashable:
     """Steps of one kind take about as long: one model, with like numbers of rows and prompt tokens."""
     prefilled = sum(chunk.length for chunk in quantum.chunks if chunk.step == index)
     return quantum.model, len(quantum.decode).bit_length(), prefilled.bit_length()
+
+
+def _shape(request: EncodeStep) -> Hashable:
+    """As ``_kind``: like numbers of texts, and of tokens in the longest."""
+    longest = max(map(len, request.texts), default=0)
+    return request.model, (len(request.texts) - 1).bit_length(), (longest - 1).bit_length()
 
 
 def _without_steps(quantum: Quantum) -> Quantum:

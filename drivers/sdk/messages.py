@@ -292,11 +292,15 @@ class EncodeStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class EncodedStep(msgspec.Struct, frozen=True):
-    """``rows`` is float32, little-endian, [texts, width]. ``micros`` as in ``Step``."""
+    """``rows`` is float32, little-endian, [texts, width]. ``micros`` as in ``Step``.
+
+    ``computed`` is for how many tokens, what the driver padded texts and batch with included (0: not said).
+    """
 
     rows: bytes
     width: int
     micros: int
+    computed: int = 0
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):

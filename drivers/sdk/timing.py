@@ -5,13 +5,15 @@ one step more. The running step's end is predicted from the shortest of like ste
 one follows a margin earlier. The margin is learned from the steps that another followed: it grows at once
 when that one was held back and the device was found idle, and shrinks slowly while the host waits for the
 device for longer than it has to. A driver whose steps are computed while they are dispatched is always found
-idle, so its margin soon exceeds its steps and it is never made to wait.
+idle, so its margin soon exceeds its steps and it is never made to wait. A step that can tell is looked at now
+and then, so one that ends sooner than predicted is not waited for.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from math import inf
 from typing import Any
 
 from llmos.drivers.sdk.driver import Pending
@@ -28,6 +30,7 @@ GROW = 1.5
 SHRINK = 0.05
 FOLLOW = 0.05
 TICK = 1.0e-3  # what the loop's clock can tell apart
+GLANCE = 2.0e-3  # seconds between two looks at a step that runs
 
 
 class Timing:
@@ -43,9 +46,14 @@ class Timing:
         left = self._shortest.get(kind, 0.0) - self.margin - running
         return max(0.0, left // TICK * TICK)
 
-    def took(self, kind: Hashable, seconds: float, waited: float) -> None:
-        """A step took so long; its result was waited for so long, or had been there before if not at all."""
+    def took(self, kind: Hashable, seconds: float, waited: float, alone: bool = False) -> None:
+        """A step took so long; its result was waited for so long, or had been there before if not at all.
+
+        Of a step that was dispatched to an idle device (``alone``) that says how long it took at most.
+        """
         if waited <= IDLE:
+            if alone and kind in self._shortest:
+                self._shortest[kind] = min(seconds, self._shortest[kind])
             return
         shortest = self._shortest.pop(kind, seconds)
         self._shortest[kind] = min(seconds, shortest + FOLLOW * (seconds - shortest))
@@ -73,8 +81,9 @@ class Timed:
         asked = self._clock()
         result = self._result()
         now = self._clock()
+        alone = self._at >= self._timing.completed
         began, self._timing.completed = max(self._at, self._timing.completed), now
-        self._timing.took(self._kind, now - began, now - asked)
+        self._timing.took(self._kind, now - began, now - asked, alone)
         if self._followed:
             self._timing.followed(now - asked, self._held)
         return result
@@ -88,10 +97,13 @@ class Timed:
         return not isinstance(self._result, Pending) or self._result.ready()
 
     def pause(self) -> float:
-        """Seconds until the step behind this one is due, if this is the only one on the device."""
-        if isinstance(self._result, Pending) and (self._result.overlaps or self._result.ready()):
-            return 0.0
+        """Seconds until the step behind this one is due, or until to ask again; it is alone on the device."""
+        longest = inf
+        if isinstance(self._result, Pending):
+            if self._result.overlaps or self._result.ready():
+                return 0.0
+            longest = GLANCE
         running = self._clock() - max(self._at, self._timing.completed)
         pause = self._timing.pause(self._kind, running)
         self._held = self._held or pause > 0.0
-        return pause
+        return min(pause, longest)

@@ -137,10 +137,10 @@ class EncoderHost:
         self.steps += 1
         self.tokens += sum(len(job.texts[index]) for job, indices in batch.parts for index in indices)
         self.step_micros += 0.1 * (step.micros - self.step_micros) if self.step_micros else step.micros
-        seconds = step.micros / 1e6
+        seconds, computed = step.micros / 1e6, max(step.computed, batch.padded)
         # A step that was neither full nor long says little: most of it is not for its tokens.
-        if 2 * batch.padded >= self.budget or seconds > STEP_SECONDS:
-            fits = min(self.model.chunk_tokens, batch.padded * STEP_SECONDS / max(seconds, 1e-6))
+        if 2 * computed >= self.budget or seconds > STEP_SECONDS:
+            fits = min(self.model.chunk_tokens, computed * STEP_SECONDS / max(seconds, 1e-6))
             self.budget += SMOOTHING * (fits - self.budget)
 
 

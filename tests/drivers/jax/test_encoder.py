@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from llmos.drivers.jax import encoder, platform
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.jax.encoder_engine import EncoderSpec, length_buckets
+from llmos.drivers.sdk.driver import Pending
 from llmos.drivers.sdk.messages import EncodeStep, LoadedModel, LoadRequest
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -126,6 +127,14 @@ def test_pooling_and_the_longest_text_are_the_folders(
     assert load(driver, folder).max_context == 12
     expected, texts, types = inputs(folder)
     np.testing.assert_allclose(encode(driver, texts, types), expected["cls"], atol=2e-5)
+
+
+def test_it_is_said_for_how_many_tokens_a_step_was_computed(small: JaxDriver) -> None:
+    pending = small.encode(EncodeStep(model="e", texts=[[5] * 20, [5] * 3]))
+    assert isinstance(pending, Pending)
+    step = pending()
+    assert pending.ready()
+    assert step.computed == 2 * 32
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ STEP, HOST = 0.012, 0.0015
 class Device(Driver):
     """A device in simulated time; a synchronous one computes a step while it is dispatched."""
 
-    def __init__(self, synchronous: bool = False, overlaps: bool = False) -> None:
+    def __init__(self, synchronous: bool = False, overlaps: bool = False, tells: bool = False) -> None:
         self.now = self.free_at = 1.0
         self.idle = 0.0
         self.dispatched: list[tuple[int, float]] = []  # quantum, seconds until the step before it ends
-        self._synchronous, self._overlaps = synchronous, overlaps
+        self._synchronous, self._overlaps, self._tells = synchronous, overlaps, tells
+        self.step = STEP
         self._random = random.Random(1)
 
     def clock(self) -> float:
@@ -36,9 +37,13 @@ class Device(Driver):
             self.idle += max(0.0, self.now - self.free_at)
             self.free_at = max(self.now, self.free_at)
             if not self._synchronous:
-                self.free_at += STEP * self._random.uniform(1.0, 1.1)
+                self.free_at += self.step * self._random.uniform(1.0, 1.1)
             result = lambda index=index, ends=self.free_at: self._result(quantum.id, index, ends)  # noqa: E731
-            yield Pending(result, lambda: False, overlaps=True) if self._overlaps else result
+            if self._overlaps or self._tells:
+                there = lambda ends=self.free_at: self.now >= ends  # noqa: E731
+                yield Pending(result, there, overlaps=self._overlaps)
+            else:
+                yield result
 
     def _result(self, quantum: int, index: int, ends: float) -> Step:
         self.now = max(self.now, ends) + 1e-5
@@ -126,6 +131,33 @@ def test_a_kind_of_step_that_was_never_seen_is_not_waited_for() -> None:
     assert timing.pause("prefill", 0.0) == 0.0
     assert timing.pause("decode", 0.0) == pytest.approx(0.020 - FIRST_MARGIN, abs=1.1e-3)
     assert timing.pause("decode", 0.019) == 0.0
+
+
+def test_a_step_that_was_there_early_took_no_longer_if_it_had_the_device_to_itself() -> None:
+    timing = Timing()
+    timing.took("decode", 0.020, 0.001)
+    timing.took("decode", 0.005, 0.0)
+    assert timing.pause("decode", 0.0) > 0.015
+    timing.took("decode", 0.005, 0.0, alone=True)
+    assert timing.pause("decode", 0.0) == pytest.approx(0.005 - FIRST_MARGIN, abs=1.1e-3)
+    timing.took("decode", 0.030, 0.0, alone=True)  # nobody asked for it sooner
+    assert timing.pause("decode", 0.0) == pytest.approx(0.005 - FIRST_MARGIN, abs=1.1e-3)
+
+
+def test_a_step_that_ends_sooner_than_others_like_it_is_not_waited_for() -> None:
+    device = Device(tells=True)
+    executor, ended = Executor(device, clock=device.clock), []
+    sink = Ignore()
+    sink.step = lambda step: ended.append(device.now)  # type: ignore[method-assign]
+    for number, device.step in enumerate((10 * STEP, STEP)):
+        begun = device.now
+        executor.submit(Quantum(id=number + 1, model="m", steps=1), sink)
+        while len(ended) <= number:
+            if pause := executor.pause():
+                device.now += pause
+            else:
+                executor.advance()
+    assert ended[1] - begun < 2 * STEP
 
 
 def test_the_margin_grows_at_once_and_shrinks_slowly_within_its_limits() -> None:

@@ -64,13 +64,13 @@ class World:
         self.encoding.submit(job, self.now)
         return job
 
-    def step(self, seconds: float = 0.01) -> Batch:
+    def step(self, seconds: float = 0.01, computed: int = 0) -> Batch:
         """The oldest step in flight is done."""
         host, batch = self.sent.pop(0)
         self.now += seconds
         texts = batch.message("e").texts
         data = b"".join(bytes([text[0], 0, 0, 0]) for text in texts)
-        self.encoding.done(host, batch, EncodedStep(data, 1, round(seconds * 1e6)), self.now)
+        self.encoding.done(host, batch, EncodedStep(data, 1, round(seconds * 1e6), computed), self.now)
         return batch
 
     def run(self) -> list[Batch]:
@@ -183,6 +183,16 @@ def test_a_step_takes_no_longer_than_its_budget() -> None:
         batch = world.sent[0][1]
         world.step(batch.padded * 0.002)  # two milliseconds a token: 25 tokens fit in the budget
     assert world.sent[0][1].padded == 16
+
+
+def test_texts_that_are_padded_to_a_full_step_do_not_make_steps_smaller() -> None:
+    world = World()
+    for _ in range(20):
+        job = world.submit(texts(1))
+        world.step(STEP_SECONDS, computed=MODEL.chunk_tokens)
+        assert world.got(job) == [0]
+    (host,) = world.encoding.hosts.values()
+    assert host.budget == MODEL.chunk_tokens
 
 
 def test_beside_realtime_generation_steps_are_smaller_and_in_a_crunch_there_are_none() -> None:
