@@ -26,6 +26,7 @@ from llmos.drivers.jax.attention import (
     shared,
 )
 from llmos.drivers.jax.native import kernels
+from llmos.drivers.jax.rope import Turn, rotate
 from llmos.drivers.jax.state import BatchState
 
 Plan = DecodePlan | PrefillPlan | VerifyPlan | MixedPlan
@@ -205,7 +206,7 @@ def run(
         cache = shared.layer(caches, number)
         picked = last if model.last and number == len(model.layers) - 1 else None
         static, turn = (graph, shape.backend, fresh, shape.native), turns[layer.rope]
-        x, cache = _layer(*static, own, cache, x, *turn, plan, adapter, picked)
+        x, cache = _layer(*static, own, cache, x, turn, plan, adapter, picked)
         caches = shared.with_layer(caches, number, cache)
     if not model.last:
         return caches, x
@@ -222,13 +223,17 @@ def _layer(
     weights: Any,
     cache: Any,
     x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    turn: Turn,
     plan: Plan,
     adapter: jax.Array | None,
     last: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, turn: Turn, scoring: Scoring
+    ) -> tuple[jax.Array, Any]:
+        if backend.turns and isinstance(plan, PrefillPlan | VerifyPlan):
+            return backend.turning(plan, cache, q, k, v, turn, scoring)
+        q, k = rotate(q, *turn), rotate(k, *turn)
         if isinstance(plan, DecodePlan):
             return backend.decode(plan, cache, q, k, v, scoring)
         if isinstance(plan, VerifyPlan):
@@ -243,5 +248,5 @@ def _layer(
         return x[last] if x.ndim == 2 else jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
     with kernels.use(native), lora.serving(adapter):
-        x, cache = nnx.merge(graph, weights)(x, cos, sin, attend, pick)
+        x, cache = nnx.merge(graph, weights)(x, turn, attend, pick)
     return x, cache

@@ -17,7 +17,7 @@ from llmos.drivers.jax.attention import Scoring
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.experts import Experts
 from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, gated, make_norm, product
-from llmos.drivers.jax.rope import rotate, rotation, tables
+from llmos.drivers.jax.rope import Turn, rotation, tables
 from llmos.drivers.jax.sharding.collectives import WHOLE, columns, find_rows
 
 Pick = Callable[[jax.Array], jax.Array]
@@ -32,8 +32,13 @@ def everyone(x: jax.Array) -> jax.Array:
 class Attend(Protocol):
     """Attention of one layer over its cache."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, Any]:
-        """q [..., heads, head_dim], k and v [..., kv_heads, head_dim] -> output like q, new layer cache."""
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, turn: Turn, scoring: Scoring
+    ) -> tuple[jax.Array, Any]:
+        """q [..., heads, head_dim], k and v [..., kv_heads, head_dim] -> output like q, new layer cache.
+
+        q and k are yet to be turned.
+        """
         ...
 
 
@@ -74,13 +79,13 @@ class Attention(nnx.Module):  # type: ignore[misc]
             self.k_norm = make_norm(config, config.head_dim, init)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, pick: Pick = everyone
+        self, x: jax.Array, turn: Turn, attend: Attend, pick: Pick = everyone
     ) -> tuple[jax.Array, Any]:
         heads = self.qkv(x).reshape(*x.shape[:-1], self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=-2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.scoring)
+        mixed, cache = attend(q, k, v, turn, self.scoring)
         return self.out(pick(mixed.reshape(*x.shape[:-1], self.heads * self.head_dim))), cache
 
 
@@ -122,10 +127,10 @@ class Block(nnx.Module):  # type: ignore[misc]
             self.mlp_post_norm = make_norm(config, config.hidden, init)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, pick: Pick = everyone
+        self, x: jax.Array, turn: Turn, attend: Attend, pick: Pick = everyone
     ) -> tuple[jax.Array, Any]:
         """All keys and values go to the cache; what follows is computed for what ``pick`` takes."""
-        mixed, cache = self.attention(self.attention_norm(x), cos, sin, attend, pick)
+        mixed, cache = self.attention(self.attention_norm(x), turn, attend, pick)
         x = pick(x) + (self.attention_post_norm(mixed) if self.post_norms else mixed)
         moved = self.mlp(self.mlp_norm(x))
         return x + (self.mlp_post_norm(moved) if self.post_norms else moved), cache
@@ -170,7 +175,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             found = found * jnp.asarray(self.scale, found.dtype)
         return found + self.positions[...][position] if self.learned else found
 
-    def turns(self, position: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    def turns(self, position: jax.Array) -> list[Turn]:
         """Cosines and sines of the positions by each of the model's rotary tables."""
         arrays = [np.asarray(table, np.float32) for table in self.tables]
         return [rotation(position, array, self.turn_scale) for array in arrays]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.rope import Turn, rotate
 from llmos.drivers.sdk.messages import LoadRequest
 from llmos.ipc.errors import InvalidArgument
 
@@ -110,6 +111,11 @@ class AttentionBackend(Protocol):
         ...
 
     @property
+    def turns(self) -> bool:
+        """Whether ``turning`` is faster than turning queries and keys before ``prefill`` and ``verify``."""
+        ...
+
+    @property
     def name(self) -> str:
         """How the backend is reported."""
         ...
@@ -153,6 +159,19 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def turning(
+        self,
+        plan: PrefillPlan | VerifyPlan,
+        cache: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        turn: Turn,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, Any]:
+        """As ``verify``, of queries and keys that are yet to be turned."""
+        ...
+
     def mixed(
         self, plan: MixedPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
     ) -> tuple[jax.Array, Any]:
@@ -168,7 +187,25 @@ def suits_cudnn(head_dim: int) -> bool:
     return head_dim <= CUDNN_HEAD and head_dim % 8 == 0
 
 
-class Paged(ABC):
+class Turned:
+    """What backends share that get queries and keys turned."""
+
+    turns = False
+
+    def turning(
+        self: AttentionBackend,
+        plan: PrefillPlan | VerifyPlan,
+        cache: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        turn: Turn,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, Any]:
+        return self.verify(VerifyPlan(*plan), cache, rotate(q, *turn), rotate(k, *turn), v, scoring)
+
+
+class Paged(Turned, ABC):
     """What backends share that write the new keys and values first and then attend over pages.
 
     All are written before any is read: XLA would copy the cache for a write between two reads.

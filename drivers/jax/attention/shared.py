@@ -26,6 +26,7 @@ from llmos.drivers.jax.attention import (
 )
 from llmos.drivers.jax.attention.xla import BITS, PooledCache, held, numbers
 from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.rope import Turn
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class SharedAttention:
         return self.inner.knows_fresh
 
     @property
+    def turns(self) -> bool:
+        return self.inner.turns
+
+    @property
     def name(self) -> str:
         return self.inner.name
 
@@ -137,6 +142,18 @@ class SharedAttention:
         self, plan: VerifyPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
     ) -> tuple[jax.Array, Any]:
         return self.inner.verify(self._placed(plan), cache, q, k, v, scoring)
+
+    def turning(
+        self,
+        plan: PrefillPlan | VerifyPlan,
+        cache: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        turn: Turn,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, Any]:
+        return self.inner.turning(self._placed(plan), cache, q, k, v, turn, scoring)
 
     def mixed(
         self, plan: MixedPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN

@@ -21,6 +21,7 @@ from llmos.drivers.jax.attention import (
     MixedPlan,
     PrefillPlan,
     Scoring,
+    Turned,
     VerifyPlan,
     joined,
 )
@@ -34,7 +35,7 @@ class PairedCache(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TpuAttention:
+class TpuAttention(Turned):
     """``blocks`` are pages and queries taken at a time; without, those that are tuned for the device."""
 
     blocks: tuple[int, int] | None = None

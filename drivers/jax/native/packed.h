@@ -56,9 +56,9 @@ inline __m256 eight(const int8_t* x) {
 }
 #endif
 
-// panel[k * kPanel + o] = w[o, k] for o < count, and zero up to kPanel.
-template <typename W>
-void pack(const W* w, int64_t count, int64_t inner, float* panel) {
+// panel[k * kPanel + o] = row(o)[k] for o < count, and zero up to kPanel.
+template <typename Row>
+void pack(const Row& row, int64_t count, int64_t inner, float* panel) {
   int64_t o = 0;
 #if defined(__AVX2__)
   for (; o + 8 <= count; o += 8) {
@@ -66,18 +66,18 @@ void pack(const W* w, int64_t count, int64_t inner, float* panel) {
     for (; k + 8 <= inner; k += 8) {
       __m256 rows[8], turned[8];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) rows[i] = eight(w + (o + i) * inner + k);
+      for (int i = 0; i < 8; ++i) rows[i] = eight(row(o + i) + k);
       turn(rows, turned);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) _mm256_storeu_ps(panel + (k + i) * kPanel + o, turned[i]);
     }
     for (; k < inner; ++k) {
-      for (int i = 0; i < 8; ++i) panel[k * kPanel + o + i] = widen(w[(o + i) * inner + k]);
+      for (int i = 0; i < 8; ++i) panel[k * kPanel + o + i] = widen(row(o + i)[k]);
     }
   }
 #endif
   for (; o < kPanel; ++o) {
-    for (int64_t k = 0; k < inner; ++k) panel[k * kPanel + o] = o < count ? widen(w[o * inner + k]) : 0;
+    for (int64_t k = 0; k < inner; ++k) panel[k * kPanel + o] = o < count ? widen(row(o)[k]) : 0;
   }
 }
 
@@ -116,10 +116,9 @@ inline void put_row(const float* row, Output y, int64_t at, int64_t count) {
   for (; o + kLanes <= count; o += kLanes) {
     Floats x = load(row + o);
     if (y.wide) {
-      std::memcpy(static_cast<float*>(y.data) + at + o, &x, sizeof(x));
+      store(x, static_cast<float*>(y.data) + at + o);
     } else {
-      Halves halves = narrow(x);
-      std::memcpy(static_cast<bfloat16*>(y.data) + at + o, &halves, sizeof(halves));
+      store(x, static_cast<bfloat16*>(y.data) + at + o);
     }
   }
   for (; o < count; ++o) y.put(at + o, row[o]);
@@ -140,7 +139,8 @@ struct ManyRows {
     panels.resize(many * size);
     for (int64_t p = 0; p < many; ++p) {
       int64_t o = first + p * kPanel;
-      pack(w + o * inner, std::min<int64_t>(kPanel, last - o), inner, panels.data() + p * size);
+      auto row = [=](int64_t i) { return w + (o + i) * inner; };
+      pack(row, std::min<int64_t>(kPanel, last - o), inner, panels.data() + p * size);
     }
     for (int64_t r = from; r < to; r += kStrip) {
       int64_t rows = std::min<int64_t>(kStrip, to - r);
