@@ -56,9 +56,9 @@ inline __m256 eight(const int8_t* x) {
 }
 #endif
 
-// panel[k * kPanel + o] = row(o)[k] for o < count, and zero up to kPanel.
+// panel[k * kPanel + o] = row(o)[k] for o < count, and zero up to kPanel. What lies ``ahead`` bytes behind is fetched.
 template <typename Row>
-void pack(const Row& row, int64_t count, int64_t inner, float* panel) {
+void pack(const Row& row, int64_t count, int64_t inner, float* panel, int64_t ahead = 0) {
   int64_t o = 0;
 #if defined(__AVX2__)
   for (; o + 8 <= count; o += 8) {
@@ -66,7 +66,10 @@ void pack(const Row& row, int64_t count, int64_t inner, float* panel) {
     for (; k + 8 <= inner; k += 8) {
       __m256 rows[8], turned[8];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) rows[i] = eight(row(o + i) + k);
+      for (int i = 0; i < 8; ++i) {
+        rows[i] = eight(row(o + i) + k);
+        if (ahead) fetch(row(o + i) + k, ahead);
+      }
       turn(rows, turned);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) _mm256_storeu_ps(panel + (k + i) * kPanel + o, turned[i]);
@@ -140,7 +143,7 @@ struct ManyRows {
     for (int64_t p = 0; p < many; ++p) {
       int64_t o = first + p * kPanel;
       auto row = [=](int64_t i) { return w + (o + i) * inner; };
-      pack(row, std::min<int64_t>(kPanel, last - o), inner, panels.data() + p * size);
+      pack(row, std::min<int64_t>(kPanel, last - o), inner, panels.data() + p * size, kAhead);
     }
     for (int64_t r = from; r < to; r += kStrip) {
       int64_t rows = std::min<int64_t>(kStrip, to - r);

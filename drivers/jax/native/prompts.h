@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -95,6 +96,15 @@ void write_token(const Prompts<X, T>& all, int64_t number) {
     turn_head(all, number, k + h * at.head_dim, all.keys + where);
     for (int64_t d = 0; d < at.head_dim; ++d) narrow(widen(v[h * at.head_dim + d]), all.values + where + d);
   }
+}
+
+inline void put_weights(Floats x, float* out) { store(x, out); }
+inline void put_weights(Floats x, bfloat16* out) {
+#if defined(LLMOS_PAIRS)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), __m256i(_mm512_cvtneps_pbh(__m512(x))));
+#else
+  store(x, out);
+#endif
 }
 
 // tanh, by exp; good to some 1e-7 of what is at most 1.
@@ -188,19 +198,19 @@ struct Tile {
       std::fill(into, into + span, Y{});
       return 1;
     }
-    const float least = -std::numeric_limits<float>::infinity();
+    const float least = -std::numeric_limits<float>::infinity(), scale = paged.scale, cap = paged.cap;
     Ints place;
     for (int i = 0; i < kLanes; ++i) place[i] = i;
-    auto score = [&](int64_t t) { return scores + (t / kPanel * rows + row) * kPanel + t % kPanel; };
-    auto seen = [&](int64_t t, Floats x, float otherwise) {
+    auto score = [=](int64_t t) { return scores + (t / kPanel * rows + row) * kPanel + t % kPanel; };
+    auto seen = [=](int64_t t, Floats x, float otherwise) {
       if (t >= low && t + kLanes <= high) return x;
       Ints each = place + int32_t(t);
       return (each >= int32_t(low)) & (each < int32_t(high)) ? x : Floats{} + otherwise;
     };
     Floats most = Floats{} + least;
     for (int64_t t = 0; t < span; t += kLanes) {
-      Floats x = load(score(t)) * paged.scale;
-      if (paged.cap != 0) x = hyperbolic(x / paged.cap) * paged.cap;
+      Floats x = load(score(t)) * scale;
+      if (cap != 0) x = hyperbolic(x / cap) * cap;
       x = seen(t, x, least);
       store(x, score(t));
       most = x > most ? x : most;
@@ -210,7 +220,7 @@ struct Tile {
     for (int64_t t = 0; t < span; t += kLanes) {
       Floats weight = seen(t, exponential(load(score(t)) - top), 0.0f);
       sum += weight;
-      store(weight, into + t);
+      put_weights(weight, into + t);
     }
     float decay = std::exp(tops[r] - top);
     tops[r] = top, sums[r] = sums[r] * decay + total(sum);
@@ -273,7 +283,9 @@ void attend_tile(const Prompts<X, T>& all, int64_t row, int64_t head, int64_t fr
     std::fill(out, out + block, X{});
   }
   if (from >= last) return;
-  thread_local Tile<X, T> tile;
+  // Behind a pointer, or the compiler asks for the thread's own address in the innermost loops.
+  thread_local std::unique_ptr<Tile<X, T>> own = std::make_unique<Tile<X, T>>();
+  Tile<X, T>& tile = *own;
   tile.begin(all, row, head, from, last);
   int64_t position = start + from, end = start + last;
   int64_t first = at.window ? std::max<int64_t>(0, position + 1 - at.window) : 0;
