@@ -105,11 +105,9 @@ class MLP(nnx.Module):  # type: ignore[misc]
         return (self.gate_up if self.gated else self.up), self.down
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
         if not self.gated:
-            return self.down(act(self.up(x)))
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(gated(act, gate, up))
+            return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down(gated(self.activation, self.gate_up(x)))
 
 
 class Block(nnx.Module):  # type: ignore[misc]

@@ -81,7 +81,11 @@ inline Floats load(const int8_t* x) {
 
 inline void store(Floats x, float* out) { std::memcpy(out, &x, sizeof(x)); }
 inline void store(Floats x, bfloat16* out) {
+#if defined(__AVX512BF16__)
+  __m256bh halves = _mm512_cvtneps_pbh(__m512(x));
+#else
   Halves halves = narrow(x);
+#endif
   std::memcpy(out, &halves, sizeof(halves));
 }
 

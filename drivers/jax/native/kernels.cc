@@ -19,6 +19,7 @@
 #include "common.h"
 #include "packed.h"
 #include "pairs.h"
+#include "passes.h"
 #include "prompts.h"
 
 namespace {
@@ -437,6 +438,47 @@ XLA_FFI_Error* prompts(const Call& call) {
   return nullptr;
 }
 
+// x [rows, 2 n] -> y [rows, n], the first half of a row, activated, times the second; by silu, or by gelu with tanh.
+XLA_FFI_Error* gate(const Call& call) {
+  if (!call.has(1, 1, 1)) return call.invalid("gate takes x and an attribute, and gives y");
+  XLA_FFI_Buffer &x = call.arg(0), &y = call.ret(0);
+  if (x.rank != 2 || !floating(x) || x.dims[1] % 2 || !shaped(y, x.dtype, {x.dims[0], x.dims[1] / 2})) {
+    return call.invalid("gate takes x [rows, 2 n] in float32 or bfloat16, and gives y [rows, n]");
+  }
+  if (!x.dims[0] || !x.dims[1]) return nullptr;
+  bool smooth = call.attr<int32_t>(0);
+  typed(x.dtype == kFloat32, true, [&](auto number, auto) {
+    using X = decltype(number);
+    auto rows = [&](auto act) {
+      gate_rows(call.pool(), call.data<X>(0), static_cast<X*>(y.data), x.dims[0], x.dims[1] / 2, act);
+    };
+    if (smooth) {
+      rows([](Floats x) { return gelu_tanh(x); });
+    } else {
+      rows([](Floats x) { return silu(x); });
+    }
+  });
+  return nullptr;
+}
+
+// x and y [rows, n] and scale [n] -> x + y, and its root-mean-square norm.
+XLA_FFI_Error* norm(const Call& call) {
+  if (!call.has(3, 2, 2)) return call.invalid("norm takes x, y, scale and 2 attributes, and gives the sum and its norm");
+  XLA_FFI_Buffer &x = call.arg(0), &sum = call.ret(0), &normed = call.ret(1);
+  if (x.rank != 2 || !floating(x) || !shaped(call.arg(1), x.dtype, {x.dims[0], x.dims[1]}) ||
+      !shaped(call.arg(2), x.dtype, {x.dims[1]}) || !shaped(sum, x.dtype, {x.dims[0], x.dims[1]}) ||
+      !shaped(normed, x.dtype, {x.dims[0], x.dims[1]})) {
+    return call.invalid("norm takes x and y [rows, n] and scale [n], all float32 or all bfloat16");
+  }
+  if (!x.dims[0] || !x.dims[1]) return nullptr;
+  typed(x.dtype == kFloat32, true, [&](auto number, auto) {
+    using X = decltype(number);
+    norm_rows(call.pool(), call.data<X>(0), call.data<X>(1), call.data<X>(2), static_cast<X*>(sum.data),
+              static_cast<X*>(normed.data), x.dims[0], x.dims[1], call.attr<float>(0), call.attr<float>(1));
+  });
+  return nullptr;
+}
+
 // Answers XLA's question for the version of its interface, or does the work.
 XLA_FFI_Error* answer(XLA_FFI_CallFrame* frame, XLA_FFI_Error* (*work)(const Call&)) {
   auto* extension = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start);
@@ -455,3 +497,5 @@ XLA_FFI_Error* answer(XLA_FFI_CallFrame* frame, XLA_FFI_Error* (*work)(const Cal
 extern "C" XLA_FFI_Error* llmos_product(XLA_FFI_CallFrame* frame) { return answer(frame, product); }
 extern "C" XLA_FFI_Error* llmos_attention(XLA_FFI_CallFrame* frame) { return answer(frame, attention); }
 extern "C" XLA_FFI_Error* llmos_prompts(XLA_FFI_CallFrame* frame) { return answer(frame, prompts); }
+extern "C" XLA_FFI_Error* llmos_gate(XLA_FFI_CallFrame* frame) { return answer(frame, gate); }
+extern "C" XLA_FFI_Error* llmos_norm(XLA_FFI_CallFrame* frame) { return answer(frame, norm); }

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmos.drivers.jax import platform
 from llmos.drivers.jax.native import build
@@ -23,6 +24,9 @@ from llmos.ipc.errors import LLMOSError
 
 MEMORY_BOUND = 64
 """Rows up to which a bfloat16 weight is the kernel's even where the processor multiplies whole matrices."""
+SOME = 8
+"""Rows from which a pass of our own is worth its call."""
+_GATES: dict[str, int] = {"silu": 0, "gelu_tanh": 1}
 _TYPES = (jnp.float32, jnp.bfloat16)
 _WEIGHTS = (*_TYPES, jnp.int8)
 
@@ -76,6 +80,33 @@ def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
     shape = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), out or rows.dtype)  # type: ignore[no-untyped-call]
     result: jax.Array = jax.ffi.ffi_call(build.target("product"), shape)(rows, weight)
     return result
+
+
+def passes(rows: jax.Array, *others: jax.Array) -> bool:
+    """Whether what lies between products is for the kernels: for some rows [n, size], all of one type."""
+    ready = _wanted.get() and _state == "ready" and rows.dtype in _TYPES
+    return ready and rows.shape[0] >= SOME and all(each.dtype == rows.dtype for each in others)
+
+
+def gates(rows: jax.Array, activation: str) -> bool:
+    """Whether ``gate`` is for these rows."""
+    return activation in _GATES and passes(rows)
+
+
+def gate(rows: jax.Array, activation: str) -> jax.Array:
+    """The activated first half of ``rows`` [n, 2 size] times the second -> [n, size]."""
+    shape = jax.ShapeDtypeStruct((rows.shape[0], rows.shape[1] // 2), rows.dtype)  # type: ignore[no-untyped-call]
+    kind = np.int32(_GATES[activation])
+    result: jax.Array = jax.ffi.ffi_call(build.target("gate"), shape)(rows, activation=kind)
+    return result
+
+
+def norm(x: jax.Array, y: jax.Array, scale: jax.Array, eps: float, unit: bool) -> tuple[jax.Array, jax.Array]:
+    """``x + y`` [n, size] and its root-mean-square norm, times ``scale`` [size], or 1 more if ``unit``."""
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)  # type: ignore[no-untyped-call]
+    call = jax.ffi.ffi_call(build.target("norm"), [shape, shape])
+    both, normed = call(x, y, scale, eps=np.float32(eps), unit=np.float32(unit))
+    return both, normed
 
 
 def _register(library: ctypes.CDLL) -> None:

@@ -18,6 +18,7 @@
 #include "common.h"
 #include "packed.h"
 #include "pairs.h"
+#include "passes.h"
 
 namespace {
 
@@ -98,22 +99,6 @@ void write_token(const Prompts<X, T>& all, int64_t number) {
   }
 }
 
-inline void put_weights(Floats x, float* out) { store(x, out); }
-inline void put_weights(Floats x, bfloat16* out) {
-#if defined(LLMOS_PAIRS)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), __m256i(_mm512_cvtneps_pbh(__m512(x))));
-#else
-  store(x, out);
-#endif
-}
-
-// tanh, by exp; good to some 1e-7 of what is at most 1.
-inline Floats hyperbolic(Floats x) {
-  Floats most = Floats{} + 20.0f;  // tanh of more is 1 in float32; not a number stays so
-  x = x > most ? most : x;
-  return 1.0f - 2.0f / (exponential(x + x) + 1.0f);
-}
-
 // What a thread needs for one tile of queries.
 template <typename X, typename T>
 struct Tile {
@@ -139,7 +124,7 @@ struct Tile {
     tops.assign(many, -std::numeric_limits<float>::infinity());
     sums.assign(many, 0.0f);
     key_panels.resize(kBlock * size / kWide);
-    value_panels.assign(value_parts() * kBlock / kWide * kPanel, 0.0f);
+    value_panels.resize(value_parts() * kBlock / kWide * kPanel);
     for (int64_t i = from; i < to; ++i) {
       int64_t number = row * all.tokens + i;
       for (int64_t g = 0; g < all.at.group; ++g) {
@@ -173,13 +158,13 @@ struct Tile {
   }
 
   // value_panels[part, t / kWide, d] are the values d of token t, or of a pair of tokens; zeros behind the last one
-  // up to a whole vector.
+  // up to a whole vector, and behind the last d.
   void pack_values(const T* values, int64_t count) {
     int64_t stride = kBlock / kWide * kPanel, whole = (count + kLanes - 1) / kLanes * kLanes;
     for (int64_t t = 0; t < whole; t += kWide) {
       float* into = value_panels.data() + t / kWide * kPanel;
-      for (int64_t d = 0; d < size; d += kLanes) {
-        auto value = [&](int64_t t) { return t < count ? load(values + at[t] + d) : Floats{}; };
+      for (int64_t d = 0; d < wide_size(); d += kLanes) {
+        auto value = [&](int64_t t) { return t < count && d < size ? load(values + at[t] + d) : Floats{}; };
         float* place = into + d / kPanel * stride + d % kPanel;
         if constexpr (kWide == 2) {
           store(paired(value(t), value(t + 1)), place);
@@ -220,7 +205,7 @@ struct Tile {
     for (int64_t t = 0; t < span; t += kLanes) {
       Floats weight = seen(t, exponential(load(score(t)) - top), 0.0f);
       sum += weight;
-      put_weights(weight, into + t);
+      store(weight, into + t);
     }
     float decay = std::exp(tops[r] - top);
     tops[r] = top, sums[r] = sums[r] * decay + total(sum);
