@@ -20,7 +20,7 @@ SWITCH = "LLMOS_NATIVE"
 """The environment variable that turns the kernels off with "off"."""
 SOURCE = Path(__file__).with_name("kernels.cc")
 _FILES = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
-KERNELS = ("product", "attention", "prompts", "gate", "norm")
+KERNELS = ("product", "attention", "prompts", "gate")
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300.0

@@ -461,24 +461,6 @@ XLA_FFI_Error* gate(const Call& call) {
   return nullptr;
 }
 
-// x and y [rows, n] and scale [n] -> x + y, and its root-mean-square norm.
-XLA_FFI_Error* norm(const Call& call) {
-  if (!call.has(3, 2, 2)) return call.invalid("norm takes x, y, scale and 2 attributes, and gives the sum and its norm");
-  XLA_FFI_Buffer &x = call.arg(0), &sum = call.ret(0), &normed = call.ret(1);
-  if (x.rank != 2 || !floating(x) || !shaped(call.arg(1), x.dtype, {x.dims[0], x.dims[1]}) ||
-      !shaped(call.arg(2), x.dtype, {x.dims[1]}) || !shaped(sum, x.dtype, {x.dims[0], x.dims[1]}) ||
-      !shaped(normed, x.dtype, {x.dims[0], x.dims[1]})) {
-    return call.invalid("norm takes x and y [rows, n] and scale [n], all float32 or all bfloat16");
-  }
-  if (!x.dims[0] || !x.dims[1]) return nullptr;
-  typed(x.dtype == kFloat32, true, [&](auto number, auto) {
-    using X = decltype(number);
-    norm_rows(call.pool(), call.data<X>(0), call.data<X>(1), call.data<X>(2), static_cast<X*>(sum.data),
-              static_cast<X*>(normed.data), x.dims[0], x.dims[1], call.attr<float>(0), call.attr<float>(1));
-  });
-  return nullptr;
-}
-
 // Answers XLA's question for the version of its interface, or does the work.
 XLA_FFI_Error* answer(XLA_FFI_CallFrame* frame, XLA_FFI_Error* (*work)(const Call&)) {
   auto* extension = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start);
@@ -498,4 +480,3 @@ extern "C" XLA_FFI_Error* llmos_product(XLA_FFI_CallFrame* frame) { return answe
 extern "C" XLA_FFI_Error* llmos_attention(XLA_FFI_CallFrame* frame) { return answer(frame, attention); }
 extern "C" XLA_FFI_Error* llmos_prompts(XLA_FFI_CallFrame* frame) { return answer(frame, prompts); }
 extern "C" XLA_FFI_Error* llmos_gate(XLA_FFI_CallFrame* frame) { return answer(frame, gate); }
-extern "C" XLA_FFI_Error* llmos_norm(XLA_FFI_CallFrame* frame) { return answer(frame, norm); }

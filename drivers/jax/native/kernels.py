@@ -82,15 +82,10 @@ def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
     return result
 
 
-def passes(rows: jax.Array, *others: jax.Array) -> bool:
-    """Whether what lies between products is for the kernels: for some rows [n, size], all of one type."""
-    ready = _wanted.get() and _state == "ready" and rows.dtype in _TYPES
-    return ready and rows.shape[0] >= SOME and all(each.dtype == rows.dtype for each in others)
-
-
 def gates(rows: jax.Array, activation: str) -> bool:
-    """Whether ``gate`` is for these rows."""
-    return activation in _GATES and passes(rows)
+    """Whether ``gate`` is for ``rows`` [n, 2 size]: on a CPU, where it is wanted."""
+    ready = _wanted.get() and _state == "ready" and rows.dtype in _TYPES
+    return ready and activation in _GATES and rows.shape[0] >= SOME
 
 
 def gate(rows: jax.Array, activation: str) -> jax.Array:
@@ -99,14 +94,6 @@ def gate(rows: jax.Array, activation: str) -> jax.Array:
     kind = np.int32(_GATES[activation])
     result: jax.Array = jax.ffi.ffi_call(build.target("gate"), shape)(rows, activation=kind)
     return result
-
-
-def norm(x: jax.Array, y: jax.Array, scale: jax.Array, eps: float, unit: bool) -> tuple[jax.Array, jax.Array]:
-    """``x + y`` [n, size] and its root-mean-square norm, times ``scale`` [size], or 1 more if ``unit``."""
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)  # type: ignore[no-untyped-call]
-    call = jax.ffi.ffi_call(build.target("norm"), [shape, shape])
-    both, normed = call(x, y, scale, eps=np.float32(eps), unit=np.float32(unit))
-    return both, normed
 
 
 def _register(library: ctypes.CDLL) -> None:

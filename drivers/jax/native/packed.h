@@ -90,7 +90,9 @@ inline Floats added(Floats sum, float x, Floats w) { return sum + x * w; }
 // tile[r * kPanel + o] = sum over k of x[r, k] * panel[k, o]. Apart from what follows, lest sums leave registers.
 template <int R, typename X>
 __attribute__((noinline)) void strip(const X* x, const float* panel, int64_t inner, float* tile) {
-  Floats sums[R][2] = {};
+  Floats sums[R][2];  // cleared and stored one by one, lest both go through memory by calls
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Floats{};
   for (int64_t k = 0; k < inner; ++k) {
     Floats low = load(panel + k * kPanel), high = load(panel + k * kPanel + kLanes);
 #pragma GCC unroll 16
@@ -100,7 +102,11 @@ __attribute__((noinline)) void strip(const X* x, const float* panel, int64_t inn
       sums[r][1] = added(sums[r][1], each, high);
     }
   }
-  std::memcpy(tile, sums, sizeof(sums));
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    store(sums[r][0], tile + r * kPanel);
+    store(sums[r][1], tile + r * kPanel + kLanes);
+  }
 }
 
 template <typename X>
