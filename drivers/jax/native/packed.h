@@ -169,15 +169,16 @@ struct ManyRows {
   void spread_over(const Pool& pool, const void* weights) const {
     constexpr int64_t kPackedBytes = 3 << 16, kMostRows = 512, kFewestRows = 48;
     const W* w = static_cast<const W*>(weights);
-    int64_t fitting = kPackedBytes / (inner * int64_t(sizeof(float)) * kPanel);
-    int64_t step = std::max<int64_t>(1, fitting) * kPanel, columns = (outer + step - 1) / step;
+    int64_t fitting = std::max<int64_t>(1, kPackedBytes / (inner * int64_t(sizeof(float)) * kPanel));
+    int64_t panels = (outer + kPanel - 1) / kPanel, threads = pool.size(), columns = (panels + fitting - 1) / fitting;
+    columns = std::min(panels, (columns + threads - 1) / threads * threads);  // as many for each thread
     // More parts pack the same weights more often, but give many threads something to do.
-    int64_t parts = std::min((4 * pool.size() + columns - 1) / columns, count / kFewestRows);
+    int64_t parts = std::min((2 * threads + columns - 1) / columns, count / kFewestRows);
     parts = std::max(parts, (count + kMostRows - 1) / kMostRows);
     spread(pool, columns * parts, false, [=, this_ = *this](int64_t i) {
-      int64_t first = i % columns * step, part = i / columns;
-      this_.block(w, first, std::min(outer, first + step), part * this_.count / parts,
-                  (part + 1) * this_.count / parts);
+      int64_t column = i % columns, part = i / columns;
+      int64_t first = column * panels / columns * kPanel, last = (column + 1) * panels / columns * kPanel;
+      this_.block(w, first, std::min(outer, last), part * this_.count / parts, (part + 1) * this_.count / parts);
     });
   }
 };
