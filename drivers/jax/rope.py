@@ -16,7 +16,7 @@ Tables = tuple[tuple[float, ...], ...]
 
 
 class Turn(NamedTuple):
-    """Cosines and sines [..., n / 2] in float32 by which the first n components of a token's heads are turned."""
+    """Cosines and sines [..., n / 2], float32, that turn the first n components of a token's heads."""
 
     cos: jax.Array
     sin: jax.Array

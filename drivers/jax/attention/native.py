@@ -91,7 +91,7 @@ def _call(
     scoring: Scoring,
     **others: np.int32,
 ) -> tuple[jax.Array, Cache]:
-    """What a kernel makes of ``new``, first of all the queries, of a ``shape``; and the cache, written in place."""
+    """What a kernel makes of ``new``, of the queries' ``shape``; and the cache, written in place."""
     paired = isinstance(cache, PooledCache)
     # A pool as it is: a reshaped one would be copied before it is aliased.
     given = [cache.pool, cache.first] if isinstance(cache, PooledCache) else [cache.k, cache.v]

@@ -17,8 +17,8 @@ inline Floats hyperbolic(Floats x) {
 }
 
 inline Floats silu(Floats x) {
-  Floats most = Floats{} + 88.0f, turned = -x;
-  return x / (1.0f + exponential(turned > most ? most : turned));
+  Floats least = Floats{} - 88.0f;  // silu of less is 0 in float32
+  return x < least ? Floats{} : x / (1.0f + exponential(x < least ? -least : -x));
 }
 
 inline Floats gelu_tanh(Floats x) { return 0.5f * x * (1.0f + hyperbolic(0.797884561f * (x + 0.044715f * x * x * x))); }

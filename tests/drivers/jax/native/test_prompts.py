@@ -56,7 +56,9 @@ class Case:
     def new(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         heads = (self.kv_heads * self.group, self.kv_heads, self.kv_heads)
         shape = (len(self.starts), self.width)
-        return tuple(jnp.asarray(self.random(i, *shape, n, self.size), self.kind) for i, n in enumerate(heads))  # type: ignore[return-value]
+        return tuple(
+            jnp.asarray(self.random(i, *shape, n, self.size), self.kind) for i, n in enumerate(heads)
+        )  # type: ignore[return-value]
 
     def cache(self) -> PagedCache:
         """Pages in which all that no token was written to yet is not finite."""
@@ -93,7 +95,9 @@ class Case:
         table, position = self.table()[row], self.starts[row] + token
         oldest = max(0, position + 1 - self.scoring.window) if self.scoring.window else 0
         at = np.arange(oldest, position + 1)
-        k, v = (np.asarray(numbers(x), np.float64)[table[at // self.page], :, at % self.page] for x in cache[:2])
+        k, v = (
+            np.asarray(numbers(x), np.float64)[table[at // self.page], :, at % self.page] for x in cache[:2]
+        )
         q = np.asarray(rotate(self.new()[0], *self.turn()), np.float64)[row, token]
         k, v = (np.repeat(x, self.group, axis=1) for x in (k, v))
         scores = np.einsum("hd,thd->ht", q, k) * (self.scoring.scale or self.size**-0.5)
@@ -252,7 +256,7 @@ def call(**others: Any) -> None:
 )
 def test_wrong_shapes_are_refused(others: dict[str, Any], why: str) -> None:
     call()
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*{why}"):
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=f"INVALID_ARGUMENT.*{why}"):
         call(**others)
 
 
@@ -266,5 +270,5 @@ def test_a_layer_outside_of_its_pool_is_refused() -> None:
         if right:
             jax.block_until_ready(asked())
         else:
-            with pytest.raises(ValueError, match="blocks must be in the cache"):
+            with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="blocks must be in the cache"):
                 jax.block_until_ready(asked())
