@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos.drivers.jax.attention import Scoring, VerifyPlan
+from llmos.drivers.jax.attention import PLAIN, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, held, numbers
@@ -41,7 +41,7 @@ class Case:
     size: int = 64
     page: int = 16
     turned: int = 64
-    scoring: Scoring = Scoring()
+    scoring: Scoring = PLAIN
     kind: str = "float32"
     kept: str = "float32"
 
