@@ -334,7 +334,7 @@ void multiply(const Pool& pool, const void* x, const void* w, Output y, int64_t 
 
 // x [rows, in] times w [out, in] -> y [rows, out].
 XLA_FFI_Error* product(const Call& call) {
-  constexpr int64_t kFew = 31, kFewPairs = 128;  // packing pays from more rows on
+  constexpr int64_t kFew = 31, kFewPairs = 64;  // packing pays from more rows on
   if (!call.has(2, 1, 0)) return call.invalid("product takes x and w, and gives y");
   XLA_FFI_Buffer &x = call.arg(0), &w = call.arg(1), &y = call.ret(0);
   if (x.rank != 2 || w.rank != 2 || x.dims[1] != w.dims[1] || !floating(x) || !floating(y)) {
