@@ -1,6 +1,7 @@
 // What XLA hands to a kernel, and whether it has the shapes that the kernel takes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
@@ -52,7 +53,8 @@ struct Cache {
 
   // Those at the arguments from ``arg`` on, which are also the last results.
   static Cache of(const Call& call, int arg, int64_t kv_heads, int64_t page_tokens, int64_t head_dim) {
-    Cache found{&call.arg(arg), &call.arg(arg + 1), 0, kv_heads * page_tokens * head_dim, 0, call.frame->rets.size == 2};
+    int64_t block = kv_heads * page_tokens * head_dim;
+    Cache found{&call.arg(arg), &call.arg(arg + 1), 0, block, 0, call.frame->rets.size == 2};
     if (found.block <= 0) return found;
     const XLA_FFI_Buffer& keys = *found.keys;
     int64_t size = std::accumulate(keys.dims, keys.dims + keys.rank, int64_t{1}, std::multiplies<int64_t>());

@@ -337,7 +337,8 @@ XLA_FFI_Error* product(const Call& call) {
   constexpr int64_t kFew = 31, kFewPairs = 64;  // packing pays from more rows on
   if (!call.has(2, 1, 0)) return call.invalid("product takes x and w, and gives y");
   XLA_FFI_Buffer &x = call.arg(0), &w = call.arg(1), &y = call.ret(0);
-  if (x.rank != 2 || w.rank != 2 || x.dims[1] != w.dims[1] || !floating(x) || !floating(y)) {
+  if (x.rank != 2 || w.rank != 2 || x.dims[1] != w.dims[1] || !floating(x) || !floating(y) ||
+      !shaped(y, y.dtype, {x.dims[0], w.dims[0]})) {
     return call.invalid("product takes x [rows, in] and w [out, in], x and y float32 or bfloat16");
   }
   int64_t count = x.dims[0], inner = x.dims[1], outer = w.dims[0];

@@ -103,15 +103,15 @@ void write_token(const Prompts<X, T>& all, int64_t number) {
 template <typename X, typename T>
 struct Tile {
   using F = Factor<X, T>;
-  static constexpr int64_t kBlock = 256;                    // keys that are packed at once
+  static constexpr int64_t kBlock = 256;  // keys that are packed at once
   static constexpr int64_t kWide = std::is_same_v<F, float> ? 1 : 2;  // numbers in a factor
   using Y = std::conditional_t<kWide == 2, bfloat16, float>;
 
   int64_t size, many;  // numbers of a head, and rows of queries: heads of a group for one token after the other
   std::vector<Y> queries;
   std::vector<float> key_panels, value_panels, mixed, tops, sums;
-  int64_t at[kBlock];                    // where the block's tokens lie
-  float scores[kStrip * kBlock];         // [panels, rows of the strip, kPanel]
+  int64_t at[kBlock];                      // where the block's tokens lie
+  float scores[kStrip * kBlock];           // [panels, rows of the strip, kPanel]
   alignas(64) Y weights[kStrip * kBlock];  // [rows of the strip, keys that any of them sees]
 
   int64_t value_parts() const { return (size + kPanel - 1) / kPanel; }

@@ -159,8 +159,8 @@ void try_prompts(int32_t window, int64_t size, XLA_FFI_DataType type) {
     offsets[i] = place % N;
     if (place < lengths[row]) pages[i] = tables[row * W + place / N];
   }
-  auto heads = narrowed<T>(randoms(R * C * (H + 2 * K) * D)), keys = narrowed<T>(randoms(P * K * N * D)), values = keys;
-  std::vector<T> out(R * C * H * D);
+  auto heads = narrowed<T>(randoms(R * C * (H + 2 * K) * D)), keys = narrowed<T>(randoms(P * K * N * D));
+  std::vector<T> values = keys, out(R * C * H * D);
   auto cos = randoms(R * C * half), sin = randoms(R * C * half);
   std::vector<int64_t> hd{R, C, H + 2 * K, D}, nd{R, C, half}, cd{P, K, N, D}, td{R, W}, rd{R}, pd{R, C}, od{R, C, H, D};
   auto hb = buffer(heads, hd, type), nb = buffer(cos, nd, kFloat32), sb = buffer(sin, nd, kFloat32);
