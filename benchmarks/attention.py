@@ -28,7 +28,7 @@ from llmos.drivers.jax.attention import PLAIN, DecodePlan, Paged, PrefillPlan, S
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
-from llmos.drivers.jax.rope import rotation
+from llmos.drivers.jax.rope import Turn, rotation
 
 PAGE = 64
 CALLS, ROUNDS = 20, 4
@@ -120,7 +120,7 @@ def attend(
     out: tuple[jax.Array, PagedCache]
     if case.queries == 1:
         one = DecodePlan(plan.tables, plan.lengths, plan.pages[:, 0], plan.offsets[:, 0])
-        new = Projected(jnp.concatenate([q, k, v], axis=2)[:, 0], turn[0], turn[1], case.kv_heads)
+        new = Projected.of(*(each[:, 0] for each in (q, k, v)), Turn(*turn))
         out = backend.step(one, cache, new, case.scoring)
     elif case.queries < FEW:
         out = backend.verify(VerifyPlan(*plan), cache, q, k, v, case.scoring)

@@ -172,7 +172,7 @@ def _start(name: str, command: list[str], options: argparse.Namespace, extra: di
     threads = {key: str(options.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC")}
     cache = {"LLMOS_CACHE": str(options.folder / "ours")}
     env = {**os.environ, **threads, **cache, **extra, "OMP_WAIT_POLICY": "passive"}
-    command = [*command, str(max(options.batch)), str(options.total)]
+    command = [*command, str(max(options.batch, default=1)), str(options.total)]
     return Engine(name, command, env, options.folder / f"{name.replace(' ', '-').replace('/', '-')}.log")
 
 

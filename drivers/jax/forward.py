@@ -27,6 +27,7 @@ from llmos.drivers.jax.attention import (
 )
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.native import kernels
+from llmos.drivers.jax.rope import Turn
 from llmos.drivers.jax.state import BatchState
 
 Plan = DecodePlan | PrefillPlan | VerifyPlan | MixedPlan
@@ -206,7 +207,7 @@ def run(
         cache = shared.layer(caches, number)
         picked = last if model.last and number == len(model.layers) - 1 else None
         static, turn = (graph, shape.backend, fresh, shape.native), turns[layer.rope]
-        x, cache = _layer(*static, own, cache, x, *turn, plan, adapter, picked)
+        x, cache = _layer(*static, own, cache, x, turn, plan, adapter, picked)
         caches = shared.with_layer(caches, number, cache)
     if not model.last:
         return caches, x
@@ -223,8 +224,7 @@ def _layer(
     weights: Any,
     cache: Any,
     x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    turn: Turn,
     plan: Plan,
     adapter: jax.Array | None,
     last: jax.Array | None,
@@ -232,12 +232,9 @@ def _layer(
     def attend(new: Projected, scoring: Scoring) -> tuple[jax.Array, Any]:
         if isinstance(plan, DecodePlan):
             return backend.step(plan, cache, new, scoring)
-        q, k, v = new.parts()
-        if isinstance(plan, VerifyPlan):
-            return backend.verify(plan, cache, q, k, v, scoring)
         if isinstance(plan, MixedPlan):
-            return backend.mixed(plan, cache, q, k, v, scoring)
-        return backend.prefill(plan, cache, q, k, v, fresh, scoring)
+            return backend.mixed(plan, cache, *new.parts(), scoring)
+        return backend.extend(plan, cache, new, fresh, scoring)
 
     def pick(x: jax.Array) -> jax.Array:
         if last is None:
@@ -245,5 +242,5 @@ def _layer(
         return x[last] if x.ndim == 2 else jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
     with kernels.use(native), lora.serving(adapter):
-        x, cache = nnx.merge(graph, weights)(x, cos, sin, attend, pick)
+        x, cache = nnx.merge(graph, weights)(x, turn, attend, pick)
     return x, cache

@@ -65,8 +65,16 @@ def precision(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def gated(act: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
-    """``act(gate) * up``; in float32 on a CPU, which rounds every bfloat16 result and takes twice as long."""
+def gated(activation: Activation, both: jax.Array) -> jax.Array:
+    """The activated first half of ``both`` [..., 2 n] times the second -> [..., n].
+
+    In float32 on a CPU, which rounds every bfloat16 result and takes twice as long, or by a native kernel.
+    """
+    rows = both.reshape(-1, both.shape[-1])
+    if kernels.gates(rows, activation):
+        return kernels.gate(rows, activation).reshape(*both.shape[:-1], -1)
+    gate, up = jnp.split(both, 2, axis=-1)
+    act = ACTIVATIONS[activation]
     if jax.default_backend() != "cpu":
         return act(gate) * up
     return (act(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)

@@ -18,7 +18,7 @@ from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.experts import Experts
 from llmos.drivers.jax.layers import ACTIVATIONS, Init, Linear, gated, make_norm, product
-from llmos.drivers.jax.rope import rotation, tables
+from llmos.drivers.jax.rope import Turn, rotation, tables
 from llmos.drivers.jax.sharding.collectives import WHOLE, columns, find_rows
 
 Pick = Callable[[jax.Array], jax.Array]
@@ -75,11 +75,11 @@ class Attention(nnx.Module):  # type: ignore[misc]
             self.k_norm = make_norm(config, config.head_dim, init)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, pick: Pick = everyone
+        self, x: jax.Array, turn: Turn, attend: Attend, pick: Pick = everyone
     ) -> tuple[jax.Array, Any]:
         fused = self.qkv(x).reshape(*x.shape[:-1], self.heads + 2 * self.kv_heads, self.head_dim)
         norms = (self.q_norm, self.k_norm) if self.qk_norm else None
-        mixed, cache = attend(Projected(fused, cos, sin, self.kv_heads, norms), self.scoring)
+        mixed, cache = attend(Projected(fused, turn, self.kv_heads, norms), self.scoring)
         return self.out(pick(mixed.reshape(*x.shape[:-1], self.heads * self.head_dim))), cache
 
 
@@ -99,11 +99,9 @@ class MLP(nnx.Module):  # type: ignore[misc]
         return (self.gate_up if self.gated else self.up), self.down
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
         if not self.gated:
-            return self.down(act(self.up(x)))
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(gated(act, gate, up))
+            return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down(gated(self.activation, self.gate_up(x)))
 
 
 class Block(nnx.Module):  # type: ignore[misc]
@@ -121,10 +119,10 @@ class Block(nnx.Module):  # type: ignore[misc]
             self.mlp_post_norm = make_norm(config, config.hidden, init)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, pick: Pick = everyone
+        self, x: jax.Array, turn: Turn, attend: Attend, pick: Pick = everyone
     ) -> tuple[jax.Array, Any]:
         """All keys and values go to the cache; what follows is computed for what ``pick`` takes."""
-        mixed, cache = self.attention(self.attention_norm(x), cos, sin, attend, pick)
+        mixed, cache = self.attention(self.attention_norm(x), turn, attend, pick)
         x = pick(x) + (self.attention_post_norm(mixed) if self.post_norms else mixed)
         moved = self.mlp(self.mlp_norm(x))
         return x + (self.mlp_post_norm(moved) if self.post_norms else moved), cache
@@ -169,7 +167,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
             found = found * jnp.asarray(self.scale, found.dtype)
         return found + self.positions[...][position] if self.learned else found
 
-    def turns(self, position: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    def turns(self, position: jax.Array) -> list[Turn]:
         """Cosines and sines of the positions by each of the model's rotary tables."""
         arrays = [np.asarray(table, np.float32) for table in self.tables]
         return [rotation(position, array, self.turn_scale) for array in arrays]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ import numpy as np
 from llmos.drivers.jax.config import DecoderConfig
 
 Tables = tuple[tuple[float, ...], ...]
+
+
+class Turn(NamedTuple):
+    """Cosines and sines [..., n / 2], float32, that turn the first n components of a token's heads."""
+
+    cos: jax.Array
+    sin: jax.Array
 
 
 def frequencies(config: DecoderConfig) -> np.ndarray:
@@ -72,10 +80,10 @@ def llama3_factors(
     return tuple(factors)
 
 
-def rotation(positions: jax.Array, inverse: np.ndarray, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., head_dim / 2] for integer ``positions`` [...], multiplied by ``scale``."""
+def rotation(positions: jax.Array, inverse: np.ndarray, scale: float = 1.0) -> Turn:
+    """The turn by integer ``positions`` [...] with these frequencies, multiplied by ``scale``."""
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    return Turn(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -160,6 +160,17 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def extend(
+        self,
+        plan: PrefillPlan | VerifyPlan,
+        cache: Any,
+        new: Projected,
+        fresh: bool = False,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, Any]:
+        """As ``prefill`` or ``verify``, of tokens whose queries and keys are yet to be turned."""
+        ...
+
     def mixed(
         self, plan: MixedPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
     ) -> tuple[jax.Array, Any]:
@@ -175,7 +186,28 @@ def suits_cudnn(head_dim: int) -> bool:
     return head_dim <= CUDNN_HEAD and head_dim % 8 == 0
 
 
-class Paged(ABC):
+class Turned:
+    """What backends share whose kernels take queries and keys that are turned."""
+
+    def step(
+        self: AttentionBackend, plan: DecodePlan, cache: Any, new: Projected, scoring: Scoring = PLAIN
+    ) -> tuple[jax.Array, Any]:
+        return self.decode(plan, cache, *new.parts(), scoring)
+
+    def extend(
+        self: AttentionBackend,
+        plan: PrefillPlan | VerifyPlan,
+        cache: Any,
+        new: Projected,
+        fresh: bool = False,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, Any]:
+        if isinstance(plan, VerifyPlan):
+            return self.verify(plan, cache, *new.parts(), scoring)
+        return self.prefill(plan, cache, *new.parts(), fresh, scoring)
+
+
+class Paged(Turned, ABC):
     """What backends share that write the new keys and values first and then attend over pages.
 
     All are written before any is read: XLA would copy the cache for a write between two reads.
@@ -200,11 +232,6 @@ class Paged(ABC):
         Of a row the first query sees the first ``visible`` [B] tokens, each later one a token more, and of
         these the last ``scoring.window``.
         """
-
-    def step(
-        self, plan: DecodePlan, cache: Any, new: Projected, scoring: Scoring = PLAIN
-    ) -> tuple[jax.Array, Any]:
-        return self.decode(plan, cache, *new.parts(), scoring)
 
     def decode(
         self, plan: DecodePlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN

@@ -8,31 +8,45 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax.layers import LayerNorm, RMSNorm
-from llmos.drivers.jax.rope import rotate
+from llmos.drivers.jax.rope import Turn, rotate
 
 
 @dataclass(frozen=True)
 class Projected:
     """Queries, keys and values of tokens in one array, ``fused`` [..., heads + 2 * kv_heads, head_dim].
 
-    Queries and keys are yet to be normed, each by its own of ``norms`` if there are any, and then turned, by
-    ``cos`` and ``sin`` [..., n / 2] (see ``rope.rotate``).
+    Queries and keys are yet to be normed, each by its own of ``norms`` if there are any, and then turned.
     """
 
     fused: jax.Array
-    cos: jax.Array
-    sin: jax.Array
+    turn: Turn
     kv_heads: int
     norms: tuple[RMSNorm | LayerNorm, RMSNorm | LayerNorm] | None = None
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, turn: Turn) -> Projected:
+        """Heads [..., heads or kv_heads, head_dim] side by side: XLA copies none that one product made."""
+        fused = jnp.concatenate([q, k.astype(q.dtype), v.astype(q.dtype)], axis=-2)
+        return cls(fused, turn, k.shape[-2])
 
     @property
     def heads(self) -> int:
         """How many heads the queries have."""
         return self.fused.shape[-2] - 2 * self.kv_heads
 
+    def normed(self) -> jax.Array:
+        """``fused`` with its queries and keys normed."""
+        if self.norms is None:
+            return self.fused
+        q, k, v = self._split(self.fused)
+        return jnp.concatenate([self.norms[0](q), self.norms[1](k), v], axis=-2)
+
     def parts(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [..., heads, head_dim] and keys [..., kv_heads, head_dim], both turned, and values."""
-        q, k, v = jnp.split(self.fused, [self.heads, self.heads + self.kv_heads], axis=-2)
+        q, k, v = self._split(self.fused)
         if self.norms is not None:
             q, k = self.norms[0](q), self.norms[1](k)
-        return rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin), v
+        return rotate(q, *self.turn), rotate(k, *self.turn), v
+
+    def _split(self, fused: jax.Array) -> list[jax.Array]:
+        return jnp.split(fused, [self.heads, self.heads + self.kv_heads], axis=-2)

@@ -144,6 +144,16 @@ class SharedAttention:
     ) -> tuple[jax.Array, Any]:
         return self.inner.verify(self._placed(plan), cache, q, k, v, scoring)
 
+    def extend(
+        self,
+        plan: PrefillPlan | VerifyPlan,
+        cache: Any,
+        new: Projected,
+        fresh: bool = False,
+        scoring: Scoring = PLAIN,
+    ) -> tuple[jax.Array, Any]:
+        return self.inner.extend(self._placed(plan), cache, new, fresh, scoring)
+
     def mixed(
         self, plan: MixedPlan, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN
     ) -> tuple[jax.Array, Any]:

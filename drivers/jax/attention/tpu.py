@@ -21,10 +21,10 @@ from llmos.drivers.jax.attention import (
     MixedPlan,
     PrefillPlan,
     Scoring,
+    Turned,
     VerifyPlan,
     joined,
 )
-from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.config import DecoderConfig
 
 
@@ -35,7 +35,7 @@ class PairedCache(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TpuAttention:
+class TpuAttention(Turned):
     """``blocks`` are pages and queries taken at a time; without, those that are tuned for the device."""
 
     blocks: tuple[int, int] | None = None
@@ -50,11 +50,6 @@ class TpuAttention:
         found = cache.kv[pages]
         clear = jnp.where(jnp.isfinite(found), found, jnp.zeros_like(found))
         return PairedCache(cache.kv.at[pages].set(clear, mode="drop"))
-
-    def step(
-        self, plan: DecodePlan, cache: PairedCache, new: Projected, scoring: Scoring = PLAIN
-    ) -> tuple[jax.Array, PairedCache]:
-        return self.decode(plan, cache, *new.parts(), scoring)
 
     def decode(
         self,

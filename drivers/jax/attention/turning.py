@@ -28,7 +28,7 @@ from llmos.drivers.jax.modules import struct
 def suits(cache: Cache, new: Projected) -> bool:
     """Whether the kernel can do it: pages are not of 8 bits, and there is something to turn."""
     known = all(isinstance(norm, RMSNorm) for norm in new.norms or ())
-    return cache.k_scale is None and new.cos.shape[-1] > 0 and known
+    return cache.k_scale is None and new.turn.cos.shape[-1] > 0 and known
 
 
 def turned_attention(
@@ -54,7 +54,7 @@ def turned_attention(
     held = [cache.blocks] if isinstance(cache, PooledCache) else [cache.k, cache.v]
     tile = tiling(1, new.heads // new.kv_heads, head_dim, splits, scoring)
     specs, shapes = outputs(like, splits)
-    given = [plan.tables, plan.lengths, plan.pages, plan.offsets, new.fused, new.cos, new.sin]
+    given = [plan.tables, plan.lengths, plan.pages, plan.offsets, new.fused, *new.turn]
     norms = [norm for norm in new.norms or () if isinstance(norm, RMSNorm)]
     given += [norm.scale[...] for norm in norms]
     given += [cache.first.reshape(1)] if isinstance(cache, PooledCache) else []
@@ -77,12 +77,13 @@ def turned_attention(
 def _check(plan: DecodePlan, cache: Cache, new: Projected) -> None:
     rows, _, head_dim = new.fused.shape
     _, kv_heads, _, cached_dim = cache.k.shape
-    fits = all(part.shape[0] == rows for part in (*plan, new.cos, new.sin))
-    turns = new.cos.shape == new.sin.shape and 2 * new.cos.shape[-1] <= head_dim
+    fits = all(part.shape[0] == rows for part in (*plan, *new.turn))
+    cos, sin = new.turn
+    turns = cos.shape == sin.shape and 2 * cos.shape[-1] <= head_dim
     if kv_heads != new.kv_heads or new.heads % kv_heads or cached_dim != head_dim or not (fits and turns):
         raise ValueError(
             f"heads {new.fused.shape} with 2 * {new.kv_heads} of keys and values, pages {cache.k.shape}, "
-            f"turns {new.cos.shape}, plan {[part.shape for part in plan]}"
+            f"turns {cos.shape}, plan {[part.shape for part in plan]}"
         )
 
 

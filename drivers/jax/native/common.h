@@ -79,6 +79,16 @@ inline Floats load(const int8_t* x) {
 #endif
 }
 
+inline void store(Floats x, float* out) { std::memcpy(out, &x, sizeof(x)); }
+inline void store(Floats x, bfloat16* out) {
+#if defined(__AVX512BF16__)
+  __m256bh halves = _mm512_cvtneps_pbh(__m512(x));
+#else
+  Halves halves = narrow(x);
+#endif
+  std::memcpy(out, &halves, sizeof(halves));
+}
+
 // Has the line that lies ``bytes`` behind x in the second-level cache soon: rows of weights are too short for the
 // processor to read ahead by itself.
 inline void fetch(const void* x, int64_t bytes) { __builtin_prefetch(static_cast<const char*>(x) + bytes, 0, 2); }
@@ -94,6 +104,16 @@ inline float total(Floats x) {
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += x[i];
   return sum;
+#endif
+}
+
+inline float largest(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
+  float most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
+  return most;
 #endif
 }
 
@@ -184,6 +204,15 @@ void spread(const Pool& pool, int64_t count, bool small, const Work& work) {
     if (spins > 4096) std::this_thread::yield();
   }
 }
+
+// --- pages ---------------------------------------------------------------------------------------------------
+
+// A cache of pages, the queries that attend over it, ``group`` heads for each key head, and how they score.
+struct Paged {
+  int64_t pages, kv_heads, page_tokens, head_dim, group, width;
+  float scale, cap;
+  int64_t window;
+};
 
 // --- results -------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 // Kernels for the CPU behind XLA's foreign function interface: products, and paged attention for one new token per
-// row. Compiled by build.py on first use for the machine it runs on.
+// row, and for many (prompts.h). Compiled by build.py on first use for the machine it runs on.
 //
 // Weights are read once and as they lie, [out, in], in float32, bfloat16 or int8; sums are float32. Products with
 // few rows are here, those with many in packed.h, and pairs of bfloat16 in pairs.h. Work is cut into blocks that
@@ -12,13 +12,15 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 
+#include "calls.h"
 #include "common.h"
 #include "packed.h"
 #include "pairs.h"
+#include "passes.h"
+#include "prompts.h"
 
 namespace {
 
@@ -115,12 +117,6 @@ struct Product {
 
 // --- paged attention -----------------------------------------------------------------------------------------
 
-struct Paged {
-  int64_t pages, kv_heads, page_tokens, head_dim, group, width;
-  float scale, cap;
-  int64_t window;
-};
-
 // Products [heads, stride] to weights that sum to one over the first ``count`` tokens.
 void softmax(float* scores, int64_t heads, int64_t count, int64_t stride, const Paged& at) {
   for (int64_t g = 0; g < heads; ++g) {
@@ -135,8 +131,7 @@ void softmax(float* scores, int64_t heads, int64_t count, int64_t stride, const 
       Floats some = load(row + t);
       tops = some > tops ? some : tops;
     }
-    float top = tops[0];
-    for (int i = 1; i < kLanes; ++i) top = std::max(top, tops[i]);
+    float top = largest(tops);
     for (int64_t t = 0; t < stride; t += kLanes) {
       Floats weights = exponential((load(row + t) - top) * scale);
       for (int i = 0; t + kLanes > count && i < kLanes; ++i) weights[i] = t + i < count ? weights[i] : 0;
@@ -289,7 +284,7 @@ void decode(const Pool& pool, int64_t rows, const X* q, const X* k, const X* v, 
   };
   spread(pool, rows * parts, rows * at.kv_heads < 3, [=](int64_t i) {
     int64_t row = i / parts, head = i % parts * heads;
-    if (pages[row] >= 0 && pages[row] < at.pages) {
+    if (pages[row] >= 0 && pages[row] < at.pages && offsets[row] >= 0 && offsets[row] < at.page_tokens) {
       int64_t where = ((pages[row] * at.kv_heads + head) * at.page_tokens + offsets[row]) * at.head_dim;
       write(k + i * heads * at.head_dim, v + i * heads * at.head_dim, where, heads, at, keys, values);
     }
@@ -311,35 +306,6 @@ void decode(const Pool& pool, int64_t rows, const X* q, const X* k, const X* v, 
 }
 
 // --- calls ---------------------------------------------------------------------------------------------------
-
-constexpr auto kFloat32 = XLA_FFI_DataType_F32, kBfloat16 = XLA_FFI_DataType_BF16;
-
-// The arguments of a call, by place, and its attributes, by place in the order of their names.
-struct Call {
-  XLA_FFI_CallFrame* frame;
-
-  XLA_FFI_Buffer& arg(int i) const { return *static_cast<XLA_FFI_Buffer*>(frame->args.args[i]); }
-  XLA_FFI_Buffer& ret(int i) const { return *static_cast<XLA_FFI_Buffer*>(frame->rets.rets[i]); }
-  template <typename T>
-  T attr(int i) const {
-    return *static_cast<T*>(static_cast<XLA_FFI_Scalar*>(frame->attrs.attrs[i])->value);
-  }
-  template <typename T>
-  T* data(int i) const {
-    return static_cast<T*>(arg(i).data);
-  }
-  Pool pool() const { return {frame->api, frame->ctx}; }
-  bool has(int args, int rets, int attrs) const {
-    return frame->args.size == args && frame->rets.size == rets && frame->attrs.size == attrs;
-  }
-  XLA_FFI_Error* invalid(const char* message) const {
-    XLA_FFI_Error_Create_Args args{XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, message,
-                                   XLA_FFI_Error_Code_INVALID_ARGUMENT};
-    return frame->api->XLA_FFI_Error_Create(&args);
-  }
-};
-
-bool floating(const XLA_FFI_Buffer& x) { return x.dtype == kFloat32 || x.dtype == kBfloat16; }
 
 void widen_all(const Pool& pool, const bfloat16* x, int64_t size, float* wide) {
   constexpr int64_t kPiece = 1 << 15;
@@ -368,10 +334,11 @@ void multiply(const Pool& pool, const void* x, const void* w, Output y, int64_t 
 
 // x [rows, in] times w [out, in] -> y [rows, out].
 XLA_FFI_Error* product(const Call& call) {
-  constexpr int64_t kFew = 31, kFewPairs = 128;  // packing pays from more rows on
+  constexpr int64_t kFew = 31, kFewPairs = 64;  // packing pays from more rows on
   if (!call.has(2, 1, 0)) return call.invalid("product takes x and w, and gives y");
   XLA_FFI_Buffer &x = call.arg(0), &w = call.arg(1), &y = call.ret(0);
-  if (x.rank != 2 || w.rank != 2 || x.dims[1] != w.dims[1] || !floating(x) || !floating(y)) {
+  if (x.rank != 2 || w.rank != 2 || x.dims[1] != w.dims[1] || !floating(x) || !floating(y) ||
+      !shaped(y, y.dtype, {x.dims[0], w.dims[0]})) {
     return call.invalid("product takes x [rows, in] and w [out, in], x and y float32 or bfloat16");
   }
   int64_t count = x.dims[0], inner = x.dims[1], outer = w.dims[0];
@@ -399,41 +366,99 @@ XLA_FFI_Error* product(const Call& call) {
   return nullptr;
 }
 
-template <typename X, typename T>
-void decode_call(const Call& call, const Paged& at, int64_t first, bool paired) {
-  int64_t block = at.kv_heads * at.page_tokens * at.head_dim;
-  T* keys = call.data<T>(3) + first * block;
-  T* values = paired ? keys + block : call.data<T>(4);
-  decode(call.pool(), call.arg(0).dims[0], call.data<X>(0), call.data<X>(1), call.data<X>(2), keys, values, call.data<int32_t>(5), call.data<int32_t>(6), call.data<int32_t>(7), call.data<int32_t>(8),
-         static_cast<X*>(call.ret(0).data), at);
+// q [B, heads, head_dim], k and v [B, kv_heads, head_dim]; a cache; tables [B, width], lengths, pages and offsets [B]
+// -> out like q, the cache.
+XLA_FFI_Error* attention(const Call& call) {
+  if (!call.has(9, call.frame->rets.size == 2 ? 2 : 3, 4)) {
+    return call.invalid("attention takes 9 arguments and 4 attributes");
+  }
+  XLA_FFI_Buffer &q = call.arg(0), &k = call.arg(1);
+  if (q.rank != 3 || k.rank != 3 || q.dims[2] % kLanes || k.dims[1] <= 0 || q.dims[1] % k.dims[1] || !floating(q) ||
+      !shaped(k, q.dtype, {q.dims[0], k.dims[1], q.dims[2]}) ||
+      !shaped(call.arg(2), q.dtype, {k.dims[0], k.dims[1], k.dims[2]}) ||
+      !shaped(call.ret(0), q.dtype, {q.dims[0], q.dims[1], q.dims[2]})) {
+    return call.invalid("attention takes q [B, heads, head_dim], k and v [B, kv_heads, head_dim], float32 or bfloat16");
+  }
+  int64_t rows = q.dims[0], kv_heads = k.dims[1], page_tokens = call.attr<int32_t>(1), head_dim = q.dims[2];
+  Cache cache = Cache::of(call, 3, kv_heads, page_tokens, head_dim);
+  if (const char* wrong = cache.wrong(call, kv_heads, page_tokens, head_dim)) return call.invalid(wrong);
+  XLA_FFI_Buffer& tables = call.arg(5);
+  bool places = tables.rank == 2 && shaped(tables, kInt32, {rows, tables.dims[1]});
+  for (int i = 6; i < 9; ++i) places = places && shaped(call.arg(i), kInt32, {rows});
+  if (!places) return call.invalid("attention takes tables [B, width], lengths, pages and offsets [B], all int32");
+  Paged at{cache.pages,           kv_heads,           page_tokens, head_dim, q.dims[1] / kv_heads, tables.dims[1],
+           call.attr<float>(2), call.attr<float>(0), call.attr<int32_t>(3)};
+  typed(q.dtype == kFloat32, cache.wide(), [&](auto x, auto t) {
+    using X = decltype(x);
+    using T = decltype(t);
+    decode(call.pool(), rows, call.data<X>(0), call.data<X>(1), call.data<X>(2), cache.key_data<T>(),
+           cache.value_data<T>(), call.data<int32_t>(5), call.data<int32_t>(6), call.data<int32_t>(7),
+           call.data<int32_t>(8), static_cast<X*>(call.ret(0).data), at);
+  });
+  return nullptr;
 }
 
-// q [B, heads, head_dim], k and v [B, kv_heads, head_dim]; keys and values [pages, kv_heads, page_tokens,
-// head_dim] are written in place; tables [B, width], lengths, pages and offsets [B] -> out like q, the cache.
-// A paired cache is one array of any shape and a number []: keys begin so many blocks on, values a block later.
-XLA_FFI_Error* attention(const Call& call) {
-  bool paired = call.frame->rets.size == 2;
-  if (!call.has(9, paired ? 2 : 3, 4)) return call.invalid("attention takes 9 arguments and 4 attributes");
-  XLA_FFI_Buffer &q = call.arg(0), &k = call.arg(1), &keys = call.arg(3);
-  if (q.rank != 3 || k.rank != 3 || q.dims[2] % kLanes || q.dims[2] != k.dims[2]) {
-    return call.invalid("attention takes q [B, heads, head_dim] and k [B, kv_heads, head_dim]");
+// heads [R, C, heads + 2 kv_heads, head_dim], queries, keys and values before their rotation by cos and sin
+// [R, C, n / 2]; a cache; tables [R, width], starts and lengths [R], pages and offsets [R, C] -> out [R, C, heads,
+// head_dim], the cache.
+XLA_FFI_Error* prompts(const Call& call) {
+  if (!call.has(10, call.frame->rets.size == 2 ? 2 : 3, 5)) {
+    return call.invalid("prompts takes 10 arguments and 5 attributes");
   }
-  if (call.ret(1).data != keys.data || (!paired && call.ret(2).data != call.arg(4).data)) {
-    return call.invalid("the cache must be aliased to the result");
+  XLA_FFI_Buffer &heads = call.arg(0), &cos = call.arg(1), &out = call.ret(0), &tables = call.arg(5);
+  int64_t kv_heads = call.attr<int32_t>(1), page_tokens = call.attr<int32_t>(2);
+  int64_t own = heads.rank == 4 ? heads.dims[2] - 2 * kv_heads : 0;
+  if (kv_heads <= 0 || own <= 0 || own % kv_heads || heads.dims[3] % kLanes || !floating(heads) ||
+      !shaped(out, heads.dtype, {heads.dims[0], heads.dims[1], own, heads.dims[3]})) {
+    return call.invalid("prompts takes heads [R, C, heads + 2 kv_heads, head_dim], float32 or bfloat16");
   }
-  int64_t page_tokens = call.attr<int32_t>(1), first = paired ? *call.data<int32_t>(4) : 0;
-  int64_t size = std::accumulate(keys.dims, keys.dims + keys.rank, int64_t{1}, std::multiplies<int64_t>());
-  int64_t pages = size / (k.dims[1] * page_tokens * k.dims[2]) - (paired ? first + 1 : 0);
-  if (first < 0 || pages <= 0) return call.invalid("the layer's blocks must be in the cache");
-  bool bits = keys.dtype == XLA_FFI_DataType_U16;  // of bfloat16
-  if (!floating(q) || !(floating(keys) || bits)) return call.invalid("q and cache must be float32 or bfloat16");
-  Paged at{pages,               k.dims[1],           page_tokens,         k.dims[2], q.dims[1] / k.dims[1],
-           call.arg(5).dims[1], call.attr<float>(2), call.attr<float>(0), call.attr<int32_t>(3)};
-  bool wide = q.dtype == kFloat32, wide_cache = keys.dtype == kFloat32;
-  if (wide && wide_cache) decode_call<float, float>(call, at, first, paired);
-  if (wide && !wide_cache) decode_call<float, bfloat16>(call, at, first, paired);
-  if (!wide && wide_cache) decode_call<bfloat16, float>(call, at, first, paired);
-  if (!wide && !wide_cache) decode_call<bfloat16, bfloat16>(call, at, first, paired);
+  int64_t rows = heads.dims[0], tokens = heads.dims[1], head_dim = heads.dims[3];
+  int64_t half = cos.rank == 3 ? cos.dims[2] : head_dim;
+  if (2 * half > head_dim || !shaped(cos, kFloat32, {rows, tokens, half}) ||
+      !shaped(call.arg(2), kFloat32, {rows, tokens, half})) {
+    return call.invalid("prompts takes cos and sin [R, C, n / 2] in float32, n at most head_dim");
+  }
+  Cache cache = Cache::of(call, 3, kv_heads, page_tokens, head_dim);
+  if (const char* wrong = cache.wrong(call, kv_heads, page_tokens, head_dim)) return call.invalid(wrong);
+  bool places = tables.rank == 2 && shaped(tables, kInt32, {rows, tables.dims[1]});
+  places = places && shaped(call.arg(6), kInt32, {rows}) && shaped(call.arg(7), kInt32, {rows});
+  places = places && shaped(call.arg(8), kInt32, {rows, tokens}) && shaped(call.arg(9), kInt32, {rows, tokens});
+  if (!places) {
+    return call.invalid("prompts takes tables [R, width], starts and lengths [R], pages and offsets [R, C], all int32");
+  }
+  Paged at{cache.pages,         kv_heads,           page_tokens, head_dim, own / kv_heads, tables.dims[1],
+           call.attr<float>(3), call.attr<float>(0), call.attr<int32_t>(4)};
+  typed(heads.dtype == kFloat32, cache.wide(), [&](auto x, auto t) {
+    using X = decltype(x);
+    using T = decltype(t);
+    prefill(call.pool(), Prompts<X, T>{at, rows, tokens, half, call.data<X>(0), call.data<float>(1),
+                                       call.data<float>(2), cache.key_data<T>(), cache.value_data<T>(),
+                                       call.data<int32_t>(5), call.data<int32_t>(6), call.data<int32_t>(7),
+                                       call.data<int32_t>(8), call.data<int32_t>(9), static_cast<X*>(out.data)});
+  });
+  return nullptr;
+}
+
+// x [rows, 2 n] -> y [rows, n], the first half of a row, activated, times the second; by silu, or by gelu with tanh.
+XLA_FFI_Error* gate(const Call& call) {
+  if (!call.has(1, 1, 1)) return call.invalid("gate takes x and an attribute, and gives y");
+  XLA_FFI_Buffer &x = call.arg(0), &y = call.ret(0);
+  if (x.rank != 2 || !floating(x) || x.dims[1] % 2 || !shaped(y, x.dtype, {x.dims[0], x.dims[1] / 2})) {
+    return call.invalid("gate takes x [rows, 2 n] in float32 or bfloat16, and gives y [rows, n]");
+  }
+  if (!x.dims[0] || !x.dims[1]) return nullptr;
+  bool smooth = call.attr<int32_t>(0);
+  typed(x.dtype == kFloat32, true, [&](auto number, auto) {
+    using X = decltype(number);
+    auto rows = [&](auto act) {
+      gate_rows(call.pool(), call.data<X>(0), static_cast<X*>(y.data), x.dims[0], x.dims[1] / 2, act);
+    };
+    if (smooth) {
+      rows([](Floats x) { return gelu_tanh(x); });
+    } else {
+      rows([](Floats x) { return silu(x); });
+    }
+  });
   return nullptr;
 }
 
@@ -454,3 +479,5 @@ XLA_FFI_Error* answer(XLA_FFI_CallFrame* frame, XLA_FFI_Error* (*work)(const Cal
 
 extern "C" XLA_FFI_Error* llmos_product(XLA_FFI_CallFrame* frame) { return answer(frame, product); }
 extern "C" XLA_FFI_Error* llmos_attention(XLA_FFI_CallFrame* frame) { return answer(frame, attention); }
+extern "C" XLA_FFI_Error* llmos_prompts(XLA_FFI_CallFrame* frame) { return answer(frame, prompts); }
+extern "C" XLA_FFI_Error* llmos_gate(XLA_FFI_CallFrame* frame) { return answer(frame, gate); }

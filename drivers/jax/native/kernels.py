@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmos.drivers.jax import platform
 from llmos.drivers.jax.native import build
@@ -23,6 +24,9 @@ from llmos.ipc.errors import LLMOSError
 
 MEMORY_BOUND = 64
 """Rows up to which a bfloat16 weight is the kernel's even where the processor multiplies whole matrices."""
+SOME = 8
+"""Rows from which a pass of our own is worth its call."""
+_GATES: dict[str, int] = {"silu": 0, "gelu_tanh": 1}
 _TYPES = (jnp.float32, jnp.bfloat16)
 _WEIGHTS = (*_TYPES, jnp.int8)
 
@@ -75,6 +79,20 @@ def product(rows: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
     """``rows`` [n, in] times ``weight`` [out, in] -> [n, out]; the weight is float32, bfloat16 or int8."""
     shape = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), out or rows.dtype)  # type: ignore[no-untyped-call]
     result: jax.Array = jax.ffi.ffi_call(build.target("product"), shape)(rows, weight)
+    return result
+
+
+def gates(rows: jax.Array, activation: str) -> bool:
+    """Whether ``gate`` is for ``rows`` [n, 2 size]: on a CPU, where it is wanted."""
+    ready = _wanted.get() and _state == "ready" and rows.dtype in _TYPES
+    return ready and activation in _GATES and rows.shape[0] >= SOME
+
+
+def gate(rows: jax.Array, activation: str) -> jax.Array:
+    """The activated first half of ``rows`` [n, 2 size] times the second -> [n, size]."""
+    shape = jax.ShapeDtypeStruct((rows.shape[0], rows.shape[1] // 2), rows.dtype)  # type: ignore[no-untyped-call]
+    kind = np.int32(_GATES[activation])
+    result: jax.Array = jax.ffi.ffi_call(build.target("gate"), shape)(rows, activation=kind)
     return result
 
 

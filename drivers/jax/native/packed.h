@@ -56,9 +56,9 @@ inline __m256 eight(const int8_t* x) {
 }
 #endif
 
-// panel[k * kPanel + o] = w[o, k] for o < count, and zero up to kPanel.
-template <typename W>
-void pack(const W* w, int64_t count, int64_t inner, float* panel) {
+// panel[k * kPanel + o] = row(o)[k] for o < count, and zero up to kPanel. What lies ``ahead`` bytes behind is fetched.
+template <typename Row>
+void pack(const Row& row, int64_t count, int64_t inner, float* panel, int64_t ahead = 0) {
   int64_t o = 0;
 #if defined(__AVX2__)
   for (; o + 8 <= count; o += 8) {
@@ -66,18 +66,21 @@ void pack(const W* w, int64_t count, int64_t inner, float* panel) {
     for (; k + 8 <= inner; k += 8) {
       __m256 rows[8], turned[8];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) rows[i] = eight(w + (o + i) * inner + k);
+      for (int i = 0; i < 8; ++i) {
+        rows[i] = eight(row(o + i) + k);
+        if (ahead) fetch(row(o + i) + k, ahead);
+      }
       turn(rows, turned);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) _mm256_storeu_ps(panel + (k + i) * kPanel + o, turned[i]);
     }
     for (; k < inner; ++k) {
-      for (int i = 0; i < 8; ++i) panel[k * kPanel + o + i] = widen(w[(o + i) * inner + k]);
+      for (int i = 0; i < 8; ++i) panel[k * kPanel + o + i] = widen(row(o + i)[k]);
     }
   }
 #endif
   for (; o < kPanel; ++o) {
-    for (int64_t k = 0; k < inner; ++k) panel[k * kPanel + o] = o < count ? widen(w[o * inner + k]) : 0;
+    for (int64_t k = 0; k < inner; ++k) panel[k * kPanel + o] = o < count ? widen(row(o)[k]) : 0;
   }
 }
 
@@ -87,7 +90,9 @@ inline Floats added(Floats sum, float x, Floats w) { return sum + x * w; }
 // tile[r * kPanel + o] = sum over k of x[r, k] * panel[k, o]. Apart from what follows, lest sums leave registers.
 template <int R, typename X>
 __attribute__((noinline)) void strip(const X* x, const float* panel, int64_t inner, float* tile) {
-  Floats sums[R][2] = {};
+  Floats sums[R][2];  // cleared and stored one by one, lest both go through memory by calls
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Floats{};
   for (int64_t k = 0; k < inner; ++k) {
     Floats low = load(panel + k * kPanel), high = load(panel + k * kPanel + kLanes);
 #pragma GCC unroll 16
@@ -97,7 +102,11 @@ __attribute__((noinline)) void strip(const X* x, const float* panel, int64_t inn
       sums[r][1] = added(sums[r][1], each, high);
     }
   }
-  std::memcpy(tile, sums, sizeof(sums));
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    store(sums[r][0], tile + r * kPanel);
+    store(sums[r][1], tile + r * kPanel + kLanes);
+  }
 }
 
 template <typename X>
@@ -116,10 +125,9 @@ inline void put_row(const float* row, Output y, int64_t at, int64_t count) {
   for (; o + kLanes <= count; o += kLanes) {
     Floats x = load(row + o);
     if (y.wide) {
-      std::memcpy(static_cast<float*>(y.data) + at + o, &x, sizeof(x));
+      store(x, static_cast<float*>(y.data) + at + o);
     } else {
-      Halves halves = narrow(x);
-      std::memcpy(static_cast<bfloat16*>(y.data) + at + o, &halves, sizeof(halves));
+      store(x, static_cast<bfloat16*>(y.data) + at + o);
     }
   }
   for (; o < count; ++o) y.put(at + o, row[o]);
@@ -140,7 +148,8 @@ struct ManyRows {
     panels.resize(many * size);
     for (int64_t p = 0; p < many; ++p) {
       int64_t o = first + p * kPanel;
-      pack(w + o * inner, std::min<int64_t>(kPanel, last - o), inner, panels.data() + p * size);
+      auto row = [=](int64_t i) { return w + (o + i) * inner; };
+      pack(row, std::min<int64_t>(kPanel, last - o), inner, panels.data() + p * size, kAhead);
     }
     for (int64_t r = from; r < to; r += kStrip) {
       int64_t rows = std::min<int64_t>(kStrip, to - r);
@@ -160,15 +169,16 @@ struct ManyRows {
   void spread_over(const Pool& pool, const void* weights) const {
     constexpr int64_t kPackedBytes = 3 << 16, kMostRows = 512, kFewestRows = 48;
     const W* w = static_cast<const W*>(weights);
-    int64_t fitting = kPackedBytes / (inner * int64_t(sizeof(float)) * kPanel);
-    int64_t step = std::max<int64_t>(1, fitting) * kPanel, columns = (outer + step - 1) / step;
+    int64_t fitting = std::max<int64_t>(1, kPackedBytes / (inner * int64_t(sizeof(float)) * kPanel));
+    int64_t panels = (outer + kPanel - 1) / kPanel, threads = pool.size(), columns = (panels + fitting - 1) / fitting;
+    columns = std::min(panels, (columns + threads - 1) / threads * threads);  // as many for each thread
     // More parts pack the same weights more often, but give many threads something to do.
-    int64_t parts = std::min((4 * pool.size() + columns - 1) / columns, count / kFewestRows);
+    int64_t parts = std::min((2 * threads + columns - 1) / columns, count / kFewestRows);
     parts = std::max(parts, (count + kMostRows - 1) / kMostRows);
     spread(pool, columns * parts, false, [=, this_ = *this](int64_t i) {
-      int64_t first = i % columns * step, part = i / columns;
-      this_.block(w, first, std::min(outer, first + step), part * this_.count / parts,
-                  (part + 1) * this_.count / parts);
+      int64_t column = i % columns, part = i / columns;
+      int64_t first = column * panels / columns * kPanel, last = (column + 1) * panels / columns * kPanel;
+      this_.block(w, first, std::min(outer, last), part * this_.count / parts, (part + 1) * this_.count / parts);
     });
   }
 };

@@ -33,6 +33,11 @@ inline Floats added(Floats sum, Pair x, Floats w) {
   return added(sum, Floats(_mm512_set1_epi32(bits)), w);
 }
 
+// Two neighbours of each other, as numbers and as zeros behind them, to a vector of pairs.
+inline Floats paired(Floats first, Floats second) {
+  return Floats(_mm512_or_si512(_mm512_srli_epi32(__m512i(first), 16), __m512i(second)));
+}
+
 // The totals of four vectors, in one.
 inline __m128 totals(Floats first, Floats second, Floats third, Floats fourth) {
   __m512 a(first), b(second), c(third), d(fourth);

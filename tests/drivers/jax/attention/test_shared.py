@@ -25,6 +25,7 @@ from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches, storage
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, held, numbers
 from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.rope import Turn
 
 LAYERS, HEADS, KV, TOKENS, SIZE = 3, 4, 2, 16, 32
 CONFIG = DecoderConfig(100, 64, LAYERS, HEADS, KV, SIZE, 64, 1e-5, 1e4, 256)
@@ -91,7 +92,7 @@ def step(backend: AttentionBackend, kind: str, cache: Any, dtype: Any, scoring: 
     q, k, v = (random(*shape, n, SIZE, dtype=dtype, seed=s) for s, n in enumerate((HEADS, KV, KV), 20))
     if kind == "step":
         turns = (random(*shape, SIZE // 2, seed=s) for s in (30, 31))
-        return backend.step(plan, cache, Projected(jnp.concatenate([q, k, v], axis=-2), *turns, KV), scoring)
+        return backend.step(plan, cache, Projected.of(q, k, v, Turn(*turns)), scoring)
     if kind in ("decode", "verify", "mixed"):
         return getattr(backend, kind)(plan, cache, q, k, v, scoring)  # type: ignore[no-any-return]
     return backend.prefill(plan, cache, q, k, v, kind == "fresh", scoring)

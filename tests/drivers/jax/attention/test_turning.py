@@ -22,7 +22,7 @@ from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.layers import RMSNorm
 from llmos.drivers.jax.modules import Decoder, random
-from llmos.drivers.jax.rope import rotation
+from llmos.drivers.jax.rope import Turn, rotation
 from llmos.drivers.jax.state import empty_state
 
 TOKENS, WIDTH = 16, 8
@@ -51,7 +51,7 @@ def case(
     cache = PagedCache(*(jnp.asarray(rng.normal(size=shape), kv or dtype) for _ in range(2)))
     fused = jnp.asarray(rng.normal(size=(len(LENGTHS), heads + 2 * kv_heads, size)), dtype)
     inverse = (1e4 ** -np.linspace(0, 1, rotary // 2)).astype(np.float32)
-    return plan, cache, Projected(fused, *rotation(at, inverse, scale=1.2), kv_heads)
+    return plan, cache, Projected(fused, rotation(at, inverse, scale=1.2), kv_heads)
 
 
 def compare(found: tuple[Any, Any], expected: tuple[Any, Any], atol: float = 2e-6) -> None:
@@ -174,7 +174,7 @@ def test_devices_that_share_the_heads_each_run_the_kernel() -> None:
     heads = PartitionSpec(None, "model")
 
     def part(plan: DecodePlan, cache: PagedCache, fused: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
-        return PallasAttention(interpret=True).step(plan, cache, Projected(fused, cos, sin, 1))
+        return PallasAttention(interpret=True).step(plan, cache, Projected(fused, Turn(cos, sin), 1))
 
     local = jax.shard_map(
         part,
@@ -183,14 +183,14 @@ def test_devices_that_share_the_heads_each_run_the_kernel() -> None:
         out_specs=(heads, heads),
         check_vma=False,
     )
-    compare(jax.jit(local, donate_argnums=1)(plan, cache, fused, new.cos, new.sin), expected)
+    compare(jax.jit(local, donate_argnums=1)(plan, cache, fused, *new.turn), expected)
 
 
 def test_the_kernel_can_be_lowered_for_a_gpu_and_gives_back_the_pages_in_place() -> None:
     plan, cache, new = case(8, 2, 96, 64, jnp.bfloat16)
     run = partial(turned_attention, scoring=Scoring(window=40, cap=50.0))
-    traced = jax.jit(lambda *x: run(x[0], x[1], Projected(*x[2:], new.kv_heads))).trace(
-        plan, cache, new.fused, new.cos, new.sin
+    traced = jax.jit(lambda *x: run(x[0], x[1], Projected(x[2], Turn(*x[3:]), new.kv_heads))).trace(
+        plan, cache, new.fused, *new.turn
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "turned_attention" in text

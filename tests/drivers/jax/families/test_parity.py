@@ -58,12 +58,12 @@ def read(folder: Path, dtype: Any = jnp.float32) -> tuple[DecoderConfig, Any]:
 
 
 @partial(jax.jit, static_argnums=0)
-def apply(graph: Any, state: Any, cache: Any, x: Any, cos: Any, sin: Any, plan: Any) -> Any:
+def apply(graph: Any, state: Any, cache: Any, x: Any, turn: Any, plan: Any) -> Any:
     """One layer; those that are alike share a compiled program."""
     backend = XlaAttention(tokens_in_flight=16)
     attend = backend.decode if isinstance(plan, DecodePlan) else backend.prefill
     bound = lambda new, scoring: attend(plan, cache, *new.parts(), scoring=scoring)  # noqa: E731
-    return nnx.merge(graph, state)(x, cos, sin, bound)
+    return nnx.merge(graph, state)(x, turn, bound)
 
 
 def step(model: Any, caches: Any, tokens: np.ndarray, position: np.ndarray, plan: Any) -> Any:
@@ -71,7 +71,7 @@ def step(model: Any, caches: Any, tokens: np.ndarray, position: np.ndarray, plan
     x, updated = model.embed(jnp.asarray(tokens), jnp.asarray(position)), []
     turns = model.turns(jnp.asarray(position))
     for layer, cache in zip(model.layers, caches, strict=True):
-        x, cache = apply(*nnx.split(layer), cache, x, *turns[layer.rope], plan)
+        x, cache = apply(*nnx.split(layer), cache, x, turns[layer.rope], plan)
         updated.append(cache)
     return np.asarray(model.logits(x)), updated
 

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <numeric>
 #include <random>
 
 namespace {
@@ -146,6 +147,80 @@ void try_attention(int32_t window, bool paired, XLA_FFI_DataType type) {
   }
 }
 
+// Two rows of new tokens behind some that are there; the second has fewer, the rest of it is padding.
+template <typename T>
+void try_prompts(int32_t window, int64_t size, XLA_FFI_DataType type) {
+  constexpr int64_t R = 2, C = 21, H = 6, K = 2, N = 4, W = 80, P = 2 * W + 1;
+  int64_t D = size, half = D / 4;
+  std::vector<int32_t> starts{290, 3}, lengths{311, 10}, tables(R * W), pages(R * C, P), offsets(R * C);
+  std::iota(tables.rbegin(), tables.rend(), 0);
+  for (int64_t i = 0; i < R * C; ++i) {
+    int64_t row = i / C, place = starts[row] + i % C;
+    offsets[i] = place % N;
+    if (place < lengths[row]) pages[i] = tables[row * W + place / N];
+  }
+  auto heads = narrowed<T>(randoms(R * C * (H + 2 * K) * D)), keys = narrowed<T>(randoms(P * K * N * D));
+  std::vector<T> values = keys, out(R * C * H * D);
+  auto cos = randoms(R * C * half), sin = randoms(R * C * half);
+  std::vector<int64_t> hd{R, C, H + 2 * K, D}, nd{R, C, half}, cd{P, K, N, D}, td{R, W}, rd{R}, pd{R, C}, od{R, C, H, D};
+  auto hb = buffer(heads, hd, type), nb = buffer(cos, nd, kFloat32), sb = buffer(sin, nd, kFloat32);
+  auto kb = buffer(keys, cd, type), vb = buffer(values, cd, type), ob = buffer(out, od, type);
+  auto tb = buffer(tables, td, kInt32), bb = buffer(starts, rd, kInt32), lb = buffer(lengths, rd, kInt32);
+  auto pb = buffer(pages, pd, kInt32), fb = buffer(offsets, pd, kInt32);
+  float scale = 0.25f, cap = 3;
+  int32_t page_tokens = N, kv_heads = K;
+  XLA_FFI_Scalar capped{kFloat32, &cap}, scaled{kFloat32, &scale}, windowed{kInt32, &window};
+  XLA_FFI_Scalar paged{kInt32, &page_tokens}, grouped{kInt32, &kv_heads};
+  call(llmos_prompts, {&hb, &nb, &sb, &kb, &vb, &tb, &bb, &lb, &pb, &fb}, {&ob, &kb, &vb},
+       {&capped, &grouped, &paged, &scaled, &windowed});
+  auto turned = [&](int64_t token, int64_t head, int64_t d) {
+    const T* x = heads.data() + (token * (H + 2 * K) + head) * D;
+    if (d >= 2 * half) return widen(x[d]);
+    float c = cos[token * half + d % half], s = sin[token * half + d % half];
+    T rounded;
+    narrow(d < half ? widen(x[d]) * c - widen(x[half + d]) * s : widen(x[d]) * c + widen(x[d - half]) * s, &rounded);
+    return widen(rounded);
+  };
+  for (int64_t i = 0; i < R * C * H; ++i) {
+    int64_t token = i / H, row = token / C, position = starts[row] + token % C, head = i % H / (H / K);
+    if (position >= lengths[row]) {
+      for (int64_t d = 0; d < D; ++d) check(widen(out[i * D + d]), 0, "padding");
+      continue;
+    }
+    int64_t first = window ? std::max<int64_t>(0, position + 1 - window) : 0;
+    auto at = [&](int64_t t) { return ((tables[row * W + t / N] * K + head) * N + t % N) * D; };
+    std::vector<double> weights;
+    double sum = 0;
+    for (int64_t t = first; t <= position; ++t) {
+      double score = 0;
+      for (int64_t d = 0; d < D; ++d) score += double(turned(token, i % H, d)) * widen(keys[at(t) + d]);
+      weights.push_back(std::exp(std::tanh(score * scale / cap) * cap));
+      sum += weights.back();
+    }
+    for (int64_t d = 0; d < D; ++d) {
+      double mixed = 0;
+      for (int64_t t = first; t <= position; ++t) mixed += weights[t - first] / sum * widen(values[at(t) + d]);
+      check(widen(out[i * D + d]), mixed, "prompts", sizeof(T) < 4 ? 2e-2 : 1e-3);
+    }
+    check(widen(keys[at(position) + 1]), turned(token, H + head, 1), "a key that was written", 1e-2);
+  }
+}
+
+template <typename T>
+void try_gate(int64_t rows, int64_t size, int32_t smooth, XLA_FFI_DataType type) {
+  auto x = narrowed<T>(randoms(rows * 2 * size));
+  std::vector<T> y(rows * size);
+  std::vector<int64_t> xd{rows, 2 * size}, yd{rows, size};
+  auto xb = buffer(x, xd, type), yb = buffer(y, yd, type);
+  XLA_FFI_Scalar kind{kInt32, &smooth};
+  call(llmos_gate, {&xb}, {&yb}, {&kind});
+  for (int64_t i = 0; i < rows * size; ++i) {
+    double a = widen(x[i / size * 2 * size + i % size]), b = widen(x[i / size * 2 * size + size + i % size]);
+    double act = smooth ? a / 2 * (1 + std::tanh(0.7978845608 * (a + 0.044715 * a * a * a))) : a / (1 + std::exp(-a));
+    check(widen(y[i]), act * b, "gate", sizeof(T) < 4 ? 1e-2 : 1e-3);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -157,6 +232,14 @@ int main() {
   }
   for (int64_t many : {1, 3}) {
     pool_size = many;
+    for (int32_t window : {0, 5, 270}) {
+      try_prompts<float>(window, 48, kFloat32);
+      try_prompts<bfloat16>(window, 80, kBfloat16);
+    }
+    for (int32_t smooth : {0, 1}) {
+      try_gate<float>(40, 1037, smooth, kFloat32);
+      try_gate<bfloat16>(3, 37, smooth, kBfloat16);
+    }
     for (bool paired : {false, true}) {
       for (int32_t window : {0, 5}) {
         try_attention<float>(window, paired, kFloat32);

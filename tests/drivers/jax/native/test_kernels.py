@@ -13,7 +13,7 @@ from llmos.drivers.jax import layers, platform, quant
 from llmos.drivers.jax.attention import DecodePlan, Scoring
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
-from llmos.drivers.jax.native import kernels, trial
+from llmos.drivers.jax.native import build, kernels, trial
 from llmos.ipc.errors import NotSupported
 
 PAGES, PAGE, WIDTH = 24, 4, 6
@@ -132,6 +132,48 @@ def test_an_int8_weight_with_scales_goes_to_the_kernel() -> None:
             return np.asarray(jax.jit(lambda: layers.product(x, weight, scale=scale))())
 
     np.testing.assert_allclose(run(True), run(False), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_gates_are_those_of_xla_of_any_size(dtype: Any, activation: Any) -> None:
+    for rows, size in ((8, 1), (9, 16), (64, 83), (130, 1536)):
+        both = values((rows, 2 * size), dtype)
+        run = lambda wanted, both=both: _gated(both, activation, wanted)  # noqa: E731
+        rtol = 1e-5 if dtype == jnp.float32 else 8e-3
+        np.testing.assert_allclose(run(True), run(False), rtol=rtol, atol=1e-6)
+
+
+def _gated(both: jax.Array, activation: Any, wanted: bool) -> np.ndarray:
+    with kernels.use(wanted):
+        call = jax.jit(lambda x: layers.gated(activation, x))
+        native = "llmos_gate" in call.lower(both).as_text()
+        assert native is (wanted and activation != "gelu")
+        return np.asarray(call(both), np.float32)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates_of_large_and_infinite_numbers_are_zero_or_what_came_in(activation: Any) -> None:
+    gate = jnp.asarray([[-jnp.inf, -1e30, -200, -90, 0, 90, 200, 1e30, jnp.inf, jnp.nan]] * 8)
+    with kernels.use(True):
+        got = np.asarray(layers.gated(activation, jnp.concatenate([gate, jnp.ones_like(gate)], axis=-1)))[0]
+    np.testing.assert_allclose(got[1:5], 0, atol=1e-30)
+    np.testing.assert_allclose(got[5:9], [90, 200, 1e30, np.inf], rtol=1e-6)
+    assert np.isnan(got[9])
+
+
+def test_few_rows_are_gated_by_xla() -> None:
+    with kernels.use(True):
+        assert not kernels.gates(values((kernels.SOME - 1, 8), jnp.float32), "silu")
+        assert kernels.gates(values((kernels.SOME, 8), jnp.float32), "silu")
+
+
+def test_gates_of_an_odd_or_unknown_shape_are_refused() -> None:
+    for x in (values((8, 7), jnp.float32), values((8, 8), jnp.float16), values((2, 8, 8), jnp.float32)):
+        shape = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // 2), x.dtype)  # type: ignore[no-untyped-call]
+        call = jax.ffi.ffi_call(build.target("gate"), shape)
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="gate takes x"):
+            call(x, activation=np.int32(0))
 
 
 @pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=5), Scoring(cap=3.0, scale=0.3)])
