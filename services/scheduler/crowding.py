@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmos.services.scheduler.admission import Job
+from llmos.services.scheduler.forecast import Job
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.task import Task
 

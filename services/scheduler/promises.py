@@ -9,9 +9,10 @@ from functools import partial
 from llmos.drivers.sdk.messages import Chunk
 from llmos.ipc.errors import NoMemory, TimedOut
 from llmos.services.scheduler import pacing
-from llmos.services.scheduler.admission import Job, Machine, all_in_time, does_no_harm, earliest
+from llmos.services.scheduler.admission import all_in_time, does_no_harm, earliest
 from llmos.services.scheduler.crowding import crowd
 from llmos.services.scheduler.flight import InFlight
+from llmos.services.scheduler.forecast import Job, Machine
 from llmos.services.scheduler.host import QUANTA_IN_FLIGHT, STEPS_ON_DEVICE, Host
 from llmos.services.scheduler.pacing import MESSAGES, SAFETY
 from llmos.services.scheduler.task import Place, Task

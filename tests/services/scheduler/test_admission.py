@@ -8,14 +8,8 @@ from dataclasses import replace
 import pytest
 
 from llmos.ipc.errors import NoMemory, TimedOut
-from llmos.services.scheduler.admission import (
-    Job,
-    Machine,
-    all_in_time,
-    does_no_harm,
-    earliest,
-    finish_times,
-)
+from llmos.services.scheduler.admission import all_in_time, does_no_harm, earliest
+from llmos.services.scheduler.forecast import Job, Machine, finish_times
 from llmos.services.scheduler.simulator import Jitter, Simulator, StepTime
 from llmos.services.scheduler.task import Task
 from tests.services.scheduler.traffic import expected, model, task

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmos.services.scheduler.admission import Job
 from llmos.services.scheduler.crowding import QUEUE, TOLERANCE, balanced, crowd
+from llmos.services.scheduler.forecast import Job
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.task import Task
 from tests.services.scheduler.traffic import model, task

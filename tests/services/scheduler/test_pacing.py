@@ -7,7 +7,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from llmos.services.scheduler.admission import Job, Machine, finish_times
+from llmos.services.scheduler.forecast import Job, Machine, finish_times
 from llmos.services.scheduler.host import Host
 from llmos.services.scheduler.pacing import SHARE, Paces, finest
 from llmos.services.scheduler.simulator import Simulator, StepTime
