@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmos.drivers.sdk.messages import Cut, Preempt, Quantum, QuantumDone, Step
 from llmos.ipc import codec
 from llmos.ipc.calls import Answer
-from llmos.ipc.errors import Busy, HostDown, IOFailure, LLMOSError, NoMemory
+from llmos.ipc.errors import Busy, HostDown, IOFailure, LLMOSError, NoMemory, NotFound
 from llmos.ipc.header import Kind
 from llmos.ipc.server import Incoming
 from llmos.services.memory.messages import (
@@ -65,11 +65,15 @@ class MessageEffects(SwapMessages):
                 )
             elif isinstance(answer.error, NoMemory):
                 self._server.core.paging.refused(host, task, now(), answer.error)
-            elif isinstance(answer.error, HostDown | Busy):
-                # What was sent to a memory that has just died finds its queue full.
-                self._server.after(RETRY_SECONDS, lambda: self.reserve(host, task, extra, room))
+            elif isinstance(answer.error, HostDown | Busy | NotFound):
+                # A memory that has just died has a full queue, one that was just started no arenas yet.
+                self._server.after(RETRY_SECONDS, again)
             else:
                 self._server.core.kill(task, answer.error, now())
+
+        def again() -> None:
+            if self._server.core.hosts.get(host.arena) is host:
+                self.reserve(host, task, extra, room)
 
         if task.id in self._filling:
             self._filling[task.id] = lambda: self.reserve(host, task, extra, room)
