@@ -36,17 +36,13 @@ class Projected:
 
     def normed(self) -> jax.Array:
         """``fused`` with its queries and keys normed."""
-        if self.norms is None:
-            return self.fused
-        q, k, v = self._split(self.fused)
-        return jnp.concatenate([self.norms[0](q), self.norms[1](k), v], axis=-2)
+        return self.fused if self.norms is None else jnp.concatenate(self._heads(), axis=-2)
 
     def parts(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [..., heads, head_dim] and keys [..., kv_heads, head_dim], both turned, and values."""
-        q, k, v = self._split(self.fused)
-        if self.norms is not None:
-            q, k = self.norms[0](q), self.norms[1](k)
+        q, k, v = self._heads()
         return rotate(q, *self.turn), rotate(k, *self.turn), v
 
-    def _split(self, fused: jax.Array) -> list[jax.Array]:
-        return jnp.split(fused, [self.heads, self.heads + self.kv_heads], axis=-2)
+    def _heads(self) -> list[jax.Array]:
+        q, k, v = jnp.split(self.fused, [self.heads, self.heads + self.kv_heads], axis=-2)
+        return [q, k, v] if self.norms is None else [self.norms[0](q), self.norms[1](k), v]
