@@ -5,8 +5,9 @@
         [--mesh tensor=2] [--weights float8] [--kv-dtype float8] [--compare FILE]
 
 ``batch``: 256 requests of 512 tokens, 256 new ones each. ``queue``: 1,024 of them. ``one``: a single
-stream of 512. ``ttft``: first token of 2,048. ``classify``: 512 requests of 512 tokens, one new one each.
-No prompt shares a page with another, and every request produces all its tokens. With ``--mesh data=N``
+stream of 512. ``ttft``: first token of 2,048, of prompts right after each other, which a GPU computes at the
+clock that its power allows, and half a second apart. ``classify``: 512 requests of 512 tokens, one new one
+each. No prompt shares a page with another, and every request produces all its tokens. With ``--mesh data=N``
 there are N times as many requests. ``--compare`` takes the report of another run, on one device or in
 bfloat16: the ratios are this run's rates over those, and its first token's time over this one's. On an
 NVIDIA GPU ``device`` is what ``benchmarks.watch`` saw meanwhile.
@@ -36,6 +37,7 @@ from llmos.ipc.sockets import to_bytes
 from llmos.services.manifest import DriverSpec
 from llmos.services.scheduler.messages import Emitted, SchedulerStats, Submit
 
+REST_S = 0.5
 CASES = ("ttft", "one", "batch", "queue", "classify")
 
 
@@ -119,11 +121,17 @@ def one_stream(load: Load, prompt: int, count: int) -> dict[str, float]:
 
 
 def first_token(load: Load, prompt: int) -> dict[str, float]:
-    times = []
-    for _ in range(8):
-        (request,) = load.run(1, prompt, 1)
-        times.append(request.times[0] - request.sent)
-    return {"client_p50_ms": round(statistics.median(times[1:]) * 1e3, 2)}
+    """Of prompts one right after the other, and of some that come to a device that has rested."""
+
+    def median(rest: float) -> float:
+        times = []
+        for _ in range(8):
+            time.sleep(rest)
+            (request,) = load.run(1, prompt, 1)
+            times.append(request.times[0] - request.sent)
+        return round(statistics.median(times[1:]) * 1e3, 2)
+
+    return {"client_p50_ms": median(0.0), "rested_p50_ms": median(REST_S)}
 
 
 RATES = {
@@ -139,7 +147,8 @@ def compare(figures: dict[str, Any], before: dict[str, Any]) -> dict[str, float]
     common = figures.keys() & before.keys()
     ratios = {case: figures[case][key] / before[case][key] for case, key in RATES.items() if case in common}
     if "ttft" in common:
-        ratios["ttft"] = before["ttft"]["client_p50_ms"] / figures["ttft"]["client_p50_ms"]
+        for name, key in (("ttft", "client_p50_ms"), ("ttft_rested", "rested_p50_ms")):
+            ratios[name] = before["ttft"][key] / figures["ttft"][key]
     return {case: round(ratio, 3) for case, ratio in ratios.items()}
 
 

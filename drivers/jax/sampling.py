@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax.state import BatchState, Choice, Tallies
+from llmos.drivers.jax.truncation import kept
 from llmos.drivers.sdk.messages import FinishReason, Sampling
 
 Variant = Literal["greedy", "plain", "filtered", "full"]
@@ -88,7 +89,7 @@ def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Ar
     cold = choice.temperature <= 0.0
     heated = logits / jnp.where(cold, 1.0, choice.temperature)[:, None]
     if variant in ("filtered", "full"):
-        heated = keep_top(heated, choice)
+        heated = kept(heated, choice.top_k, choice.top_p)
     noisy = keep_likely(heated, choice) + noise(choice.seed, position, logits.shape[-1])
     return jnp.where(cold, greedy, largest(noisy))
 
@@ -121,40 +122,3 @@ def keep_likely(logits: jax.Array, choice: Choice) -> jax.Array:
     """min-p (Nguyen et al., 2024): drop what is less likely than ``min_p`` times the likeliest."""
     floor = jnp.max(logits, axis=-1) + jnp.log(choice.min_p)
     return jnp.where(logits >= floor[:, None], logits, -jnp.inf)
-
-
-def keep_top(logits: jax.Array, choice: Choice) -> jax.Array:
-    """Top-k, then top-p (Holtzman et al., 2020) of what is left; ties at a threshold are kept.
-
-    Instead of sorting the vocabulary, each threshold is found by bisection over the 32 bits of an
-    order-preserving integer image of the logits: 32 passes of counting, or of summing probabilities.
-    """
-    vocab = logits.shape[-1]
-    order = _ordered(logits)
-    top_k = jnp.where(choice.top_k > 0, jnp.minimum(choice.top_k, vocab), vocab).astype(jnp.float32)
-    at_least = _threshold(order, jnp.ones_like(logits), top_k)
-    logits = jnp.where(order >= at_least[:, None], logits, -jnp.inf)
-    probability = jax.nn.softmax(logits, axis=-1)
-    wanted = jnp.where(choice.top_p < 1.0, choice.top_p * jnp.sum(probability, axis=-1), 0.0)
-    at_least = _threshold(order, probability, jnp.maximum(wanted, jnp.max(probability, axis=-1)))
-    kept = (order >= at_least[:, None]) | (choice.top_p >= 1.0)[:, None]
-    return jnp.where(kept, logits, -jnp.inf)
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 image of float32 that sorts as the floats do."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits >= sign, ~bits, bits | sign)
-
-
-def _threshold(order: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest uint32 t [B] for which the ``weight`` of all elements ``>= t`` is at least ``wanted``."""
-
-    def bit(index: jax.Array, found: jax.Array) -> jax.Array:
-        trial = found | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
-        mass = jnp.sum(jnp.where(order >= trial[:, None], weight, 0.0), axis=-1)
-        return jnp.where(mass >= wanted, trial, found)
-
-    found: jax.Array = jax.lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
-    return found

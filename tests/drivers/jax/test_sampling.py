@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.sampling import RUN, adjust, keep_likely, keep_top, largest, noise, sample, variant_of
+from llmos.drivers.jax.sampling import RUN, adjust, keep_likely, largest, noise, sample, variant_of
 from llmos.drivers.jax.state import (
     BIAS_LIMIT,
     Choice,
@@ -18,6 +18,7 @@ from llmos.drivers.jax.state import (
     pack_choices,
     tally,
 )
+from llmos.drivers.jax.truncation import kept
 from llmos.drivers.sdk.messages import Sampling
 
 VOCAB = 50
@@ -74,15 +75,16 @@ def reference_kept(logits: np.ndarray, sampling: Sampling) -> set[int]:
 )
 def test_filters_leave_what_sorting_leaves(sampling: Sampling) -> None:
     choice = choices(*[sampling] * len(LOGITS))
-    kept = np.isfinite(keep_likely(keep_top(jnp.asarray(LOGITS), choice), choice))
-    for row, logits in zip(kept, LOGITS):
+    left = np.isfinite(keep_likely(kept(jnp.asarray(LOGITS), choice.top_k, choice.top_p), choice))
+    for row, logits in zip(left, LOGITS):
         assert set(np.flatnonzero(row).tolist()) == reference_kept(logits, sampling)
 
 
 def test_rows_are_filtered_by_their_own_parameters() -> None:
     sampling = [Sampling(top_k=3), Sampling(top_p=0.6), Sampling(), Sampling(top_k=9, top_p=0.5)]
-    kept = np.isfinite(keep_top(jnp.asarray(LOGITS), choices(*sampling)))
-    assert [set(np.flatnonzero(row).tolist()) for row in kept] == [
+    choice = choices(*sampling)
+    left = np.isfinite(kept(jnp.asarray(LOGITS), choice.top_k, choice.top_p))
+    assert [set(np.flatnonzero(row).tolist()) for row in left] == [
         reference_kept(logits, s) for logits, s in zip(LOGITS, sampling)
     ]
 
