@@ -173,7 +173,8 @@ class XlaAttention(Paged):
 
         Where a table [B, width] holds only some of a sequence's pages, ``columns`` [B, width] says which.
         """
-        width, kv_heads, page_tokens = tables.shape[1], *cache.k.shape[1:3]
+        _, kv_heads, page_tokens, _ = cache.k.shape
+        width = tables.shape[1]
         block = self._block_pages(len(q), width, page_tokens)
         tokens = block * page_tokens
         grouped = _grouped(q, kv_heads)
@@ -182,7 +183,7 @@ class XlaAttention(Paged):
 
         def body(index: jax.Array, found: Running) -> Running:
             ids = jax.lax.dynamic_slice_in_dim(tables, index * block, block, axis=1)
-            scores = _weighed(grouped, cache, ids, scoring)
+            scores = _scored(grouped, cache, ids, scoring)
             if columns is None:
                 place = index * tokens + jnp.arange(tokens)
             else:
@@ -276,7 +277,7 @@ def _blocks(
     return jnp.clip(jnp.min(oldest) // tokens, 0, end - 1), end
 
 
-def _weighed(grouped: jax.Array, cache: Cache, ids: jax.Array, scoring: Scoring) -> jax.Array:
+def _scored(grouped: jax.Array, cache: Cache, ids: jax.Array, scoring: Scoring) -> jax.Array:
     """The scores [B, kv_heads, n, tokens] of the keys in pages ``ids`` [B, pages], seen or not."""
     scores = _scores(grouped, _gather(cache.k, ids + cache.first))
     scores = scores * (scoring.scale or grouped.shape[-1] ** -0.5)
