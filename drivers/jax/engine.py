@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from llmos.drivers.jax import packing
 from llmos.drivers.jax.admission import admit, grow
@@ -120,7 +121,7 @@ class Engine:
             return self._speculate(self.speculation, rows)
         held, adapters = self.replica, self._adapted(rows)
         size, program = self.programs.decode(len(rows), adapters)
-        index = held.rows(rows, size)
+        index = held.row_index(rows, size)
         held.caches, logits = program(held.weights_for(adapters), held.caches, held.batch, index)
         self._advance(rows)
         return self._sample(rows, index, logits)
@@ -134,7 +135,7 @@ class Engine:
         if found is None:
             return []
         held, (size, height, program) = self.replica, found
-        index, chunk = held.rows(rows, size), self._chunk(parts, height, PIECE, adapters=False)
+        index, chunk = held.row_index(rows, size), self._chunk(parts, height, PIECE, adapters=False)
         taken = (held.weights_for(False), held.caches, held.batch, index, chunk)
         held.caches, logits, others = program(*taken)
         self._advance(rows)
@@ -144,7 +145,7 @@ class Engine:
         held, adapters = self.replica, self._adapted(rows)
         served, variant = self._served(rows)
         size, guesses = speculation.choose(rows, variant, adapters)
-        index = held.rows(rows, size)
+        index = held.row_index(rows, size)
         verify, accept = speculation.programs(variant, size, guesses, adapters)
         taken = (held.weights_for(adapters), held.caches, held.batch, speculation.history, index)
         held.caches, logits, guess = speculation.verify(verify, guesses, taken)
@@ -177,7 +178,7 @@ class Engine:
         slots = [call.slot if self.ledger.fill(call) else self.limits.slots for call in calls]
         if all(slot == self.limits.slots for slot in slots):
             return []
-        return [self._sample(slots, self.replica.rows(slots, height), logits)]
+        return [self._sample(slots, self.replica.row_index(slots, height), logits)]
 
     def _sample(self, rows: list[int], index: jax.Array, logits: jax.Array) -> Output:
         admit(self.replica)
@@ -204,6 +205,6 @@ class Engine:
         """Whether a sequence in these slots has an adapter."""
         return any(self.ledger.slots[slot].adapter for slot in slots)
 
-    def _chunk(self, calls: list[Chunk], height: int, size: int, adapters: bool) -> Any:
+    def _chunk(self, calls: list[Chunk], height: int, size: int, adapters: bool) -> np.ndarray:
         shape = (height, self.replica.width, size)
         return packing.chunk(calls, self.ledger.slots, self.limits, shape, adapters)

@@ -18,7 +18,7 @@ from llmos.drivers.jax.verification import no_guess
 def rehearse(replica: Replica, key: Key) -> None:
     """Run the program of a key, if it is one that steps or moves need, and wait."""
     program, weights = replica.programs.get(key), replica.weights_for(key[0] == ADAPTED)
-    spare, limits = partial(replica.rows, []), replica.limits
+    spare, limits = partial(replica.row_index, []), replica.limits
     match plain(key):
         case ("decode", int(size)):
             replica.caches, _ = program(weights, replica.caches, replica.batch, spare(size))
@@ -47,5 +47,5 @@ def rehearse(replica: Replica, key: Key) -> None:
 def _accept(replica: Replica, speculation: Speculation, program: Any, size: int, guesses: int) -> None:
     logits = np.zeros((size, guesses + 1, replica.limits.vocab_size), np.float32)
     logits, guess = jax.device_put((logits, no_guess(size, guesses)), replica.common)
-    rest = (replica.rows([], size), replica.batch, speculation.history)
+    rest = (replica.row_index([], size), replica.batch, speculation.history)
     replica.batch, speculation.history, *_ = program(logits, guess, *rest)

@@ -77,7 +77,7 @@ class Replica:
         """What forward programs take: the weights for rows with ``adapters``, or the plain ones."""
         return self._weights if adapters else self._plain
 
-    def rows(self, slots: list[int], size: int) -> Any:
+    def row_index(self, slots: list[int], size: int) -> Any:
         """Slot numbers padded with the spare row, kept on the device while the batch stays the same."""
         padded = (*slots, *[self.limits.slots] * (size - len(slots)))
         if padded not in self._rows:
