@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,7 +43,8 @@ class Results:
     ) -> PendingStep:
         """A step of a quantum that was dispatched at ``begun``; ``timed`` says that it only decodes."""
         resolve = partial(self._resolve, quantum, index, outputs, begun, timed)
-        ready = lambda: all(output.packed.is_ready() for output in outputs)  # noqa: E731
+        arrays: list[Any] = [output.packed for output in outputs]
+        ready = lambda: all(array.is_ready() for array in arrays)  # noqa: E731
         return Pending(resolve, ready, overlaps=self._replica.programs.spec.place.stages > 1)
 
     def _resolve(self, quantum: int, index: int, outputs: list[Output], begun: float, timed: bool) -> Step:
