@@ -73,11 +73,12 @@ class Results:
 
     def _collect(self, served: Served, packed: np.ndarray, step: Step) -> None:
         """Add to a step the tokens of each slot and how it ended, which the ledger learns too."""
+        slots, tokens = step.slots, step.tokens
         *columns, codes = packed.tolist()
         for row, number, slot in served:
             made = [column[row] for column in columns if column[row] >= 0]
-            step.slots.extend([number] * len(made))
-            step.tokens.extend(made)
+            slots += [number] * len(made)
+            tokens += made
             if code := codes[row]:
                 step.finished.append((number, REASONS[code]))
                 slot.finished = True
