@@ -35,7 +35,7 @@ class Adapters:
             assert room is not None
             rank, pairs = peft.read(Path(request.source), room)
             size = sum(a.nbytes + b.nbytes for a, b in pairs)
-            placed = [jax.block_until_ready(each.place_adapter(pairs)) for each in self._engines]  # type: ignore[no-untyped-call]
+            placed = [jax.block_until_ready(each.replica.place_adapter(pairs)) for each in self._engines]  # type: ignore[no-untyped-call]
             compiled = [each for each in self._engines if each.programs.compile_adapted()]
 
             def finish() -> LoadedAdapter:
@@ -43,7 +43,7 @@ class Adapters:
                     engine.rehearse_later(engine.programs.adapted())
                 number = self._table.take(request.adapter)
                 for engine, own in zip(self._engines, placed, strict=True):
-                    engine.adapt(number, own)
+                    engine.replica.adapt(number, own)
                 return LoadedAdapter(adapter=request.adapter, rank=rank, bytes=size)
 
             return finish

@@ -150,15 +150,16 @@ class JaxDriver(Driver):
             raise NotFound(f"model {model} is not loaded")
         for number, engine in enumerate(self._engines[model]):
             if replica in (-1, number):
-                engine.reset()
+                engine.replica.reset()
 
     def park(self, model: str) -> PendingMove:
         from llmos.drivers.jax.parking import Parked
 
-        engines = [self._encoders[model]] if model in self._encoders else self._engines.get(model)
-        if engines is None:
+        replicas = [engine.replica for engine in self._engines.get(model, [])]
+        replicas += [self._encoders[model]] if model in self._encoders else []
+        if not replicas:
             raise NotFound(f"model {model} is not loaded")
-        self._parked[model] = Parked(engines, self._devices()[0])
+        self._parked[model] = Parked(replicas, self._devices()[0])
         pending: PendingMove = self._parked[model].park()
         return pending
 

@@ -31,7 +31,7 @@ Source = Callable[[range], Sequence[jax.Array | np.ndarray]]
 
 
 class Device(Protocol):
-    """What moves need of an engine; used on the driver's thread."""
+    """What moves need of a replica; used on the driver's thread."""
 
     def read_pages(self, numbers: list[int]) -> Rows: ...
     def write_pages(self, numbers: list[int], rows: Rows) -> None: ...
@@ -156,5 +156,5 @@ def open_movers(engines: list[Engine], loaded: LoadedModel) -> list[Mover]:
         if isinstance(place, OneDevice):
             link = Link(place.device)
             host = RowTier(link, pages.row(caches), loaded.host_pages)
-            movers.append(Mover(engine, loaded.model, caches, link, host, loaded.disk_pages))
+            movers.append(Mover(engine.replica, loaded.model, caches, link, host, loaded.disk_pages))
     return movers

@@ -28,7 +28,7 @@ _NO_HOST_MEMORY = f"the host has not got the memory to park this model in, or {p
 
 
 class Parkable(Protocol):
-    """An engine of a decoder or an encoder: one replica of a model."""
+    """One replica of a decoder, or an encoder."""
 
     @property
     def weights(self) -> list[jax.Array]:
@@ -82,12 +82,12 @@ class SameMemory:
 class Parked:
     """One model that is parked, or about to be."""
 
-    def __init__(self, engines: Sequence[Parkable], device: Any, host: bool | None = None) -> None:
+    def __init__(self, replicas: Sequence[Parkable], device: Any, host: bool | None = None) -> None:
         """``device`` stands for all that the model is on; ``host`` overrides whether weights leave it."""
         leave = device.platform != "cpu" if host is None else host
-        self._engines = engines
+        self._replicas = replicas
         self._device = device
-        self._stores = [HostMemory() if leave else SameMemory() for _ in engines]
+        self._stores = [HostMemory() if leave else SameMemory() for _ in replicas]
         self._needed: Counter[Any] = Counter()
 
     def park(self) -> PendingMove:
@@ -100,17 +100,17 @@ class Parked:
 
     def _out(self) -> Finish:
         began = time.perf_counter()
-        near = [engine.weights for engine in self._engines]
+        near = [replica.weights for replica in self._replicas]
         with _all_or_none(_NO_HOST_MEMORY) as made:
             far = [store.out(weights, made) for store, weights in zip(self._stores, near, strict=True)]
         moved = _moved(near, far, began)
 
         def finish() -> Moved:
-            freed = [x for engine in self._engines for x in engine.state]
+            freed = [x for replica in self._replicas for x in replica.state]
             freed += [x for before, after in zip(near, far) if before is not after for x in before]
             self._needed = _bytes_by_device(freed)
-            for engine, weights in zip(self._engines, far, strict=True):
-                engine.put_down(weights)
+            for replica, weights in zip(self._replicas, far, strict=True):
+                replica.put_down(weights)
             for x in freed:
                 x.delete()
             if self._device.platform == "cpu":
@@ -124,19 +124,19 @@ class Parked:
         if self._device.platform != "cpu":
             for device, needed in self._needed.items():
                 _check_free(needed, platform.free_memory(device))
-        far = [engine.weights for engine in self._engines]
+        far = [replica.weights for replica in self._replicas]
         with _all_or_none("the device has not got the memory to wake this model") as made:
             near = [store.back(weights, made) for store, weights in zip(self._stores, far, strict=True)]
             renewed = []
-            for engine in self._engines:
-                renewed.append(engine.renew())
+            for replica in self._replicas:
+                renewed.append(replica.renew())
                 made += jax.tree.leaves(renewed[-1])
             jax.block_until_ready(renewed)  # type: ignore[no-untyped-call]
         moved = _moved(far, near, began)
 
         def finish() -> Moved:
-            for engine, weights, state in zip(self._engines, near, renewed, strict=True):
-                engine.take_up(weights, state)
+            for replica, weights, state in zip(self._replicas, near, renewed, strict=True):
+                replica.take_up(weights, state)
             return moved
 
         return finish

@@ -96,6 +96,12 @@ class PooledCache:
 
 Cache = PagedCache | PooledCache
 
+Running = tuple[jax.Array, jax.Array, jax.Array]
+"""A softmax's maxima and sums [B, kv_heads, n], and the mixed values [B, kv_heads, n, head_dim].
+
+n are the queries of one KV head: all C of its first query head, then all of its next.
+"""
+
 
 @dataclass(frozen=True)
 class XlaAttention(Paged):
@@ -162,58 +168,35 @@ class XlaAttention(Paged):
         q: jax.Array,
         scoring: Scoring,
         columns: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The softmax's maxima and sums [B, kv_heads, n], and the mixed values [B, kv_heads, n, head_dim].
+    ) -> Running:
+        """As ``attend``, before it is finished; blocks before every row's window are not read.
 
-        As ``attend``; blocks before every row's window are not read. Where a table [B, width] holds only some
-        of a sequence's pages, ``columns`` [B, width] says which.
+        Where a table [B, width] holds only some of a sequence's pages, ``columns`` [B, width] says which.
         """
-        rows, chunk, heads, head_dim = q.shape
         _, kv_heads, page_tokens, _ = cache.k.shape
-        block = self._block_pages(rows, tables.shape[1], page_tokens)
+        width = tables.shape[1]
+        block = self._block_pages(len(q), width, page_tokens)
         tokens = block * page_tokens
-        grouped = q.reshape(rows, chunk, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-        grouped = grouped.reshape(rows, kv_heads, -1, head_dim)
-        limit = jnp.tile(visible[:, None] + jnp.arange(chunk), (1, heads // kv_heads))[:, None, :, None]
-        computed = _computed(cache, q)
-        grouped = grouped.astype(computed)
+        grouped = _grouped(q, kv_heads)
+        limit = _limit(visible, q, kv_heads)
+        grouped = grouped.astype(_computed(cache, q))
 
-        def body(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            top, total, acc = carry
+        def body(index: jax.Array, found: Running) -> Running:
             ids = jax.lax.dynamic_slice_in_dim(tables, index * block, block, axis=1)
-            scores = _scores(grouped, _gather(cache.k, ids + cache.first))
-            scores = scores * (scoring.scale or head_dim**-0.5)
-            if cache.k_scale is not None:
-                scores = scores * _gather(cache.k_scale, ids)[:, :, None]
-            if scoring.cap:
-                scores = jnp.tanh(scores / scoring.cap) * scoring.cap
-            place = index * tokens + jnp.arange(tokens)
-            if columns is not None:
+            scores = _scored(grouped, cache, ids, scoring)
+            if columns is None:
+                place = index * tokens + jnp.arange(tokens)
+            else:
                 at = jax.lax.dynamic_slice_in_dim(columns, index * block, block, axis=1)
-                place = at[:, None, None, :, None] * page_tokens + jnp.arange(page_tokens)
-                place = place.reshape(rows, 1, 1, tokens)
-            seen = place < limit
-            if scoring.window:
-                seen &= place >= limit - scoring.window
-            scores = jnp.where(seen, scores, _MASKED)
-            peak = jnp.maximum(top, scores.max(axis=-1))
-            weights = jnp.exp(scores - peak[..., None])
-            decay = jnp.exp(top - peak)
-            sums, v = weights.sum(axis=-1), _gather(cache.v, ids + cache.second)
-            if cache.v_scale is not None:
-                weights = weights * _gather(cache.v_scale, ids)[:, :, None]
-            if cache.v_scale is not None or cache.v.dtype == BITS:
-                v = v.astype(computed)
-            return peak, total * decay + sums, acc * decay[..., None] + _mix(weights, v)
+                place = _places(at, page_tokens)
+            scores = jnp.where(_seen(place, limit, scoring.window), scores, _MASKED)
+            return _extended(found, scores, cache, ids, grouped.dtype)
 
         shape = grouped.shape[:-1]
         start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape, jnp.float32))
-        trips = jnp.clip((jnp.max(lengths) + tokens - 1) // tokens, 1, tables.shape[1] // block)
-        first: Any = 0
-        if scoring.window and columns is None:
-            oldest = jnp.where(lengths > 0, visible - scoring.window, jnp.max(lengths))
-            first = jnp.clip(jnp.min(oldest) // tokens, 0, trips - 1)
-        found: tuple[jax.Array, jax.Array, jax.Array] = jax.lax.fori_loop(first, trips, body, start)
+        window = scoring.window if columns is None else 0
+        first, end = _blocks(lengths, visible, tokens, width // block, window)
+        found: Running = jax.lax.fori_loop(first, end, body, start)
         return found
 
     def _block_pages(self, rows: int, width: int, page_tokens: int) -> int:
@@ -268,6 +251,65 @@ def _computed(cache: Cache, q: jax.Array) -> Any:
     """The type that is multiplied: a CPU without products of bfloat16 takes twice as long to imitate them."""
     imitated = cache.k.dtype == BITS and not platform.multiplies_bfloat16()
     return jnp.float32 if imitated else q.dtype
+
+
+def _grouped(q: jax.Array, kv_heads: int) -> jax.Array:
+    """Queries [B, C, heads, head_dim] by the KV head that they read: [B, kv_heads, n, head_dim]."""
+    rows, chunk, heads, head_dim = q.shape
+    grouped = q.reshape(rows, chunk, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    return grouped.reshape(rows, kv_heads, -1, head_dim)
+
+
+def _limit(visible: jax.Array, q: jax.Array, kv_heads: int) -> jax.Array:
+    """How many tokens each of the grouped queries sees, if it had no window: [B, 1, n, 1]."""
+    _, chunk, heads, _ = q.shape
+    return jnp.tile(visible[:, None] + jnp.arange(chunk), (1, heads // kv_heads))[:, None, :, None]
+
+
+def _blocks(
+    lengths: jax.Array, visible: jax.Array, tokens: int, most: int, window: int
+) -> tuple[Any, jax.Array]:
+    """The first block of so many ``tokens`` that some row reads, and the one after the last."""
+    end = jnp.clip((jnp.max(lengths) + tokens - 1) // tokens, 1, most)
+    if not window:
+        return 0, end
+    oldest = jnp.where(lengths > 0, visible - window, jnp.max(lengths))
+    return jnp.clip(jnp.min(oldest) // tokens, 0, end - 1), end
+
+
+def _scored(grouped: jax.Array, cache: Cache, ids: jax.Array, scoring: Scoring) -> jax.Array:
+    """The scores [B, kv_heads, n, tokens] of the keys in pages ``ids`` [B, pages], seen or not."""
+    scores = _scores(grouped, _gather(cache.k, ids + cache.first))
+    scores = scores * (scoring.scale or grouped.shape[-1] ** -0.5)
+    if cache.k_scale is not None:
+        scores = scores * _gather(cache.k_scale, ids)[:, :, None]
+    return jnp.tanh(scores / scoring.cap) * scoring.cap if scoring.cap else scores
+
+
+def _places(columns: jax.Array, page_tokens: int) -> jax.Array:
+    """Where in their sequences the tokens of pages in ``columns`` [B, pages] are: [B, 1, 1, tokens]."""
+    place = columns[:, None, None, :, None] * page_tokens + jnp.arange(page_tokens)
+    return place.reshape(len(columns), 1, 1, -1)
+
+
+def _seen(place: jax.Array, limit: jax.Array, window: int) -> jax.Array:
+    """Whether a query sees the token at a place."""
+    seen = place < limit
+    return seen & (place >= limit - window) if window else seen
+
+
+def _extended(found: Running, scores: jax.Array, cache: Cache, ids: jax.Array, computed: Any) -> Running:
+    """A running softmax with the tokens of the pages ``ids`` as well."""
+    top, total, acc = found
+    peak = jnp.maximum(top, scores.max(axis=-1))
+    weights = jnp.exp(scores - peak[..., None])
+    decay = jnp.exp(top - peak)
+    sums, v = weights.sum(axis=-1), _gather(cache.v, ids + cache.second)
+    if cache.v_scale is not None:
+        weights = weights * _gather(cache.v_scale, ids)[:, :, None]
+    if cache.v_scale is not None or cache.v.dtype == BITS:
+        v = v.astype(computed)
+    return peak, total * decay + sums, acc * decay[..., None] + _mix(weights, v)
 
 
 def _gather(part: jax.Array, ids: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def test_steps_neither_copy_nor_convert_a_bfloat16_cache(
     halves = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "pages": 4096}
     driver.load(request(tiny_folder, cache_folder, **halves), helpers.ignore)
     (engine,) = driver._engines["m"]
-    leaves = jax.tree.leaves(engine._caches)
+    leaves = jax.tree.leaves(engine.replica.caches)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.uint16)}
     size = sum(leaf.nbytes for leaf in leaves)
     for key in [("decode", 1), ("prefill", 1, engine.programs.spec.chunk_sizes[-1], False), ("scrub",)]:

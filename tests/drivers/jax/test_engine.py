@@ -193,9 +193,9 @@ def test_a_failed_sequence_ends_with_error_and_harms_no_other(runner: Any, helpe
     alone = [runner.run(task)[0] for task in tasks]
     starts = [runner.start(slot, task) for slot, task in enumerate(tasks)]
     runner.steps(1, start=starts, chunks=[Chunk(0, 0, 0, 4), Chunk(0, 1, 0, 17)])
-    engine = runner.driver._engines["tiny"][0]
+    replica = runner.driver._engines["tiny"][0].replica
     broken = runner.pages(0, 8)[0]
-    engine._caches = jax.tree.map(lambda part: part.at[broken].set(np.nan), engine._caches)
+    replica.caches = jax.tree.map(lambda part: part.at[broken].set(np.nan), replica.caches)
     done = runner.steps(12, decode=[0, 1])
     assert done[0].finished == [(0, "error")]
     assert helpers.tokens_of(done, 0) == []

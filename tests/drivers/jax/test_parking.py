@@ -35,7 +35,7 @@ def wake(driver: JaxDriver, model: str) -> Moved:
 def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether weights leave the device: CPU devices have memory of that kind too."""
     monkeypatch.setattr(
-        parking, "Parked", lambda engines, device: Parked(engines, device, host=request.param)
+        parking, "Parked", lambda replicas, device: Parked(replicas, device, host=request.param)
     )
     return bool(request.param)
 
@@ -78,13 +78,13 @@ def test_the_tokens_after_waking_are_those_before(load: Any, helpers: Any, away:
 def test_a_parked_model_has_nothing_on_its_device(load: Any, helpers: Any, away: bool) -> None:
     runner = load()
     runner.run(helpers.Task(PROMPT, 5, sampling=WARM))
-    (engine,) = runner.driver._engines["m"]
-    weights, state = engine.weights, engine.state
+    replica = runner.driver._engines["m"][0].replica
+    weights, state = replica.weights, replica.state
     assert sum(x.nbytes for x in state) >= runner.loaded.pages * runner.loaded.page_bytes
     park(runner.driver, "m")
     assert all(x.is_deleted() for x in state)
     assert all(x.is_deleted() == away for x in weights)
-    kinds = {x.sharding.memory_kind for x in engine.weights}
+    kinds = {x.sharding.memory_kind for x in replica.weights}
     assert kinds == ({"pinned_host"} if away else {"device"})
     assert not runner.driver.idle()
     wake(runner.driver, "m")
@@ -151,7 +151,8 @@ def test_where_memory_lacks_a_model_stays_parked(
 ) -> None:
     runner = load()
     before = runner.run(helpers.Task(PROMPT, 8))
-    parked = Parked(runner.driver._engines["m"], SimpleNamespace(platform="gpu"), host=True)
+    replicas = [engine.replica for engine in runner.driver._engines["m"]]
+    parked = Parked(replicas, SimpleNamespace(platform="gpu"), host=True)
     parked.park()()()
     monkeypatch.setattr(platform, "free_memory", lambda device: 1000)
     with pytest.raises(NoMemory, match="has 1000 left"):
@@ -166,8 +167,8 @@ def test_a_wake_that_fails_halfway_leaves_nothing_on_the_device(
 ) -> None:
     runner, made = load(), []
     before = runner.run(helpers.Task(PROMPT, 8))
-    engines = runner.driver._engines["m"]
-    parked = Parked(engines, runner.driver._devices()[0], host=True)
+    replicas = [engine.replica for engine in runner.driver._engines["m"]]
+    parked = Parked(replicas, runner.driver._devices()[0], host=True)
     parked.park()()()
 
     def full() -> None:
@@ -176,10 +177,10 @@ def test_a_wake_that_fails_halfway_leaves_nothing_on_the_device(
     carry = parking._carry
     monkeypatch.setattr(parking, "_carry", lambda *a: made.extend(found := carry(*a)) or found)
     with monkeypatch.context() as broken:
-        broken.setattr(engines[0], "renew", full)
+        broken.setattr(replicas[0], "renew", full)
         with pytest.raises(NoMemory, match="has not got the memory to wake"):
             parked.wake()()
-    assert len(made) == len(engines[0].weights)
+    assert len(made) == len(replicas[0].weights)
     assert all(x.is_deleted() for x in made)
     parked.wake()()()
     assert runner.run(helpers.Task(PROMPT, 8)) == before

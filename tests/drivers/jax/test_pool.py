@@ -164,7 +164,7 @@ def test_bfloat16_has_a_pool_of_its_own(runners: dict[str, Any], models: Models)
 def check_programs(driver: JaxDriver, name: str) -> None:
     """Programs of a model write the pool where it is."""
     (engine,) = driver._engines[name]
-    array = engine._caches.pool
+    array = engine.replica.caches.pool
     for key in [("decode", 4), ("prefill", 1, 64, False), ("gather", 1), ("scatter", 1), ("scrub",)]:
         program = engine.programs.get(key)
         memory = program.memory_analysis()

@@ -66,17 +66,17 @@ def test_what_is_8_bits_weighs_a_quarter(loaded: Any, tiny_tensors: Any) -> None
     assert model.parameters == parameters
     assert model.weight_bytes == 4 * (parameters - small) + small + 4 * channels
     assert model.page_bytes == 8 * layers * 2 * kv_heads * (8 + 4)
-    for layer in loaded.driver._engines["m"][0]._caches:
+    for layer in loaded.driver._engines["m"][0].replica.caches:
         assert {part.shape[0] for part in jax.tree.leaves(layer)} == {model.pages + 1}
 
 
 def test_a_warm_start_restores_values_and_scales(loaded: Any, helpers: Any, tiny_folder: Path) -> None:
-    first = loaded.driver._engines["m"][0]._weights
+    first = loaded.driver._engines["m"][0].replica.weights_for(adapters=True)
     driver = JaxDriver("cpu")
     again = driver.load(loaded.asked, helpers.ignore)
     assert "restore" in again.phases
     assert "convert" not in again.phases
-    for old, new in zip(first, driver._engines["m"][0]._weights, strict=True):
+    for old, new in zip(first, driver._engines["m"][0].replica.weights_for(adapters=True), strict=True):
         assert old.dtype == new.dtype
         np.testing.assert_array_equal(np.asarray(old, np.float32), np.asarray(new, np.float32))
 
@@ -93,8 +93,8 @@ def test_a_failed_sequence_leaves_clean_pages(loaded: Any, helpers: Any) -> None
     runner, task = loaded.runner, helpers.Task(PROMPTS[1], 10)
     (whole,) = runner.run(task)
     runner.steps(1, start=[runner.start(0, task)], chunks=[helpers.Chunk(0, 0, 0, 4)])
-    engine, broken = loaded.driver._engines["m"][0], runner.pages(0, 8)[0]
-    engine._caches = [c._replace(v_scale=c.v_scale.at[broken].set(np.nan)) for c in engine._caches]
+    replica, broken = loaded.driver._engines["m"][0].replica, runner.pages(0, 8)[0]
+    replica.caches = [c._replace(v_scale=c.v_scale.at[broken].set(np.nan)) for c in replica.caches]
     assert runner.steps(12, decode=[0])[0].finished == [(0, "error")]
     runner.steps(1, release=[0])
     assert runner.run(task) == [whole]

@@ -139,7 +139,7 @@ def test_a_sequence_without_a_page_holds_still_until_it_is_grown(
     done = guesser.steps(25, start=[start], chunks=[Chunk(0, 0, 0, len(CIRCLE))], decode=[0])
     assert helpers.tokens_of(done, 0) == whole[: 4 * 8 + 1 - len(CIRCLE)]
     assert guesser.steps(3, decode=[0]) == []
-    spare = guesser.driver._engines["guesses"][0]._caches[0].k[-1]
+    spare = guesser.driver._engines["guesses"][0].replica.caches[0].k[-1]
     assert not np.asarray(spare).any()
     done += guesser.steps(6, grow=[Growth(0, pages[4:6])], decode=[0])
     done += guesser.steps(60, grow=[Growth(0, pages[6:])], decode=[0])
@@ -164,8 +164,8 @@ def test_a_failed_sequence_ends_with_error_and_harms_no_other(
     tasks = [helpers.Task(CIRCLE, 10), helpers.Task([88] * 17, 10)]
     starts = [guesser.start(slot, task) for slot, task in enumerate(tasks)]
     guesser.steps(1, start=starts, chunks=[Chunk(0, 0, 0, len(CIRCLE)), Chunk(0, 1, 0, 17)])
-    engine = guesser.driver._engines["guesses"][0]
-    engine._caches = [type(c)(c.k, c.v.at[guesser.pages(0, 8)[0]].set(np.nan)) for c in engine._caches]
+    replica = guesser.driver._engines["guesses"][0].replica
+    replica.caches = [type(c)(c.k, c.v.at[guesser.pages(0, 8)[0]].set(np.nan)) for c in replica.caches]
     done = guesser.steps(12, decode=[0, 1])
     assert done[0].finished == [(0, "error")]
     assert helpers.tokens_of(done, 0) == []

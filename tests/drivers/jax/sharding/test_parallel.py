@@ -38,7 +38,7 @@ def test_tokens_and_logits_are_those_of_one_device(on_mesh: OnMesh, name: str, m
 
 def test_a_context_is_longer_than_one_device_holds(on_mesh: OnMesh) -> None:
     model = on_mesh("llama", {"sequence": 4}, pages=32)
-    (held,) = {shard.data.shape[0] for shard in model.engines[0]._caches[0].k.addressable_shards}
+    (held,) = {shard.data.shape[0] for shard in model.engines[0].replica.caches[0].k.addressable_shards}
     assert held * model.loaded.page_tokens < len(model.prompt) + len(model.expected["greedy"])
     model.check()
 
@@ -48,7 +48,7 @@ def test_replicas_have_slots_and_pages_of_their_own(on_mesh: OnMesh, axis: str) 
     model = on_mesh("llama", {"data": 2, axis: 2})
     assert model.loaded.replicas == 2
     assert model.engines[0].limits == model.engines[1].limits
-    weights = [jax.tree.leaves(engine._weights) for engine in model.engines]
+    weights = [jax.tree.leaves(engine.replica.weights_for(adapters=True)) for engine in model.engines]
     devices = [{d for w in held for d in w.devices()} for held in weights]
     assert [len(each) for each in devices] == [2, 2]
     assert not devices[0] & devices[1]
@@ -72,7 +72,7 @@ def test_a_step_sums_twice_a_layer_and_once_for_the_embedding(on_mesh: OnMesh) -
 
 def test_a_step_updates_the_pages_of_every_device_in_place(on_mesh: OnMesh) -> None:
     engine = on_mesh("llama", {"tensor": 2}).engines[0]
-    held = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(engine._caches))
+    held = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(engine.replica.caches))
     assert engine.programs.get(("decode", 2)).memory_analysis().alias_size_in_bytes == held
 
 

@@ -24,12 +24,13 @@ def test_a_model_on_a_mesh_computes_the_same_after_waking(
     on_mesh: Callable[..., Any], mesh: dict[str, int]
 ) -> None:
     model = on_mesh("llama", mesh)
-    before = [engine.weights for engine in model.engines]
+    replicas = [engine.replica for engine in model.engines]
+    before = [replica.weights for replica in replicas]
     placed = [[x.sharding for x in weights] for weights in before]
-    parked = Parked(model.engines, model.driver._devices()[0], host=True)
+    parked = Parked(replicas, model.driver._devices()[0], host=True)
     assert parked.park()()().bytes > 0
     assert all(x.is_deleted() for weights in before for x in weights)
     parked.wake()()()
-    assert [[x.sharding for x in engine.weights] for engine in model.engines] == placed
-    for replica in range(len(model.engines)):
-        model.check(replica)
+    assert [[x.sharding for x in replica.weights] for replica in replicas] == placed
+    for number in range(len(replicas)):
+        model.check(number)

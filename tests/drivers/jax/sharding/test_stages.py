@@ -28,14 +28,15 @@ def test_layers_are_shared_evenly_and_the_last_stage_has_no_more(
 
 def test_a_stage_holds_its_layers_and_their_pages_alone(on_mesh: OnMesh) -> None:
     model = on_mesh("gemma3", {"pipeline": 4})
-    engine, devices = model.engines[0], jax.devices()
+    replica, devices = model.engines[0].replica, jax.devices()
+    weights, caches = replica.weights_for(adapters=False), replica.caches
     for stage in range(4):
-        held = jax.tree.leaves((engine._weights[stage], engine._caches[stage]))
+        held = jax.tree.leaves((weights[stage], caches[stage]))
         assert {device for value in held for device in value.devices()} == {devices[stage]}
-    assert [len(caches) for caches in engine._caches] == [2, 2, 2, 1]
+    assert [len(own) for own in caches] == [2, 2, 2, 1]
     # Two layers have eleven parameters each here; the tied embedding is on the first stage and on the last.
-    layer = len(engine._weights[1]) // 2
-    assert [len(weights) for weights in engine._weights] == [2 * layer + 1, 2 * layer, 2 * layer, layer + 2]
+    layer = len(weights[1]) // 2
+    assert [len(own) for own in weights] == [2 * layer + 1, 2 * layer, 2 * layer, layer + 2]
     model.check()
 
 
