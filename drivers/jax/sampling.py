@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from llmos.drivers.jax.noise import noise
 from llmos.drivers.jax.state import BatchState, Choice, Tallies
 from llmos.drivers.jax.truncation import kept
 from llmos.drivers.sdk.messages import FinishReason, Sampling
@@ -106,16 +107,6 @@ def largest(x: jax.Array) -> jax.Array:
     run = jnp.argmax(jnp.max(runs, axis=-1), axis=-1)
     found = jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0]
     return (run * RUN + jnp.argmax(found, axis=-1)).astype(jnp.int32)
-
-
-def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
-    """Gumbel noise [B, vocab] keyed by (seed [B], position [B]); argmax(logits + noise) samples softmax."""
-
-    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, (vocab,), jnp.float32)
-
-    return jax.vmap(row)(seed, position)
 
 
 def keep_likely(logits: jax.Array, choice: Choice) -> jax.Array:
