@@ -1,9 +1,10 @@
-"""What choosing the tokens of a step takes, by variant, and top-k and top-p by the kernel and by bisection.
+"""What choosing the tokens of a step takes, by variant, with our kernels and without them.
 
     python -m benchmarks.sampling [--rows 1 64 256] [--vocab 128256] [--json FILE]
 
-Microseconds a step, medians by turns; the rest of the step's work on the host is part of it. The logits are
-random normal numbers times 3; rows ask for temperature 0.8, and a top-k of 50, a top-p of 0.95, or both.
+Microseconds a step, medians by turns; the rest of the step's work on the host is part of it. On a CPU the
+other way is XLA's; on a GPU, top-k and top-p by bisection. The logits are random normal numbers times 3; rows
+ask for temperature 0.8, and a top-k of 50, a top-p of 0.95, or both.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import jax.numpy as jnp
 
 from benchmarks.report import Report, arguments
 from llmos.drivers.jax import sampling, state, truncation
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.sdk.messages import Sampling
+from llmos.ipc import paths
 
 STEPS, TURNS = 20, 7
 CASES = {
@@ -40,21 +43,26 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     options = parser.parse_args()
     device = jax.devices()[0]
+    if device.platform == "cpu" and not kernels.enable(paths.cache_dir() / "native"):
+        print(f"no native kernels: {kernels.state()}")
     report = Report("sampling", environment={"device": device.device_kind, "vocab": options.vocab})
     for rows in options.rows:
         logits = 3 * jax.random.normal(jax.random.key(rows), (rows, options.vocab), jnp.float32)
         for name, asked in CASES.items():
-            report.figures[f"{name}_{rows}"] = measure(logits, asked, device.platform == "gpu")
+            report.figures[f"{name}_{rows}"] = measure(logits, asked, device.platform)
             print(rows, name, report.figures[f"{name}_{rows}"], flush=True)
     report.write(options.json)
 
 
-def measure(logits: jax.Array, asked: Sampling, gpu: bool) -> dict[str, int]:
-    """Microseconds by way; where nothing is cut, or there is no GPU, there is one."""
+def measure(logits: jax.Array, asked: Sampling, platform: str) -> dict[str, int]:
+    """Microseconds by way; where no kernel of ours is used there is one."""
     ways = {"us": compiled(logits, asked)}
-    if gpu and sampling.variant_of(asked) == "filtered":
+    variant = sampling.variant_of(asked)
+    if platform == "gpu" and variant == "filtered":
         with patch.object(truncation, "on_gpu", truncation.everywhere):
             ways["bisection_us"] = compiled(logits, asked)
+    if platform == "cpu" and variant != "greedy" and kernels.state() == "ready":
+        ways["xla_us"] = compiled(logits, asked, native=False)
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(TURNS):
         for way, program in ways.items():
@@ -62,10 +70,11 @@ def measure(logits: jax.Array, asked: Sampling, gpu: bool) -> dict[str, int]:
     return {way: round(statistics.median(each) * 1e6) for way, each in times.items()}
 
 
-def compiled(logits: jax.Array, asked: Sampling) -> Program:
+def compiled(logits: jax.Array, asked: Sampling, native: bool = True) -> Program:
     run = partial(sampling.sample, sampling.variant_of(asked), tallies=None)
     held = (logits, jnp.arange(len(logits), dtype=jnp.int32), batch(len(logits), asked))
-    return cast(Program, jax.jit(run, donate_argnums=2).lower(*held).compile())
+    with kernels.use(native):
+        return cast(Program, jax.jit(run, donate_argnums=2).lower(*held).compile())
 
 
 def batch(rows: int, asked: Sampling) -> state.BatchState:

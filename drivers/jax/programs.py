@@ -27,6 +27,7 @@ from llmos.drivers.jax.attention.shared import SharedCaches
 from llmos.drivers.jax.buckets import bucket
 from llmos.drivers.jax.forward import Shape
 from llmos.drivers.jax.modules import struct
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.sampling import Variant
 from llmos.drivers.jax.sharding.placement import Placement
 from llmos.drivers.sdk.checks import BIAS_LIMIT
@@ -258,7 +259,8 @@ class Programs:
     def _compile(self, key: Key) -> Callable[..., Any]:
         function, donated, arguments = self._describe(key)
         options = platform.compiler_options(self.spec.place.device, _tokens(key))
-        return self.spec.place.compile(function, donated, arguments, self._outputs(key), options)
+        with kernels.use(self.spec.shape.native):
+            return self.spec.place.compile(function, donated, arguments, self._outputs(key), options)
 
     def _outputs(self, key: Key) -> Any:
         """For each output of a program, the argument that it is laid out like; None: every device has it."""

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.noise import noise
 from llmos.drivers.jax.state import BatchState, Choice, Tallies
 from llmos.drivers.jax.truncation import kept
@@ -84,12 +85,15 @@ def adjust(logits: jax.Array, choice: Choice, tallies: Tallies) -> jax.Array:
 
 def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
     """The tokens [B] at ``position`` [B]; a function of logits, seed and position, and of nothing else."""
+    cuts = variant in ("filtered", "full")
+    if variant != "greedy" and kernels.chooses():
+        return kernels.choose(logits, choice, position, cuts)
     greedy = largest(logits)
     if variant == "greedy":
         return greedy
     cold = choice.temperature <= 0.0
     heated = logits / jnp.where(cold, 1.0, choice.temperature)[:, None]
-    if variant in ("filtered", "full"):
+    if cuts:
         heated = kept(heated, choice.top_k, choice.top_p)
     noisy = keep_likely(heated, choice) + noise(choice.seed, position, logits.shape[-1])
     return jnp.where(cold, greedy, largest(noisy))

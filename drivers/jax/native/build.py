@@ -21,7 +21,7 @@ SWITCH = "LLMOS_NATIVE"
 """The environment variable that turns the kernels off with "off"."""
 SOURCE = Path(__file__).with_name("kernels.cc")
 _HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))
-KERNELS = ("product", "attention", "prompts", "gate")
+KERNELS = ("product", "attention", "prompts", "gate", "choose")
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300.0

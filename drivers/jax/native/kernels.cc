@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "choose.h"
 #include "common.h"
 #include "packed.h"
 #include "pairs.h"
@@ -481,3 +482,4 @@ extern "C" XLA_FFI_Error* llmos_product(XLA_FFI_CallFrame* frame) { return answe
 extern "C" XLA_FFI_Error* llmos_attention(XLA_FFI_CallFrame* frame) { return answer(frame, attention); }
 extern "C" XLA_FFI_Error* llmos_prompts(XLA_FFI_CallFrame* frame) { return answer(frame, prompts); }
 extern "C" XLA_FFI_Error* llmos_gate(XLA_FFI_CallFrame* frame) { return answer(frame, gate); }
+extern "C" XLA_FFI_Error* llmos_choose(XLA_FFI_CallFrame* frame) { return answer(frame, choose); }

@@ -1,6 +1,6 @@
 """The native kernels as jax functions, and whether they are to be used.
 
-Tracing inside ``use(True)`` lets ``layers.product`` call the kernels. They know nothing of meshes, so a
+Tracing inside ``use(True)`` lets ``layers`` and ``sampling`` call the kernels. They know nothing of meshes, so a
 program that is sharded must be traced outside.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from llmos.drivers.jax import platform
 from llmos.drivers.jax.native import build
+from llmos.drivers.jax.state import Choice
 from llmos.ipc.errors import LLMOSError
 
 MEMORY_BOUND = 64
@@ -93,6 +94,20 @@ def gate(rows: jax.Array, activation: str) -> jax.Array:
     shape = jax.ShapeDtypeStruct((rows.shape[0], rows.shape[1] // 2), rows.dtype)  # type: ignore[no-untyped-call]
     kind = np.int32(_GATES[activation])
     result: jax.Array = jax.ffi.ffi_call(build.target("gate"), shape)(rows, activation=kind)
+    return result
+
+
+def chooses() -> bool:
+    """Whether ``choose`` is to be used: on a CPU, where it is wanted."""
+    return _wanted.get() and _state == "ready"
+
+
+def choose(logits: jax.Array, choice: Choice, position: jax.Array, cuts: bool) -> jax.Array:
+    """As ``sampling.choose``, of float32 ``logits`` [B, vocab]; top-k and top-p count only where it ``cuts``."""
+    shape = jax.ShapeDtypeStruct((logits.shape[0],), jnp.int32)  # type: ignore[no-untyped-call]
+    asked = (choice.temperature, choice.top_k, choice.top_p, choice.min_p, choice.seed, position)
+    call = jax.ffi.ffi_call(build.target("choose"), shape)
+    result: jax.Array = call(logits, *asked, cuts=np.int32(cuts))
     return result
 
 
