@@ -1,7 +1,7 @@
 """Speed of the JAX driver's engine alone: decode at several batch sizes, and prefill; no other process.
 
     python -m benchmarks.engine --model MODEL.gguf [--dtype float32] [--weights int8] [--kv-dtype int8] \
-        [--json FILE]
+        [--temperature 0.8 [--top-p 0.95]] [--json FILE]
 
 Decode is measured in quanta with two steps pending, as the SDK runs them, after a prompt of ``--context``
 tokens; prefill is the time of one prompt of ``--prompt`` tokens to its first token. A step's floor is the
@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.sdk.messages import (
@@ -32,19 +33,21 @@ from llmos.drivers.sdk.messages import (
     LoadedModel,
     LoadRequest,
     Quantum,
+    Sampling,
     Start,
     Step,
 )
 
 DECODE_STEPS = 48
 WARM_STEPS = 8
+GREEDY = Sampling()
 
 
 class Session:
     """One loaded model and the quanta run on it."""
 
-    def __init__(self, driver: JaxDriver, loaded: LoadedModel) -> None:
-        self.driver, self.loaded, self.quanta = driver, loaded, 0
+    def __init__(self, driver: JaxDriver, loaded: LoadedModel, sampling: Sampling = GREEDY) -> None:
+        self.driver, self.loaded, self.sampling, self.quanta = driver, loaded, sampling, 0
 
     def run(self, steps: int, **fields: Any) -> tuple[list[Step], float]:
         """Execute one quantum; its steps and the seconds it took."""
@@ -68,7 +71,10 @@ class Session:
         for slot in range(slots):
             tokens = [3 + (7 * i + 11 * slot) % (self.loaded.vocab_size - 3) for i in range(prompt)]
             pages = list(range(slot * each, (slot + 1) * each))
-            starts.append(Start(slot=slot, tokens=tokens, prompt=prompt, pages=pages, limit=total))
+            asked = msgspec.structs.replace(self.sampling, seed=slot)
+            starts.append(
+                Start(slot=slot, tokens=tokens, prompt=prompt, pages=pages, limit=total, sampling=asked)
+            )
             for at in range(0, prompt, self.loaded.chunk_tokens):
                 chunks.append(Chunk(step, slot, at, min(self.loaded.chunk_tokens, prompt - at)))
                 step += 1
@@ -132,6 +138,8 @@ def main() -> None:
     parser.add_argument("--page-tokens", type=int, default=16)
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "pallas"])
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     driver = JaxDriver(attention=options.attention)
@@ -153,7 +161,7 @@ def main() -> None:
     )
     begun = time.perf_counter()
     loaded = driver.load(request, lambda _: None)
-    session = Session(driver, loaded)
+    session = Session(driver, loaded, Sampling(temperature=options.temperature, top_p=options.top_p))
     figures = {"load_s": round(time.perf_counter() - begun, 2)}
     figures["prefill_tokens_per_s"] = round(measure_prefill(session, options.prompt, options.repeats), 1)
     ratios: dict[str, float] = {}
@@ -175,6 +183,8 @@ def main() -> None:
             "dtype": options.dtype,
             "weights": options.weights,
             "kv_dtype": options.kv_dtype or options.dtype,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
             "weight_bytes": loaded.weight_bytes,
             "page_bytes": loaded.page_bytes,
             "copy_gb_per_s": round(rate / 1e9),

@@ -51,11 +51,11 @@ def sample(
     """
     choice = Choice(*(field[rows] for field in state.choice))
     live, position = state.live[rows], state.length[rows]
-    sound = jnp.isfinite(jnp.max(logits, axis=-1))
     if variant == "full":
         assert tallies is not None
         logits = adjust(logits, choice, Tallies(*(field[rows] for field in tallies)))
     token = choose(variant, logits, choice, position)
+    sound = token >= 0
     made = live & sound
     length = position + made
     stopped = jnp.any(state.stop[rows] == token[:, None], axis=-1)
@@ -84,16 +84,24 @@ def adjust(logits: jax.Array, choice: Choice, tallies: Tallies) -> jax.Array:
 
 
 def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
-    """The tokens [B] at ``position`` [B]; a function of logits, seed and position, and of nothing else."""
-    cuts = variant in ("filtered", "full")
-    if variant != "greedy" and kernels.chooses():
-        return kernels.choose(logits, choice, position, cuts)
+    """The tokens [B] at ``position`` [B], or -1 where the largest of ``logits`` [B, vocab] is not finite.
+
+    A function of logits, seed, position and parameters, and of nothing else. By a native kernel where there
+    is one, whose sums and logarithms may differ in their last bits.
+    """
+    if kernels.chooses(logits):
+        return kernels.choose(logits, choice, position, cuts=variant in ("filtered", "full"))
+    sound = jnp.isfinite(jnp.max(logits, axis=-1))
+    return jnp.where(sound, _chosen(variant, logits, choice, position), -1)
+
+
+def _chosen(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
     greedy = largest(logits)
     if variant == "greedy":
         return greedy
     cold = choice.temperature <= 0.0
     heated = logits / jnp.where(cold, 1.0, choice.temperature)[:, None]
-    if cuts:
+    if variant in ("filtered", "full"):
         heated = kept(heated, choice.top_k, choice.top_p)
     noisy = keep_likely(heated, choice) + noise(choice.seed, position, logits.shape[-1])
     return jnp.where(cold, greedy, largest(noisy))

@@ -191,7 +191,7 @@ def _judge(
     token = _sampled(variant, logits, rows, position, state, tallies)
     stopped = jnp.any(state.stop[rows][:, None] == token[..., None], axis=-1)
     ends = jnp.where(stopped, 1, jnp.where(position + 1 >= state.limit[rows][:, None], 2, 0))
-    sound = jnp.isfinite(jnp.max(logits, axis=-1))
+    sound = token >= 0
     ends = jnp.where(sound, ends, 3)
     right = token[:, : guess.tokens.shape[1]] == guess.tokens
     offered = jnp.arange(tokens) < guess.counts[:, None]
@@ -224,7 +224,7 @@ def _sampled(
     state: BatchState,
     tallies: Tallies | None,
 ) -> jax.Array:
-    """The token [B, C] that each row would sample at each ``position`` [B, C]."""
+    """The token [B, C] that each row would sample at each ``position`` [B, C]; see ``choose``."""
     wide = position.shape[1]
     choice = Choice(*(jnp.repeat(field[rows], wide) for field in state.choice))
     flat = logits.reshape(-1, logits.shape[-1])

@@ -36,6 +36,41 @@ inline uint32_t lanes(Ints truth) {
 #endif
 }
 
+// The largest of numbers, and whether all of them are numbers.
+struct Largest {
+  Floats most = Floats{} + -std::numeric_limits<float>::infinity();
+  Ints strange{};
+
+  void see(Floats x) {
+    most = x > most ? x : most;
+    strange |= x != x;
+  }
+  float top() const { return largest(most); }
+  bool sound() const { return !lanes(strange) && std::abs(top()) <= -kLeast; }
+};
+
+// Of the numbers at x the place of the first that is ``wanted``; 0 if there is none.
+inline int32_t find(const float* x, int64_t count, float wanted) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    uint32_t found = lanes(load(x + i) == wanted);
+    if (found) return int32_t(i + __builtin_ctz(found));
+  }
+  for (; i < count; ++i) {
+    if (x[i] == wanted) return int32_t(i);
+  }
+  return 0;
+}
+
+// Where the largest of a row is, the first of equals; -1 if it is not finite, or not all are numbers.
+inline int32_t greediest(const float* logits, int64_t vocab) {
+  Largest all;
+  int64_t i = 0;
+  for (; i + kLanes <= vocab; i += kLanes) all.see(load(logits + i));
+  for (; i < vocab; ++i) all.see(Floats{} + logits[i]);
+  return all.sound() ? find(logits, vocab, all.top()) : -1;
+}
+
 // --- noise ---------------------------------------------------------------------------------------------------
 
 // Threefry-2x32 with 20 rounds (Salmon et al., 2011), of words or of vectors of them.
@@ -86,7 +121,7 @@ struct Noise {
 
 // Places of a row, and the mass of what is not less than each.
 struct Trials {
-  static constexpr int kMany = 8;
+  static constexpr int kMany = 4;
   float at[kMany];
   double mass[kMany];
 
@@ -147,46 +182,31 @@ struct Bracket {
 // What may become the token: heated logits and their places in the row; not a number is behind the last.
 class Candidates {
  public:
-  float top;      // of the row
-  int32_t first;  // where it is
+  float top = 0;      // the largest of the row
+  int32_t first = 0;  // where it is
 
-  void heat(const float* logits, int64_t vocab, float temperature) {
+  // Takes a row; whether it is sound.
+  bool heat(const float* logits, int64_t vocab, float temperature) {
     reserve(vocab);
-    Floats most = Floats{} + -std::numeric_limits<float>::infinity();
+    Largest all;
     Ints place;
     for (int i = 0; i < kLanes; ++i) place[i] = i;
     auto put = [&](int64_t i, Floats some) {
-      Floats heated = some / temperature;
-      store(heated, values_.data() + i);
+      all.see(some);
+      store(some / temperature, values_.data() + i);
       std::memcpy(places_.data() + i, &place, sizeof(place));
       place += kLanes;
-      most = heated > most ? heated : most;
     };
     int64_t i = 0;
     for (; i + kLanes <= vocab; i += kLanes) put(i, load(logits + i));
     if (i < vocab) {
-      Floats rest = Floats{} + kNan;
+      Floats rest = Floats{} + logits[i];
       std::memcpy(&rest, logits + i, (vocab - i) * sizeof(float));
       put(i, rest);
     }
     end(vocab);
-    top = largest(most), first = 0;
-    find(values_.data(), count_, top, &first);
-  }
-
-  // Of the numbers at x the place of the first that is ``wanted``, if there is one.
-  static void find(const float* x, int64_t count, float wanted, int32_t* place) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      uint32_t found = 0;
-      if (i + kLanes <= count) {
-        found = lanes(load(x + i) == wanted);
-      } else {
-        for (int64_t k = i; k < count; ++k) found |= uint32_t(x[k] == wanted) << (k - i);
-      }
-      if (!found) continue;
-      *place = int32_t(i + __builtin_ctz(found));
-      return;
-    }
+    top = all.top() / temperature, first = find(values_.data(), count_, top);
+    return all.sound();
   }
 
   // Keeps those for which ``wanted`` is true.
@@ -238,7 +258,7 @@ class Candidates {
   }
 
  private:
-  static constexpr float kFar = 128.0f;   // the first places are half so far below the top, a quarter, and so on
+  static constexpr float kFar = 32.0f;     // the first places are half so far below the top, a quarter, and so on
   static constexpr int64_t kFew = 64;     // are sorted
 
   std::vector<float> values_, some_;
@@ -318,25 +338,15 @@ struct Asked {
   bool cuts;
 };
 
+// The token of a row, or -1 if its logits are not sound.
 inline int32_t choose_row(const float* logits, int64_t vocab, const Asked& asked, int64_t row) {
-  if (asked.temperature[row] <= 0) {
-    Floats most = Floats{} + -std::numeric_limits<float>::infinity();
-    int64_t i = 0;
-    for (; i + kLanes <= vocab; i += kLanes) {
-      Floats some = load(logits + i);
-      most = some > most ? some : most;
-    }
-    float top = largest(most);
-    for (; i < vocab; ++i) top = std::max(top, logits[i]);
-    int32_t place = 0;
-    Candidates::find(logits, vocab, top, &place);
-    return place;
-  }
+  float temperature = asked.temperature[row];
+  if (temperature <= 0) return greediest(logits, vocab);
   // Behind a pointer, or the compiler asks for the thread's own address in the innermost loops.
   thread_local std::unique_ptr<Candidates> own = std::make_unique<Candidates>();
   Candidates& those = *own;
-  those.heat(logits, vocab, asked.temperature[row]);
-  if (!(std::abs(those.top) < std::numeric_limits<float>::max())) return those.first;
+  if (!those.heat(logits, vocab, temperature)) return -1;
+  if (!(std::abs(those.top) < -kLeast)) return those.first;  // the temperature was too low for floats
   int32_t number = asked.cuts ? asked.top_k[row] : 0;
   float share = asked.cuts ? asked.top_p[row] : 1;
   if (number > 0 && number < vocab) those.cut<false>(number);
@@ -352,7 +362,8 @@ inline void choose_rows(const Pool& pool, const float* logits, int64_t rows, int
          [=](int64_t row) { tokens[row] = choose_row(logits + row * vocab, vocab, asked, row); });
 }
 
-// logits [B, vocab]; temperature, top_k, top_p, min_p, seed and position [B] -> tokens [B].
+// logits [B, vocab]; temperature, top_k, top_p, min_p, seed and position [B] -> tokens [B], -1 where
+// logits are not sound.
 inline XLA_FFI_Error* choose(const Call& call) {
   if (!call.has(7, 1, 1)) return call.invalid("choose takes 7 arguments and an attribute, and gives tokens");
   XLA_FFI_Buffer& logits = call.arg(0);

@@ -1,7 +1,7 @@
 """The native kernels as jax functions, and whether they are to be used.
 
-Tracing inside ``use(True)`` lets ``layers`` and ``sampling`` call the kernels. They know nothing of meshes, so a
-program that is sharded must be traced outside.
+Tracing inside ``use(True)`` lets ``layers`` and ``sampling`` call the kernels. They know nothing of meshes,
+so a program that is sharded must be traced outside.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ def gate(rows: jax.Array, activation: str) -> jax.Array:
     return result
 
 
-def chooses() -> bool:
-    """Whether ``choose`` is to be used: on a CPU, where it is wanted."""
-    return _wanted.get() and _state == "ready"
+def chooses(logits: jax.Array) -> bool:
+    """Whether ``choose`` is for ``logits``: on a CPU, where it is wanted."""
+    return _wanted.get() and _state == "ready" and logits.dtype == jnp.float32
 
 
 def choose(logits: jax.Array, choice: Choice, position: jax.Array, cuts: bool) -> jax.Array:
-    """As ``sampling.choose``, of float32 ``logits`` [B, vocab]; top-k and top-p count only where it ``cuts``."""
+    """As ``sampling.choose``, of float32 ``logits`` [B, vocab]; top-k and top-p count only if it ``cuts``."""
     shape = jax.ShapeDtypeStruct((logits.shape[0],), jnp.int32)  # type: ignore[no-untyped-call]
     asked = (choice.temperature, choice.top_k, choice.top_p, choice.min_p, choice.seed, position)
     call = jax.ffi.ffi_call(build.target("choose"), shape)

@@ -13,7 +13,10 @@ from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import PagedCache
 from llmos.drivers.jax.native import kernels
+from llmos.drivers.jax.noise import threefry
 from llmos.drivers.jax.rope import rotate, rotation
+from llmos.drivers.jax.state import pack_choices
+from llmos.drivers.sdk.messages import Sampling
 from llmos.ipc.errors import NotSupported
 
 TOLERANCE = 1e-3
@@ -31,6 +34,7 @@ def run() -> None:
             tried[f"gates in {jnp.dtype(dtype)}"] = _gate(random, dtype)
             for rows in (5, 41, 133):
                 tried[f"product of {rows} rows in {jnp.dtype(dtype)}"] = _product(random, rows, dtype)
+        tried["choice of tokens"] = _choice(random)
         for name, (got, expected) in tried.items():
             tolerance = COARSE if got.dtype == jnp.bfloat16 else TOLERANCE
             worst = np.abs(got.astype(np.float32) - expected).max()
@@ -94,3 +98,30 @@ def _gate(random: np.random.Generator, dtype: Any) -> tuple[np.ndarray, np.ndarr
     tanh = np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))
     expected = np.stack([a / (1 + np.exp(-a)) * b, a / 2 * (1 + tanh) * b])
     return np.asarray(jnp.stack(got)), expected
+
+
+def _choice(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that ask for one thing each, and for all; of a size that fills no vector."""
+    asked = [Sampling(temperature=0.7, seed=5, **each) for each in ({}, {"top_k": 9}, {"top_p": 0.8})]
+    asked += [Sampling(), Sampling(temperature=1.3, top_k=90, top_p=0.9, min_p=0.02, seed=2**32 - 1)]
+    rows = np.tile(random.standard_normal((1, 301), np.float32) * 3, (len(asked), 1))
+    position = np.arange(len(asked), dtype=np.int32)
+    got = jax.jit(kernels.choose, static_argnums=3)(rows, pack_choices(asked), position, True)  # type: ignore[arg-type]
+    return np.asarray(got), np.asarray([_expected(row, *each) for row, *each in zip(rows, asked, position)])
+
+
+def _expected(row: np.ndarray, asked: Sampling, position: int) -> int:
+    """By sorting."""
+    if not asked.temperature:
+        return int(row.argmax())
+    heated = row.astype(np.float64) / asked.temperature
+    order = np.argsort(-heated)[: asked.top_k or None]
+    share = np.exp(heated[order] - heated.max())
+    share /= share.sum()
+    order = order[(np.cumsum(share) - share < asked.top_p) & (share >= asked.min_p * share[0])]
+    words = [np.asarray([word], np.uint32) for word in (0, asked.seed, 0, position)]
+    first, second = threefry(
+        threefry((words[0], words[1]), (words[2], words[3])), (words[0], order.astype(np.uint32))
+    )
+    uniform = np.maximum((first ^ second) >> 9, 1e-30) * 2.0**-23
+    return int(order[np.argmax(heated[order] - np.log(-np.log(uniform)))])
