@@ -90,6 +90,8 @@ def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Ar
     is one, whose sums and logarithms may differ in their last bits.
     """
     if kernels.chooses(logits):
+        if variant == "greedy":
+            choice = choice._replace(temperature=jnp.zeros_like(choice.temperature))
         return kernels.choose(logits, choice, position, cuts=variant in ("filtered", "full"))
     sound = jnp.isfinite(jnp.max(logits, axis=-1))
     return jnp.where(sound, _chosen(variant, logits, choice, position), -1)
