@@ -221,6 +221,47 @@ void try_gate(int64_t rows, int64_t size, int32_t smooth, XLA_FFI_DataType type)
   }
 }
 
+// A token may be another one only where two come as near to each other as sums of floats are exact.
+int32_t chosen(const float* logits, int64_t vocab, float temperature, int32_t top_k, float top_p, float min_p,
+               const Noise& noise) {
+  std::vector<int32_t> order(vocab);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [=](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  if (temperature <= 0) return order[0];
+  auto heated = [=](int32_t at) { return double(logits[at] / temperature); };
+  int64_t count = top_k ? std::min<int64_t>(top_k, vocab) : vocab, best = 0;
+  double sum = 0, before = 0, most = -INFINITY;
+  for (int64_t i = 0; i < count; ++i) sum += std::exp(heated(order[i]) - heated(order[0]));
+  for (int64_t i = 0; i < count; ++i) {
+    double share = std::exp(heated(order[i]) - heated(order[0]));
+    if (i && (before >= top_p * sum || share < min_p)) break;
+    before += share;
+    double noisy = heated(order[i]) + Noise::of(noise.bits(uint32_t(order[i])));
+    if (noisy > most) most = noisy, best = order[i];
+  }
+  return int32_t(best);
+}
+
+void try_choose(int64_t vocab, float scale) {
+  constexpr int64_t B = 5;
+  auto logits = randoms(B * vocab);
+  for (float& x : logits) x *= scale;
+  std::vector<float> temperature{0, 0.8f, 1.3f, 1, 0.5f}, top_p{1, 1, 0.9f, 1, 0.7f}, min_p{0, 0, 0, 0.05f, 0.01f};
+  std::vector<int32_t> top_k{0, 0, 0, 40, 400}, position{0, 7, 1 << 30, 9, 2}, tokens(B);
+  std::vector<uint32_t> seed{0, 1, ~0u, 77, 5};
+  std::vector<int64_t> ld{B, vocab}, rd{B};
+  auto lb = buffer(logits, ld, kFloat32), tb = buffer(temperature, rd, kFloat32), kb = buffer(top_k, rd, kInt32);
+  auto pb = buffer(top_p, rd, kFloat32), mb = buffer(min_p, rd, kFloat32), ob = buffer(tokens, rd, kInt32);
+  auto sb = buffer(seed, rd, XLA_FFI_DataType_U32), ab = buffer(position, rd, kInt32);
+  int32_t cuts = 1;
+  XLA_FFI_Scalar cutting{kInt32, &cuts};
+  call(llmos_choose, {&lb, &tb, &kb, &pb, &mb, &sb, &ab}, {&ob}, {&cutting});
+  for (int64_t i = 0; i < B; ++i) {
+    check(tokens[i], chosen(logits.data() + i * vocab, vocab, temperature[i], top_k[i], top_p[i], min_p[i],
+                            Noise(seed[i], position[i])), "a token", 0);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -235,6 +276,9 @@ int main() {
     for (int32_t window : {0, 5, 270}) {
       try_prompts<float>(window, 48, kFloat32);
       try_prompts<bfloat16>(window, 80, kBfloat16);
+    }
+    for (int64_t vocab : {1, 37, 1037, 20000}) {
+      for (float scale : {0.01f, 3.0f, 100.0f}) try_choose(vocab, scale);
     }
     for (int32_t smooth : {0, 1}) {
       try_gate<float>(40, 1037, smooth, kFloat32);
