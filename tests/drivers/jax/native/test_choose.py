@@ -213,3 +213,10 @@ def test_what_does_not_fit_is_refused() -> None:
     call = jax.jit(partial(kernels.choose, cuts=True))
     with pytest.raises(Exception, match="choose takes float32 logits"):
         call(jnp.zeros((3, 64)), choice, jnp.zeros(2, jnp.int32)).block_until_ready()
+
+
+@pytest.mark.parametrize("variant", ["greedy", "plain", "filtered"])
+def test_a_model_on_one_device_chooses_by_the_kernel(tiny_driver: Any, variant: str) -> None:
+    driver, loaded = tiny_driver
+    (engine,) = driver._engines[loaded.model]
+    assert "llmos_choose" in engine.programs.get(("sample", variant, 1)).as_text()
