@@ -2,7 +2,8 @@
 
     python -m benchmarks.serving --model random:benchmarks/shapes/llama-3.1-8b.json --dtype bfloat16 \
         --page-tokens 64 --slots 256 --chunk-tokens 2048 [--only batch one ttft classify] [--json FILE] \
-        [--mesh tensor=2] [--weights float8] [--kv-dtype float8] [--compare FILE]
+        [--mesh tensor=2] [--weights float8] [--kv-dtype float8] [--temperature 0.8 --top-p 0.95] \
+        [--compare FILE]
 
 ``batch``: 256 requests of 512 tokens, 256 new ones each. ``queue``: 1,024 of them. ``one``: a single
 stream of 512. ``ttft``: first token of 2,048, of prompts right after each other, which a GPU computes at the
@@ -22,12 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from benchmarks.cluster import DRIVER, Cluster
 from benchmarks.report import Report, arguments
 from benchmarks.watch import Watch
-from llmos.drivers.sdk.messages import DTYPES, PRECISIONS, LoadedModel, LoadRequest
+from llmos.drivers.sdk.messages import DTYPES, PRECISIONS, LoadedModel, LoadRequest, Sampling
 from llmos.ipc import codec, header
 from llmos.ipc.calls import Answer
 from llmos.ipc.client import Client
@@ -38,6 +40,7 @@ from llmos.services.manifest import DriverSpec
 from llmos.services.scheduler.messages import Emitted, SchedulerStats, Submit
 
 REST_S = 0.5
+GREEDY = Sampling()
 CASES = ("ttft", "one", "batch", "queue", "classify")
 
 
@@ -54,8 +57,9 @@ class Request:
 class Load:
     """Sends requests on one connection and notes when their tokens arrive."""
 
-    def __init__(self, client: Client, model: LoadedModel, band: Band) -> None:
+    def __init__(self, client: Client, model: LoadedModel, band: Band, sampling: Sampling = GREEDY) -> None:
         self._band = band
+        self._sampling = sampling
         self._client = client
         self._link = client._link
         self._model = model
@@ -69,7 +73,13 @@ class Load:
         self._requests = {}
         for _ in range(requests):
             tokens = self._rng.integers(0, self._model.vocab_size, prompt).tolist()
-            submit = Submit(model=self._model.model, tokens=tokens, max_tokens=count, band=self._band)
+            submit = Submit(
+                model=self._model.model,
+                tokens=tokens,
+                max_tokens=count,
+                sampling=self._sampling,
+                band=self._band,
+            )
             body = codec.encode(submit)
             sent = time.perf_counter()
             call = self._link.call("scheduler.submit", body, 0, self._on_end)
@@ -207,6 +217,9 @@ def main() -> None:
     )
     parser.add_argument("--mesh", nargs="+", type=axis, default=[], metavar="AXIS=SIZE")
     parser.add_argument("--speculation", default="off", choices=["off", "ngram"])
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--compare", type=Path, help="report of a run on one device")
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     options = parser.parse_args()
@@ -231,12 +244,15 @@ def main() -> None:
         report.figures["load"] = {"seconds": round(seconds, 1), **loaded.phases}
         time.sleep(options.settle)
         scale = options.scale * loaded.replicas
-        report.figures |= measure(Load(cluster.client, loaded, options.band), options.only, scale)
+        sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+        load = Load(cluster.client, loaded, options.band, sampling)
+        report.figures |= measure(load, options.only, scale)
         line = cluster.client.call("scheduler.stats", None, SchedulerStats).hosts[0]
         report.figures["last_step_ms"] = round(line.step_micros / 1e3, 2)
         report.environment = {"model": options.model, "dtype": options.dtype, "attention": loaded.attention}
         report.environment |= {"weights": options.weights, "kv_dtype": options.kv_dtype or options.dtype}
         report.environment["mesh"] = dict(options.mesh)
+        report.environment["sampling"] = msgspec.to_builtins(sampling)
     if options.compare:
         report.ratios = compare(report.figures, json.loads(options.compare.read_text())["figures"])
     report.write(options.json)

@@ -56,6 +56,7 @@ class JaxDriver(Driver):
         self._platform = platform_name
         self._attention = attention
         self._found: list[Any] = []
+        self._holes: list[Any] = []
         self._engines: dict[str, list[Any]] = {}
         self._movers: dict[str, list[Any]] = {}
         self._encoders: dict[str, Any] = {}
@@ -201,4 +202,6 @@ class JaxDriver(Driver):
             platform.set_option("jax_default_device", self._found[0])
             if self._found[0].platform == "cpu":
                 platform.keep_heap()
+            if self._found[0].platform in ("gpu", "cuda"):
+                self._holes = [hole for device in self._found for hole in platform.keep_holes(device)]
         return self._found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,15 +15,12 @@ import numpy as np
 from llmos.drivers.jax import packing
 from llmos.drivers.jax.admission import admit, grow
 from llmos.drivers.jax.buckets import group, pieces
-from llmos.drivers.jax.ledger import Limits
-from llmos.drivers.jax.pool import Own, Share
-from llmos.drivers.jax.programs import PIECE, Key, Programs
+from llmos.drivers.jax.programs import PIECE, Key
 from llmos.drivers.jax.rehearsal import rehearse
-from llmos.drivers.jax.replica import Make, Replica
+from llmos.drivers.jax.replica import Replica
 from llmos.drivers.jax.results import Output, Results, Served
 from llmos.drivers.jax.sampling import VARIANTS, Variant
 from llmos.drivers.jax.speculating import Speculation
-from llmos.drivers.jax.state import BatchState
 from llmos.drivers.sdk.driver import PendingStep
 from llmos.drivers.sdk.messages import Chunk, Quantum
 
@@ -32,29 +28,18 @@ from llmos.drivers.sdk.messages import Chunk, Quantum
 class Engine:
     """Executes quanta on one replica of a model; see ``Driver.execute`` for the contract.
 
-    The arguments are those of ``Replica``, which has what the programs take and give back.
+    The replica has what programs take and give back; ``clock`` tells seconds.
     """
 
-    def __init__(
-        self,
-        limits: Limits,
-        programs: Programs,
-        weights: Any,
-        caches: Own | Share,
-        batch: BatchState,
-        common: Any = None,
-        clock: Callable[[], float] = time.perf_counter,
-        speculation: Speculation | None = None,
-        make: Make | None = None,
-    ) -> None:
-        self.replica = Replica(limits, programs, weights, caches, batch, common, speculation, make)
-        self.limits = limits
-        self.ledger = self.replica.ledger
-        self.programs = programs
-        self.speculation = speculation
+    def __init__(self, replica: Replica, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.replica = replica
+        self.limits = replica.limits
+        self.ledger = replica.ledger
+        self.programs = replica.programs
+        self.speculation = replica.speculation
         self.unrehearsed: list[Key] = []
         self._clock = clock
-        self._results = Results(self.replica, clock)
+        self._results = Results(replica, clock)
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
         """Check a quantum and apply its release, start and grow now; the iterator dispatches its steps.

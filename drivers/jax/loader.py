@@ -41,6 +41,7 @@ from llmos.drivers.jax.pipeline.parts import Pipeline
 from llmos.drivers.jax.plan import Plan, find_weights
 from llmos.drivers.jax.pool import Own, Pools, Share
 from llmos.drivers.jax.programs import HEARTBEAT_S, Programs
+from llmos.drivers.jax.replica import Replica
 from llmos.drivers.jax.requests import check_device, check_request, unguessed
 from llmos.drivers.jax.sharding import mesh, stages
 from llmos.drivers.jax.sharding.placement import OneDevice, Placement
@@ -81,16 +82,8 @@ class Parts:
         """An engine of this replica."""
         ordered = [weights[path] for path in self.shapes]
         common, speculation = self.place.common, self._speculation()
-        engine = Engine(
-            self.limits,
-            self.programs,
-            ordered,
-            caches,
-            batch,
-            common,
-            speculation=speculation,
-            make=self.make,
-        )
+        replica = Replica(self.limits, self.programs, ordered, caches, batch, common, speculation, self.make)
+        engine = Engine(replica)
         engine.rehearse_later(self.programs.ahead())
         return engine
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from llmos.drivers.sdk.messages import Device
 from llmos.ipc.errors import NoMemory
@@ -23,6 +24,8 @@ PAGE_LOCKED = (
     "XLA may not page-lock so much: it is allowed XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB (64) in the environment "
     "of the driver"
 )
+LEAST_HOLE = 256  # bytes, what XLA's allocator rounds to
+HOLES = 16  # of each size: results of a few steps, and what their programs are given
 FEW_TOKENS = 16  # a product with no more rows waits for its weight: there Triton's kernels are the faster
 
 
@@ -51,6 +54,21 @@ def keep_heap() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES))
+
+
+def keep_holes(device: Any) -> list[jax.Array]:
+    """Small arrays with room for others between them, to be held for as long as a GPU is used.
+
+    XLA records a program's CUDA graph anew, kernel by kernel, when one of its buffers has moved. What a step
+    gives back lives on while others run: without holes of its own it is cut from where their temporaries
+    were, which then move with every step.
+    """
+    sizes = [LEAST_HOLE << power for power in range(10) for _ in range(2 * HOLES)]
+    made = []
+    for size in sizes:
+        made.append(jax.device_put(np.zeros(size, np.uint8), device))
+        made[-1].block_until_ready()
+    return made[::2]
 
 
 def trim_heap() -> None:

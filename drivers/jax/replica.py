@@ -38,9 +38,9 @@ class Replica:
         weights: Any,
         pages: Own | Share,
         batch: BatchState,
-        common: Any,
-        speculation: Speculation | None,
-        make: Make | None,
+        common: Any = None,
+        speculation: Speculation | None = None,
+        make: Make | None = None,
     ) -> None:
         self.limits = limits
         self.ledger = Ledger(limits)

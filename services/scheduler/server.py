@@ -451,7 +451,8 @@ def _check_fit(model: LoadedModel, request: Submit, limit: int) -> None:
     if len(request.stop) > STOP_LIMIT:
         raise InvalidArgument(f"at most {STOP_LIMIT} stop tokens, not {len(request.stop)}")
     check_sampling(request.sampling, model.vocab_size)
-    if not all(0 <= token < model.vocab_size for token in (*request.tokens, *request.stop)):
+    ids = (*request.tokens, *request.stop)
+    if min(ids, default=0) < 0 or max(ids, default=0) >= model.vocab_size:
         raise InvalidArgument(f"a token id is not below the vocabulary size {model.vocab_size}")
 
 

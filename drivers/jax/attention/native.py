@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention.caches import Cache, PagedCache, PooledCache
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache, XlaAttention
+from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.native import build
 from llmos.drivers.jax.rope import Turn
 

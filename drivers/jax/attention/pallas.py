@@ -22,9 +22,10 @@ from llmos.drivers.jax.attention import (
     suits_cudnn,
     turning,
 )
+from llmos.drivers.jax.attention.caches import Cache, PagedCache, PooledCache, packed, write
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache, XlaAttention, packed, write
+from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 
 TALL = 64  # rows of a program from which twice the warps share its sums
@@ -93,8 +94,7 @@ class PallasAttention(Paged):
         return out, cache
 
     def write(self, cache: Cache, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-        written: Cache = write(cache, pages, offsets, k, v)
-        return written
+        return write(cache, pages, offsets, k, v)
 
     def attend(
         self,

@@ -24,8 +24,8 @@ from llmos.drivers.jax.attention import (
     Scoring,
     VerifyPlan,
 )
+from llmos.drivers.jax.attention.caches import BITS, PooledCache, held, numbers
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.attention.xla import BITS, PooledCache, held, numbers
 from llmos.drivers.jax.config import DecoderConfig
 
 

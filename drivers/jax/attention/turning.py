@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, Scoring
+from llmos.drivers.jax.attention.caches import Cache, PagedCache, PooledCache
 from llmos.drivers.jax.attention.paged import MASKED, Tiling, join, outputs, page, scored, tiling, whole, wide
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.attention.xla import Cache, PagedCache, PooledCache
 from llmos.drivers.jax.layers import RMSNorm
 from llmos.drivers.jax.modules import struct
 

@@ -1,4 +1,4 @@
-// What XLA hands to a kernel, and whether it has the shapes that the kernel takes.
+// What XLA hands to a kernel and asks of it, and whether it has the shapes that the kernel takes.
 #pragma once
 
 #include <algorithm>
@@ -100,6 +100,19 @@ void typed(bool wide, bool wide_cache, const Work& work) {
   if (wide && !wide_cache) work(float{}, bfloat16{});
   if (!wide && wide_cache) work(bfloat16{}, float{});
   if (!wide && !wide_cache) work(bfloat16{}, bfloat16{});
+}
+
+// Answers XLA's question for the version of its interface, or does the work.
+XLA_FFI_Error* answer(XLA_FFI_CallFrame* frame, XLA_FFI_Error* (*work)(const Call&)) {
+  auto* extension = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start);
+  if (extension && extension->extension_base.type == XLA_FFI_Extension_Metadata) {
+    XLA_FFI_Api_Version& version = extension->metadata->api_version;
+    version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+    extension->metadata->traits = 0;
+    extension->metadata->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
+    return nullptr;
+  }
+  return work({frame});
 }
 
 }  // namespace

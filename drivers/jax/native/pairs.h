@@ -59,7 +59,7 @@ inline void put_four(Output y, int64_t at, __m128 four, int count) {
   }
 }
 
-// As the tile of other types in kernels.cc, for 1 row of w or a multiple of 4; lengths in pairs.
+// As the tile of other types in direct.h, for 1 row of w or a multiple of 4; lengths in pairs.
 template <int O, int R>
 inline void tile(const Pair* x, const Pair* w, Output y, int64_t at, int64_t inner, int64_t outer, int64_t ahead) {
   Floats sums[O][R] = {};

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax.attention import DecodePlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.attention.xla import PagedCache
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.noise import threefry
 from llmos.drivers.jax.rope import rotate, rotation

@@ -12,6 +12,7 @@ from llmos.drivers.jax.engine import Engine
 from llmos.drivers.jax.ledger import Limits
 from llmos.drivers.jax.pipeline.programs import Batch, PipelinePrograms, StagePrograms
 from llmos.drivers.jax.pool import Own
+from llmos.drivers.jax.replica import Replica
 
 if TYPE_CHECKING:
     from llmos.drivers.jax.loader import Parts
@@ -63,8 +64,9 @@ class Pipeline:
         ordered = [
             [weights[_name(number, path)] for path in part.shapes] for number, part in enumerate(self.stages)
         ]
-        place = self.stages[-1].place
-        engine = Engine(self.limits, self.programs, ordered, caches, batch, place.common, make=self.make)
+        common = self.stages[-1].place.common
+        replica = Replica(self.limits, self.programs, ordered, caches, batch, common, make=self.make)
+        engine = Engine(replica)
         engine.rehearse_later(self.programs.ahead())
         return engine
 

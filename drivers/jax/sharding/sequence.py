@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax.attention import PLAIN, Scoring
-from llmos.drivers.jax.attention.xla import Cache, PagedCache, XlaAttention, finish
+from llmos.drivers.jax.attention.caches import Cache, PagedCache
+from llmos.drivers.jax.attention.xla import XlaAttention, finish
 from llmos.drivers.jax.config import DecoderConfig
 
 AXIS = "sequence"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -21,6 +22,12 @@ def test_glibc_takes_the_heap_settings() -> None:
 
     expected = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
     assert platform.keep_heap() is expected
+
+
+def test_holes_of_every_small_size_are_kept_apart() -> None:
+    kept = platform.keep_holes(jax.devices()[0])
+    sizes = Counter(array.nbytes for array in kept)
+    assert sizes == {256 << power: platform.HOLES for power in range(10)}
 
 
 def test_memory_of_the_cpu_is_known() -> None:

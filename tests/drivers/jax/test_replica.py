@@ -39,7 +39,7 @@ def programs() -> Programs:
 
 
 def made(programs: Any, pages: Own) -> Replica:
-    return Replica(LIMITS, programs, [], pages, SimpleNamespace(), None, None, None)  # type: ignore[arg-type]
+    return Replica(LIMITS, programs, [], pages, SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_rows_are_placed_once_for_as_long_as_the_batch_stays_the_same(programs: Programs) -> None:

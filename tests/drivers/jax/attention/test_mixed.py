@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, MixedPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.pallas import PallasAttention
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.attention.xla import XlaAttention
 
 PAGE, PAGES, WIDTH, HEADS, KV, SIZE, PIECE = 8, 40, 6, 4, 2, 32, 4
 BACKENDS = {"xla": XlaAttention(), "pallas": PallasAttention(interpret=True)}

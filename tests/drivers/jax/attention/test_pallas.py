@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring, VerifyPlan, select
+from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
 from llmos.drivers.jax.attention.pallas import PallasAttention
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest
 from llmos.ipc.errors import InvalidArgument

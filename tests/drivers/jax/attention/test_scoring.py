@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.attention.caches import PagedCache
+from llmos.drivers.jax.attention.xla import XlaAttention
 
 PAGE, WIDTH, SIZE = 4, 16, 8
 LENGTHS = (61, 3, 30, 0)

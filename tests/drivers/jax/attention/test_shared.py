@@ -19,11 +19,12 @@ from llmos.drivers.jax.attention import (
     Scoring,
     VerifyPlan,
 )
+from llmos.drivers.jax.attention.caches import PagedCache, held, numbers
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches, storage
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention, held, numbers
+from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.rope import Turn
 

@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring, page_bytes, select
+from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.tpu import PairedCache, TpuAttention
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest
 

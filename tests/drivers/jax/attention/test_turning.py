@@ -15,10 +15,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llmos.drivers.jax import forward
 from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, Scoring
+from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.turning import turned_attention
-from llmos.drivers.jax.attention.xla import PagedCache, XlaAttention
+from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 from llmos.drivers.jax.layers import RMSNorm
 from llmos.drivers.jax.modules import Decoder, random

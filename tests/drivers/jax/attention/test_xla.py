@@ -10,7 +10,8 @@ import pytest
 
 from llmos.drivers.jax import platform
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
-from llmos.drivers.jax.attention.xla import BITS, XlaAttention, held, numbers
+from llmos.drivers.jax.attention.caches import BITS, held, numbers
+from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.config import DecoderConfig
 
 PAGE, PAGES, WIDTH = 4, 64, 16
