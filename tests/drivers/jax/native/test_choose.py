@@ -86,6 +86,7 @@ KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda random, vocab: random.standard_normal((ROWS, vocab)) * 3,
     "flat": lambda random, vocab: random.standard_normal((ROWS, vocab)) * 1e-3,
     "steep": lambda random, vocab: random.standard_normal((ROWS, vocab)) * 1e3,
+    "huge": lambda random, vocab: random.standard_normal((ROWS, vocab)) * 1e30,
     "ties": lambda random, vocab: np.round(random.standard_normal((ROWS, vocab)) * 2),
     "equal": lambda random, vocab: np.full((ROWS, vocab), 2.5),
     "masked": lambda random, vocab: np.where(random.random((ROWS, vocab)) < 0.9, -np.inf, 1.5),
