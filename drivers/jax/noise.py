@@ -28,7 +28,7 @@ def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
     mantissa = ((first ^ second) >> 9) | np.uint32(_ONE)
     uniform = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0
     # Zero is the only number that jax.random's affine map to [tiny, 1) changes.
-    return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
+    return -jnp.log(-jnp.log(jnp.maximum(uniform, np.finfo(np.float32).tiny)))
 
 
 def threefry(key: Pair, block: Pair) -> Pair:

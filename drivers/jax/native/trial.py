@@ -106,8 +106,9 @@ def _choice(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     asked += [Sampling(), Sampling(temperature=1.3, top_k=90, top_p=0.9, min_p=0.02, seed=2**32 - 1)]
     rows = np.tile(random.standard_normal((1, 301), np.float32) * 3, (len(asked), 1))
     position = np.arange(len(asked), dtype=np.int32)
-    got = jax.jit(kernels.choose, static_argnums=3)(rows, pack_choices(asked), position, True)  # type: ignore[arg-type]
-    return np.asarray(got), np.asarray([_expected(row, *each) for row, *each in zip(rows, asked, position)])
+    got = jax.jit(kernels.choose, static_argnums=3)(rows, pack_choices(asked), position, True)
+    expected = [_expected(*each) for each in zip(rows, asked, position.tolist(), strict=True)]
+    return np.asarray(got), np.asarray(expected)
 
 
 def _expected(row: np.ndarray, asked: Sampling, position: int) -> int:
