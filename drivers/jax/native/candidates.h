@@ -21,7 +21,9 @@ constexpr float kLeast = -std::numeric_limits<float>::max(), kNan = std::numeric
 // A bit for each lane that is true.
 inline uint32_t lanes(Ints truth) {
 #if defined(__AVX512F__)
-  return _mm512_cmplt_epi32_mask(__m512i(truth), _mm512_setzero_si512());
+  uint32_t bits = _mm512_cmplt_epi32_mask(__m512i(truth), _mm512_setzero_si512());
+  asm("" : "+r"(bits));  // GCC 12 may spill 16 bits of a mask and read 32, thinking that the others are zero
+  return bits & 0xffff;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(__m256(truth));
 #else
