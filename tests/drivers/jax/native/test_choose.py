@@ -125,6 +125,16 @@ def test_tokens_are_those_of_xla(variant: Variant, vocab: int) -> None:
         np.testing.assert_array_equal(*both)
 
 
+def test_a_token_can_win_by_the_largest_noise() -> None:
+    gumbel = np.asarray(noise(jnp.zeros(200, jnp.uint32), jnp.arange(200), 20_000))
+    position, lucky = np.unravel_index(gumbel.argmax(), gumbel.shape)
+    assert gumbel.max() > 14
+    logits, unlucky = np.zeros((1, 20_000)), gumbel[position].argmin()
+    for lead, winner in ((-0.01, lucky), (0.01, unlucky)):
+        logits[0, unlucky] = gumbel[position, lucky] - gumbel[position, unlucky] + lead
+        assert tokens(True, logits, [Sampling(temperature=1.0)], position).tolist() == [winner]
+
+
 def test_without_filters_top_k_and_top_p_count_for_nothing() -> None:
     logits = np.random.default_rng(0).standard_normal((2, 500))
     cut, free = ([Sampling(temperature=5.0, seed=s, **more) for s in (1, 2)] for more in ({"top_k": 1}, {}))
