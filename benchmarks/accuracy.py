@@ -24,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax import families, forward, parameters, quant
+from llmos.drivers.jax import families
 from llmos.drivers.jax.attention import PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
+from llmos.drivers.jax.decoder import forward, quant
+from llmos.drivers.jax.loading import parameters
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import open_source

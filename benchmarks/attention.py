@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax import quant
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, Paged, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import XlaAttention
-from llmos.drivers.jax.rope import Turn, rotation
+from llmos.drivers.jax.decoder import quant
+from llmos.drivers.jax.decoder.rope import Turn, rotation
 
 PAGE = 64
 CALLS, ROUNDS = 20, 4

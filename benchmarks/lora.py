@@ -31,8 +31,8 @@ from safetensors.numpy import save_file
 
 from benchmarks.engine import Session
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax.adapters import targets
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.adapters.adapters import targets
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.sdk.messages import Chunk, LoadAdapter, LoadRequest, Start
 

@@ -25,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax import layers, quant
 from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.caches import PagedCache, held
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import storage
 from llmos.drivers.jax.attention.xla import XlaAttention
+from llmos.drivers.jax.decoder import layers, quant
+from llmos.drivers.jax.decoder.rope import Turn, rotate, rotation
 from llmos.drivers.jax.native import kernels
-from llmos.drivers.jax.rope import Turn, rotate, rotation
 from llmos.ipc import paths
 
 OUT, INNER, BYTES = 3072, 576, 56 << 20

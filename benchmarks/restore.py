@@ -30,8 +30,8 @@ import jax
 from benchmarks.play import say
 from benchmarks.report import Report, arguments
 from llmos.drivers.jax import families, platform
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.parameters import DTYPES, parameters
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.loading.parameters import DTYPES, parameters
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.random import RandomSource, fill

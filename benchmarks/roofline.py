@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import msgspec
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax import platform, quant
-from llmos.drivers.jax.layers import product
+from llmos.drivers.jax import platform
+from llmos.drivers.jax.decoder import quant
+from llmos.drivers.jax.decoder.layers import product
 from llmos.drivers.sdk.messages import PRECISIONS, Precision
 
 Weight = tuple[jax.Array, jax.Array | None]

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax import sampling, state, truncation
+from llmos.drivers.jax.execution import state
 from llmos.drivers.jax.native import kernels
+from llmos.drivers.jax.sampling import sampling, truncation
 from llmos.drivers.sdk.messages import Sampling
 from llmos.ipc import paths
 

@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.report import Report, arguments
 from benchmarks.roofline import shapes
 from llmos.drivers.jax import platform
-from llmos.drivers.jax.layers import product
+from llmos.drivers.jax.decoder.layers import product
 from llmos.drivers.jax.sharding import exchange
 from llmos.drivers.jax.sharding.collectives import total
 

@@ -1,12 +1,10 @@
 """The JAX driver: decoder models on CPU, GPU or TPU, executed in quanta over a paged KV cache.
 
-Read in this order: ``driver`` (the callbacks), ``loader`` (puts a model together: ``requests`` refuses,
-``plan`` finds the weights, ``parameters`` and ``sizing`` say how large), ``engine`` (the life of a quantum:
-``packing``, ``admission``, ``results``), ``replica`` (what one model has on its devices), ``ledger`` (what
-the host knows of every slot; all validation), ``programs`` (what is compiled ahead, for which buckets;
-``rehearsal`` runs them once), ``forward`` (the two model steps), ``state`` and ``sampling`` (the batch on the
-device), ``modules`` (the decoder in nnx, of ``layers`` and ``experts``), ``attention`` (backends),
-``families`` (one file per model family) and ``weights``. ``encoder`` and ``families.bert`` embed and classify
-texts, without any cache; ``encoder_loader`` and ``encoder_engine`` serve them. ``sharding`` cuts a model over
-devices, and ``pipeline`` runs its layers in stages.
+Read in this order: ``driver`` (the callbacks), ``loading`` (puts a model together), ``execution`` (the life
+of a quantum: what is on the device, what the host knows of every slot, what is compiled ahead), ``decoder``
+(the model in nnx, and one pass through it), ``attention`` (backends), ``sampling``, ``paging`` (KV pages,
+and their way to RAM and back), ``speculation``, ``adapters``, ``families`` (one file per model family) and
+``weights`` (files). ``encoders`` embed and classify texts, without any cache. ``sharding`` cuts a model
+over devices, and ``pipeline`` runs its layers in stages; ``native`` has kernels in C++ and CUDA,
+``parking`` moves idle models to RAM, and ``platform`` makes the settings of the process.
 """

@@ -76,8 +76,8 @@ class JaxDriver(Driver):
     def load(self, request: LoadRequest, progress: Progress) -> LoadedModel:
         if request.model in self._engines or request.model in self._encoders:
             raise InvalidArgument(f"model {request.model} is loaded already; unload it first")
-        from llmos.drivers.jax.encoder_loader import EncoderLoad, is_encoder
-        from llmos.drivers.jax.pool import Pools
+        from llmos.drivers.jax.encoders.loader import EncoderLoad, is_encoder
+        from llmos.drivers.jax.paging.pool import Pools
 
         if is_encoder(request.source):
             encoder, loaded = EncoderLoad(request, self._devices(), progress).run()
@@ -91,9 +91,9 @@ class JaxDriver(Driver):
             self._pools.keep(self._engines)
 
     def _load_decoder(self, request: LoadRequest, progress: Progress) -> LoadedModel:
-        from llmos.drivers.jax.adapting import Adapters
-        from llmos.drivers.jax.loader import Load
-        from llmos.drivers.jax.moves import open_movers
+        from llmos.drivers.jax.adapters.adapting import Adapters
+        from llmos.drivers.jax.loading.loader import Load
+        from llmos.drivers.jax.paging.moves import open_movers
 
         engines, loaded = Load(request, self._devices(), progress, self._attention, self._pools).run()
         try:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest
 from llmos.ipc.errors import InvalidArgument
 

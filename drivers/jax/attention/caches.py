@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax import quant
+from llmos.drivers.jax.decoder import quant
 
 BITS = jnp.dtype(jnp.uint16)
 """What can hold bfloat16: to write a part of an array of bfloat16, XLA:CPU widens and narrows all of it."""

@@ -16,8 +16,8 @@ from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring,
 from llmos.drivers.jax.attention.caches import Cache, PagedCache, PooledCache
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import XlaAttention
+from llmos.drivers.jax.decoder.rope import Turn
 from llmos.drivers.jax.native import build
-from llmos.drivers.jax.rope import Turn
 
 HEAD_MULTIPLE = 16
 """The kernels have no path for what is left of a head over whole vectors."""

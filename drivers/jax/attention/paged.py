@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from llmos.drivers.jax.attention import PLAIN, Scoring
 from llmos.drivers.jax.attention.caches import Cache, PooledCache
-from llmos.drivers.jax.modules import struct
+from llmos.drivers.jax.decoder.modules import struct
 
 LEAST = 16  # rows and columns of a matrix product in Triton
 MOST_VALUES = 1 << 14  # of the queries that one program holds: their sums fill a quarter of its registers

@@ -26,7 +26,7 @@ from llmos.drivers.jax.attention.caches import Cache, PagedCache, PooledCache, p
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import XlaAttention
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 
 TALL = 64  # rows of a program from which twice the warps share its sums
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.layers import LayerNorm, RMSNorm
-from llmos.drivers.jax.rope import Turn, rotate
+from llmos.drivers.jax.decoder.layers import LayerNorm, RMSNorm
+from llmos.drivers.jax.decoder.rope import Turn, rotate
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from llmos.drivers.jax.attention import (
 )
 from llmos.drivers.jax.attention.caches import BITS, PooledCache, held, numbers
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from llmos.drivers.jax.attention import (
     VerifyPlan,
     joined,
 )
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 
 
 class PairedCache(NamedTuple):

@@ -21,8 +21,8 @@ from llmos.drivers.jax.attention import PLAIN, DecodePlan, Scoring
 from llmos.drivers.jax.attention.caches import Cache, PagedCache, PooledCache
 from llmos.drivers.jax.attention.paged import MASKED, Tiling, join, outputs, page, scored, tiling, whole, wide
 from llmos.drivers.jax.attention.projected import Projected
-from llmos.drivers.jax.layers import RMSNorm
-from llmos.drivers.jax.modules import struct
+from llmos.drivers.jax.decoder.layers import RMSNorm
+from llmos.drivers.jax.decoder.modules import struct
 
 
 def suits(cache: Cache, new: Projected) -> bool:

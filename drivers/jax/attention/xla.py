@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax import platform, quant
+from llmos.drivers.jax import platform
 from llmos.drivers.jax.attention import PLAIN, Paged, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.caches import BITS, Cache, PagedCache, held, numbers, write
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder import quant
+from llmos.drivers.jax.decoder.config import DecoderConfig
 
 _MASKED = -1e30
 

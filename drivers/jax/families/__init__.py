@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.weights.source import Format, Source
 from llmos.ipc.errors import InvalidArgument
 

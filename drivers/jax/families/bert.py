@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax.config import require
-from llmos.drivers.jax.encoder import Encoder, EncoderConfig
+from llmos.drivers.jax.decoder.config import require
+from llmos.drivers.jax.decoder.modules import abstract
+from llmos.drivers.jax.encoders.encoder import Encoder, EncoderConfig
 from llmos.drivers.jax.families import Family, Part, Rules
 from llmos.drivers.jax.families.common import activation
-from llmos.drivers.jax.modules import abstract
 from llmos.drivers.jax.weights.convert import apply
 from llmos.drivers.jax.weights.pooling import read_pooling
 from llmos.drivers.jax.weights.safetensors import SafetensorsSource

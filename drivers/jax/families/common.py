@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmos.drivers.jax.config import Activation, require
-from llmos.drivers.jax.rope import llama3_factors, longrope_scale
+from llmos.drivers.jax.decoder.config import Activation, require
+from llmos.drivers.jax.decoder.rope import llama3_factors, longrope_scale
 from llmos.drivers.jax.weights.source import Source
 from llmos.ipc.errors import InvalidArgument
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.families import Family, Rules
 from llmos.drivers.jax.families.common import gguf_fields, gguf_meta, hf_fields, hf_windows, refuse
 from llmos.drivers.jax.families.layout import GGUF, HF, decoder_rules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmos.drivers.jax.config import DecoderConfig, require
+from llmos.drivers.jax.decoder.config import DecoderConfig, require
 from llmos.drivers.jax.families import Family, Rules
 from llmos.drivers.jax.families.common import activation, gguf_fields, hf_stops, refuse
 from llmos.drivers.jax.families.layout import GGUF, Layout, decoder_rules

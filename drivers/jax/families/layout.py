@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.families import Part, Rules, Transform
 
 Made = dict[str, tuple[Part, ...]]

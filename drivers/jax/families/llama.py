@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.families import Family, Rules
 from llmos.drivers.jax.families.common import gguf_experts, gguf_fields, gguf_meta, hf_fields, refuse
 from llmos.drivers.jax.families.layout import GGUF, HF, decoder_rules

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.families import Family, Rules
 from llmos.drivers.jax.families.common import hf_fields, hf_windows
 from llmos.drivers.jax.families.layout import HF, decoder_rules

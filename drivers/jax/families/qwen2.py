@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.families import Family, Rules
 from llmos.drivers.jax.families.common import gguf_fields, hf_fields, hf_windows
 from llmos.drivers.jax.families.layout import GGUF, HF, decoder_rules

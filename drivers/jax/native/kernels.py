@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmos.drivers.jax import platform
+from llmos.drivers.jax.execution.state import Choice
 from llmos.drivers.jax.native import build
-from llmos.drivers.jax.state import Choice
 from llmos.ipc.errors import LLMOSError
 
 MEMORY_BOUND = 64

@@ -12,10 +12,10 @@ from llmos.drivers.jax.attention import DecodePlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.projected import Projected
+from llmos.drivers.jax.decoder.rope import rotate, rotation
+from llmos.drivers.jax.execution.state import pack_choices
 from llmos.drivers.jax.native import kernels
-from llmos.drivers.jax.noise import threefry
-from llmos.drivers.jax.rope import rotate, rotation
-from llmos.drivers.jax.state import pack_choices
+from llmos.drivers.jax.sampling.noise import threefry
 from llmos.drivers.sdk.messages import Sampling
 from llmos.ipc.errors import NotSupported
 

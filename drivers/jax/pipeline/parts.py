@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.engine import Engine
-from llmos.drivers.jax.ledger import Limits
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.execution.engine import Engine
+from llmos.drivers.jax.execution.ledger import Limits
+from llmos.drivers.jax.execution.replica import Replica
+from llmos.drivers.jax.paging.pool import Own
 from llmos.drivers.jax.pipeline.programs import Batch, PipelinePrograms, StagePrograms
-from llmos.drivers.jax.pool import Own
-from llmos.drivers.jax.replica import Replica
 
 if TYPE_CHECKING:
-    from llmos.drivers.jax.loader import Parts
+    from llmos.drivers.jax.loading.loader import Parts
 
 
 @dataclass

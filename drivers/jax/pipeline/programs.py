@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llmos.drivers.jax.modules import struct
+from llmos.drivers.jax.decoder.modules import struct
+from llmos.drivers.jax.execution.programs import Key, Programs, Spec
+from llmos.drivers.jax.execution.state import BatchState
 from llmos.drivers.jax.pipeline import steps
-from llmos.drivers.jax.programs import Key, Programs, Spec
 from llmos.drivers.jax.sharding.placement import Program
-from llmos.drivers.jax.state import BatchState
 
 
 class Rows(NamedTuple):

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax import forward
 from llmos.drivers.jax.attention import DecodePlan
-from llmos.drivers.jax.forward import Shape
-from llmos.drivers.jax.state import BatchState
+from llmos.drivers.jax.decoder import forward
+from llmos.drivers.jax.decoder.forward import Shape
+from llmos.drivers.jax.execution.state import BatchState
 
 PLANNED = 4
 """Columns of a packed plan before the block table."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.ipc.errors import InvalidArgument
 
 INNER = ("sequence", "expert", "tensor")

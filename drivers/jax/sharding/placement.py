@@ -14,8 +14,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmos.drivers.jax.attention import AttentionBackend
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.modules import Decoder, struct
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.decoder.modules import Decoder, struct
 from llmos.drivers.jax.sharding import exchange, rules
 from llmos.drivers.jax.sharding.mesh import Axes, make_mesh
 from llmos.drivers.jax.sharding.sequence import SequenceAttention

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.experts import Experts
-from llmos.drivers.jax.modules import Decoder
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.decoder.experts import Experts
+from llmos.drivers.jax.decoder.modules import Decoder
 from llmos.drivers.jax.sharding.collectives import Split
 from llmos.drivers.jax.sharding.mesh import Axes
 

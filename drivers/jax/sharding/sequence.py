@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llmos.drivers.jax.attention import PLAIN, Scoring
 from llmos.drivers.jax.attention.caches import Cache, PagedCache
 from llmos.drivers.jax.attention.xla import XlaAttention, finish
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 
 AXIS = "sequence"
 _NOWHERE = 1 << 24

@@ -17,8 +17,8 @@ import jax
 from flax import nnx
 
 from llmos.drivers.jax.attention import AttentionBackend
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.modules import Decoder
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.decoder.modules import Decoder
 from llmos.drivers.jax.sharding.mesh import Axes, replicas
 from llmos.drivers.jax.sharding.placement import Options, Placement, Program, place
 

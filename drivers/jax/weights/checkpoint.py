@@ -21,8 +21,8 @@ from typing import Any
 
 import jax
 
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.modules import struct
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.decoder.modules import struct
 from llmos.drivers.jax.weights.source import files_of
 from llmos.ipc.errors import InvalidArgument
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmos.drivers.jax import quant
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder import quant
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.families import Family, Part, Rules
 from llmos.drivers.jax.weights.source import Source
 from llmos.ipc.errors import InvalidArgument

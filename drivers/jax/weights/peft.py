@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from llmos.drivers.jax.adapters import Pair, Room, Target, targets
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.adapters.adapters import Pair, Room, Target, targets
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.weights import safetensors
 from llmos.ipc.errors import InvalidArgument, NotFound
 

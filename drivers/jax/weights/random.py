@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import quant
+from llmos.drivers.jax.decoder import quant
 from llmos.drivers.jax.weights.source import Format
 from llmos.ipc.errors import InvalidArgument, NotFound
 

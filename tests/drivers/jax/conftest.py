@@ -14,8 +14,9 @@ import pytest
 from gguf import GGUFWriter
 from safetensors.numpy import save_file
 
-from llmos.drivers.jax import platform, sizing
+from llmos.drivers.jax import platform
 from llmos.drivers.jax.driver import JaxDriver
+from llmos.drivers.jax.loading import sizing
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.sdk.messages import Chunk, LoadedModel, LoadRequest, Quantum, Sampling, Start, Step
 from llmos.ipc import paths

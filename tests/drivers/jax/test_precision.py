@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import parameters, quant, requests
+from llmos.drivers.jax.decoder import quant
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.jax.programs import Programs
+from llmos.drivers.jax.execution.programs import Programs
+from llmos.drivers.jax.loading import parameters, requests
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.random import fill

@@ -15,7 +15,7 @@ from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.xla import XlaAttention
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest
 from llmos.ipc.errors import InvalidArgument
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import pages as blocks
 from llmos.drivers.jax.attention import (
     AttentionBackend,
     DecodePlan,
@@ -25,8 +24,9 @@ from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches, storage
 from llmos.drivers.jax.attention.xla import XlaAttention
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.rope import Turn
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.decoder.rope import Turn
+from llmos.drivers.jax.paging import pages as blocks
 
 LAYERS, HEADS, KV, TOKENS, SIZE = 3, 4, 2, 16, 32
 CONFIG = DecoderConfig(100, 64, LAYERS, HEADS, KV, SIZE, 64, 1e-5, 1e4, 256)

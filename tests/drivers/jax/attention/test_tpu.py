@@ -21,7 +21,7 @@ from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring, page_b
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.tpu import PairedCache, TpuAttention
 from llmos.drivers.jax.attention.xla import XlaAttention
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest
 
 PAGE, PAGES, WIDTH, SIZE = 8, 25, 6, 128

@@ -13,18 +13,18 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from llmos.drivers.jax import forward
 from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, Scoring
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.turning import turned_attention
 from llmos.drivers.jax.attention.xla import XlaAttention
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.layers import RMSNorm
-from llmos.drivers.jax.modules import Decoder, random
-from llmos.drivers.jax.rope import Turn, rotation
-from llmos.drivers.jax.state import empty_state
+from llmos.drivers.jax.decoder import forward
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.decoder.layers import RMSNorm
+from llmos.drivers.jax.decoder.modules import Decoder, random
+from llmos.drivers.jax.decoder.rope import Turn, rotation
+from llmos.drivers.jax.execution.state import empty_state
 
 TOKENS, WIDTH = 16, 8
 LENGTHS = np.asarray([1, 16, 17, 128, 0, 50])

@@ -12,7 +12,7 @@ from llmos.drivers.jax import platform
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
 from llmos.drivers.jax.attention.caches import BITS, held, numbers
 from llmos.drivers.jax.attention.xla import XlaAttention
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 
 PAGE, PAGES, WIDTH = 4, 64, 16
 CONFIG = DecoderConfig(

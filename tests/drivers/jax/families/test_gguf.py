@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from llmos.drivers.jax import families, parameters
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax import families
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.loading import parameters
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import Source, open_source

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmos.drivers.jax import families
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.weights.source import open_source
 from llmos.ipc.errors import InvalidArgument
 

@@ -17,12 +17,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from llmos.drivers.jax import families, parameters, platform, rope
+from llmos.drivers.jax import families, platform
 from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder import rope
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.decoder.modules import Decoder, abstract
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.jax.modules import Decoder, abstract
+from llmos.drivers.jax.loading import parameters
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import open_source

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax import families
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.weights.source import Format
 from llmos.ipc.errors import InvalidArgument
 

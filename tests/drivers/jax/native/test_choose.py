@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos.drivers.jax import sampling
+from llmos.drivers.jax.execution.state import Choice, pack_choices
 from llmos.drivers.jax.native import kernels
-from llmos.drivers.jax.noise import noise
-from llmos.drivers.jax.sampling import Variant
-from llmos.drivers.jax.state import Choice, pack_choices
+from llmos.drivers.jax.sampling import sampling
+from llmos.drivers.jax.sampling.noise import noise
+from llmos.drivers.jax.sampling.sampling import Variant
 from llmos.drivers.sdk.messages import Sampling
 
 ROWS = 8

@@ -19,8 +19,8 @@ from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches
 from llmos.drivers.jax.attention.xla import XlaAttention
+from llmos.drivers.jax.decoder.rope import Turn, rotate, rotation
 from llmos.drivers.jax.native import build, kernels
-from llmos.drivers.jax.rope import Turn, rotate, rotation
 
 NATIVE, XLA = NativeAttention(), XlaAttention()
 

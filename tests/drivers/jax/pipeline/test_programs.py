@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from llmos.drivers.jax.execution.programs import Key
 from llmos.drivers.jax.pipeline.programs import Batch, PipelinePrograms
-from llmos.drivers.jax.programs import Key
 from llmos.drivers.sdk.executor import IN_FLIGHT
 
 SLOTS = 8

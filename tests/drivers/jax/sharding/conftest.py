@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.jax.programs import Programs
+from llmos.drivers.jax.execution.programs import Programs
 from llmos.drivers.sdk.messages import LoadRequest
 
 DATA = Path(__file__).parents[3] / "data" / "families"

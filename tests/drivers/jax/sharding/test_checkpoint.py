@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax import parameters
+from llmos.drivers.jax.loading import parameters
 from llmos.drivers.jax.sharding import mesh, stages
 from llmos.drivers.jax.sharding.mesh import Axes
 from llmos.drivers.jax.sharding.placement import OneDevice, Placement, Sharded

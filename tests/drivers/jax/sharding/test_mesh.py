@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.sharding import mesh
 from llmos.drivers.jax.sharding.mesh import Axes
 from llmos.ipc.errors import InvalidArgument

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax import families, parameters
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax import families
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.loading import parameters
 from llmos.drivers.jax.sharding import mesh, rules
 from llmos.drivers.jax.sharding.mesh import Axes
 from llmos.drivers.jax.sharding.placement import OneDevice, Sharded

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.config import DecoderConfig
-from llmos.drivers.jax.modules import struct
+from llmos.drivers.jax.decoder.config import DecoderConfig
+from llmos.drivers.jax.decoder.modules import struct
 from llmos.drivers.jax.weights import checkpoint
 from llmos.ipc.errors import InvalidArgument
 
@@ -99,7 +99,7 @@ def test_a_killed_save_is_not_a_checkpoint(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from llmos.drivers.jax.weights import checkpoint\n"
         "checkpoint._crc = lambda path, start: os.kill(os.getpid(), 9)\n"
-        "from llmos.drivers.jax.config import DecoderConfig\n"
+        "from llmos.drivers.jax.decoder.config import DecoderConfig\n"
         "config = DecoderConfig(8, 32, 1, 4, 2, 8, 8, 1e-5, 1e4, 64)\n"
         "checkpoint.save(Path(sys.argv[1]), 'llama', config, {'a': jnp.ones((4, 4))})\n"
     )

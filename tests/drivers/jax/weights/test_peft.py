@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmos.drivers.jax.adapters import Room, targets
-from llmos.drivers.jax.config import DecoderConfig
+from llmos.drivers.jax.adapters.adapters import Room, targets
+from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.weights import peft
 from llmos.ipc.errors import InvalidArgument, NotFound
 from tests.drivers.jax.lora_files import PREFIX, Tensors, make_adapter, write_adapter

@@ -1,0 +1,1 @@
+"""LoRA adapters: several in a batch (``lora``, ``grouped``), loaded and dropped while a model runs."""

@@ -1,0 +1,1 @@
+"""Encoders, which have no cache: the model, its engine, and how it is loaded."""

@@ -1,0 +1,1 @@
+"""Putting a model together: ``requests`` refuses, ``plan`` finds the weights, ``loader`` does the rest."""

@@ -1,0 +1,1 @@
+"""Choosing tokens on the device: ``sampling`` decides, ``truncation`` cuts, ``noise`` draws."""
