@@ -84,7 +84,8 @@ def adjust(logits: jax.Array, choice: Choice, tallies: Tallies) -> jax.Array:
 
 
 def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
-    """The tokens [B] at ``position`` [B], or -1 where the largest of ``logits`` [B, vocab] is not finite.
+    """The tokens [B] at ``position`` [B], or -1 where ``logits`` [B, vocab] are not sound: the largest is not
+    finite, or one is no number.
 
     A function of logits, seed, position and parameters, and of nothing else. By a native kernel where there
     is one, whose sums and logarithms may differ in their last bits.
@@ -93,8 +94,13 @@ def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Ar
         if variant == "greedy":
             choice = choice._replace(temperature=jnp.zeros_like(choice.temperature))
         return kernels.choose(logits, choice, position, cuts=variant in ("filtered", "full"))
-    sound = jnp.isfinite(jnp.max(logits, axis=-1))
-    return jnp.where(sound, _chosen(variant, logits, choice, position), -1)
+    return jnp.where(_sound(logits), _chosen(variant, logits, choice, position), -1)
+
+
+def _sound(logits: jax.Array) -> jax.Array:
+    """Whether the largest of each row is finite; XLA:CPU's maximum of a long row misses what is no number."""
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    return finite if jax.default_backend() != "cpu" else finite & ~jnp.any(jnp.isnan(logits), axis=-1)
 
 
 def _chosen(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:

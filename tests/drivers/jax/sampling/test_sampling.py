@@ -17,7 +17,7 @@ from llmos.drivers.jax.execution.state import (
     pack_choices,
     tally,
 )
-from llmos.drivers.jax.sampling.sampling import RUN, adjust, keep_likely, largest, sample, variant_of
+from llmos.drivers.jax.sampling.sampling import RUN, adjust, choose, keep_likely, largest, sample, variant_of
 from llmos.drivers.jax.sampling.truncation import kept
 from llmos.drivers.sdk.messages import Sampling
 
@@ -144,6 +144,15 @@ def test_the_largest_is_the_first_of_equals_and_what_is_no_number(vocab: int) ->
     x[3] = -np.inf
     x[4, vocab - 1] = np.inf
     np.testing.assert_array_equal(largest(jnp.asarray(x)), np.argmax(x, axis=-1))
+
+
+@pytest.mark.parametrize("variant", ["greedy", "plain", "filtered"])
+def test_one_logit_of_many_that_is_no_number_makes_a_row_unsound(variant: Any) -> None:
+    logits = np.random.default_rng(0).standard_normal((3, 1 << 15)).astype(np.float32)
+    logits[1, 777] = np.nan
+    choice = choices(*[Sampling(temperature=0.7)] * 3)
+    tokens = choose(variant, jnp.asarray(logits), choice, jnp.arange(3)).tolist()
+    assert [token < 0 for token in tokens] == [False, True, False]
 
 
 def test_output_tokens_are_counted_for_live_rows_only() -> None:
