@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from benchmarks.serving import CASES, REST_S, compare
+from benchmarks.serving import CASES, compare, first_token
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 Generate = Callable[[int, int, int], float]
@@ -65,7 +65,7 @@ def start(model: Path, folder: Path, slots: int, context: int) -> Generate:
 def measure(generate: Generate, case: str) -> dict[str, float]:
     """The case of ``benchmarks.serving`` of that name."""
     if case == "ttft":
-        return {"client_p50_ms": first_token(generate, 0.0), "rested_p50_ms": first_token(generate, REST_S)}
+        return first_token(lambda: generate(1, 2048, 1))
     if case == "one":
         times = [generate(1, 32, 512) - generate(1, 32, 1) for _ in range(3)]
         return {"tokens_per_s": round(511 / statistics.median(times), 1)}
@@ -75,15 +75,6 @@ def measure(generate: Generate, case: str) -> dict[str, float]:
         "output_tokens_per_s": round(requests * count / seconds, 1),
         "requests_per_s": round(requests / seconds, 2),
     }
-
-
-def first_token(generate: Generate, rest: float) -> float:
-    """Milliseconds to the first token of 2,048, in the median."""
-    times = []
-    for _ in range(8):
-        time.sleep(rest)
-        times.append(generate(1, 2048, 1))
-    return round(1e3 * statistics.median(times[1:]), 2)
 
 
 def main() -> None:

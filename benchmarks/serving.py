@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,18 +131,24 @@ def one_stream(load: Load, prompt: int, count: int) -> dict[str, float]:
     return {"tokens_per_s": round(statistics.median(rates), 1)}
 
 
-def first_token(load: Load, prompt: int) -> dict[str, float]:
-    """Of prompts one right after the other, and of some that come to a device that has rested."""
+def first_token(once: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds, of prompts one right after the other and of some that come to a device that has rested;
+    ``once`` gives the seconds of one."""
 
     def median(rest: float) -> float:
         times = []
         for _ in range(8):
             time.sleep(rest)
-            (request,) = load.run(1, prompt, 1)
-            times.append(request.times[0] - request.sent)
+            times.append(once())
         return round(statistics.median(times[1:]) * 1e3, 2)
 
     return {"client_p50_ms": median(0.0), "rested_p50_ms": median(REST_S)}
+
+
+def to_first(load: Load, prompt: int) -> float:
+    """Seconds from sending a prompt to its first token."""
+    (request,) = load.run(1, prompt, 1)
+    return request.times[0] - request.sent
 
 
 RATES = {
@@ -171,7 +178,7 @@ def axis(text: str) -> tuple[str, int]:
 def run(load: Load, case: str, many: int) -> dict[str, Any]:
     """One case, whose batch has ``many`` requests."""
     if case == "ttft":
-        return first_token(load, 2048)
+        return first_token(lambda: to_first(load, 2048))
     if case == "one":
         return one_stream(load, 32, 512)
     if case == "classify":
