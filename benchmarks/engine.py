@@ -4,8 +4,9 @@
         [--temperature 0.8 [--top-p 0.95]] [--json FILE]
 
 Decode is measured in quanta with two steps pending, as the SDK runs them, after a prompt of ``--context``
-tokens; prefill is the time of one prompt of ``--prompt`` tokens to its first token. A step's floor is the
-time to read the weights and the batch's pages once, at the bandwidth of a plain copy in the same run.
+tokens; prefill is the time of one prompt of ``--prompt`` tokens to its first token, prompts right after each
+other and, rested, half a second apart. A step's floor is the time to read the weights and the batch's pages
+once, at the bandwidth of a plain copy in the same run.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from llmos.drivers.sdk.messages import (
 
 DECODE_STEPS = 48
 WARM_STEPS = 8
+REST_S = 0.5
 GREEDY = Sampling()
 
 
@@ -113,14 +115,16 @@ def floor(loaded: LoadedModel, batch: int, context: int, repeats: int, rate: flo
     return (loaded.weight_bytes + batch * held / loaded.page_tokens * loaded.page_bytes) / rate
 
 
-def measure_prefill(session: Session, prompt: int, repeats: int) -> float:
-    """Median prompt tokens per second of one prompt."""
+def measure_prefill(session: Session, prompt: int, repeats: int, rest: float = 0.0) -> float:
+    """Median seconds from one prompt to its first token, each after the device has had nothing to do for
+    ``rest`` seconds."""
     times = []
     for _ in range(repeats + 1):
+        time.sleep(rest)
         starts, chunks = session.admit(1, prompt, prompt + 1)
         times.append(session.run(len(chunks), start=starts, chunks=chunks)[1])
         session.run(1, release=[0])
-    return prompt / statistics.median(times[1:])
+    return statistics.median(times[1:])
 
 
 def main() -> None:
@@ -163,7 +167,11 @@ def main() -> None:
     loaded = driver.load(request, lambda _: None)
     session = Session(driver, loaded, Sampling(temperature=options.temperature, top_p=options.top_p))
     figures = {"load_s": round(time.perf_counter() - begun, 2)}
-    figures["prefill_tokens_per_s"] = round(measure_prefill(session, options.prompt, options.repeats), 1)
+    took = measure_prefill(session, options.prompt, options.repeats)
+    rested = measure_prefill(session, options.prompt, options.repeats, REST_S)
+    figures["prefill_tokens_per_s"] = round(options.prompt / took, 1)
+    figures["first_token_ms"] = round(took * 1e3, 2)
+    figures["first_token_rested_ms"] = round(rested * 1e3, 2)
     ratios: dict[str, float] = {}
     for batch in options.batch:
         speed = measure_decode(session, batch, options.context, options.repeats)
