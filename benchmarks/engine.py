@@ -109,9 +109,9 @@ def bandwidth(cells: int) -> float:
     return 2 * x.nbytes / min(times)
 
 
-def floor(loaded: LoadedModel, batch: int, context: int, repeats: int, rate: float) -> float:
-    """Seconds of the shortest decode step that memory of a bandwidth of ``rate`` allows."""
-    held = context + WARM_STEPS + DECODE_STEPS * repeats / 2
+def floor(loaded: LoadedModel, batch: int, held: float, rate: float) -> float:
+    """Seconds of the shortest decode step of rows that have ``held`` tokens, as memory of a bandwidth of ``rate``
+    allows."""
     return (loaded.weight_bytes + batch * held / loaded.page_tokens * loaded.page_bytes) / rate
 
 
@@ -176,7 +176,8 @@ def main() -> None:
     for batch in options.batch:
         speed = measure_decode(session, batch, options.context, options.repeats)
         figures[f"decode_{batch}_tokens_per_s"] = round(speed, 1)
-        least = floor(loaded, batch, options.context, options.repeats, rate)
+        held = options.context + WARM_STEPS + DECODE_STEPS * options.repeats / 2
+        least = floor(loaded, batch, held, rate)
         ratios[f"decode_{batch}_step_over_floor"] = round(batch / speed / least, 2)
     report = {
         "name": "engine",

@@ -23,6 +23,7 @@ from benchmarks.report import Report, arguments
 from llmos.drivers.jax.execution import state
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.sampling import sampling, truncation
+from llmos.drivers.jax.sharding.collectives import Columns
 from llmos.drivers.sdk.messages import Sampling
 from llmos.ipc import paths
 
@@ -72,7 +73,7 @@ def measure(logits: jax.Array, asked: Sampling, platform: str) -> dict[str, int]
 
 
 def compiled(logits: jax.Array, asked: Sampling, native: bool = True) -> Program:
-    run = partial(sampling.sample, sampling.variant_of(asked), tallies=None)
+    run = partial(sampling.sample, sampling.variant_of(asked), Columns(logits.shape[1]), tallies=None)
     held = (logits, jnp.arange(len(logits), dtype=jnp.int32), batch(len(logits), asked))
     with kernels.use(native):
         return cast(Program, jax.jit(run, donate_argnums=2).lower(*held).compile())

@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> Report:
     say(f"loaded in {time.perf_counter() - begun:.1f} s, attention {loaded.attention}")
     device = driver.describe().devices[0]
     rate = bandwidth(1 << (28 if device.kind == "gpu" else 22))
-    least = floor(loaded, options.batch, options.context, 0, rate)
+    least = floor(loaded, options.batch, options.context + WARM + TIMED * ROUNDS / 2, rate)
     session = Session(driver, loaded)
     slots = list(range(options.batch))
     starts, chunks = session.admit(options.batch, options.context, total(options.context))

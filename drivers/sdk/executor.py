@@ -234,7 +234,8 @@ class _Lane:
 class Executor:
     """Runs the quanta of each replica in their order; call ``advance`` for as long as it returns True.
 
-    Replicas run beside each other: while one's step is waited for, the others are kept fed. What arrives
+    Replicas run beside each other: while one's step runs, the others are kept fed, and what has just been sent to
+    one of them is looked for. What arrives
     within the seconds of ``pause`` can be part of the next step: whoever has messages looks for them so long.
     """
 
@@ -287,7 +288,7 @@ class Executor:
         for lane in self._lanes.values():
             lane.dispatch()
         busy = [lane for lane in self._lanes.values() if lane.busy]
-        if len(busy) > 1:
+        if busy and len(self._lanes) > 1:
             done = [lane for lane in busy if not lane.waits]
             if not done:
                 self._pause(POLL_SECONDS)

@@ -29,6 +29,7 @@ from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.decoder.rope import Turn
 from llmos.drivers.jax.execution.state import BatchState
 from llmos.drivers.jax.native import kernels
+from llmos.drivers.jax.sharding.collectives import Columns
 
 Plan = DecodePlan | PrefillPlan | VerifyPlan | MixedPlan
 
@@ -38,8 +39,8 @@ class Shape:
     """What a forward program is specialised on besides its bucket.
 
     Weights are passed as a flat list: ``graph`` and ``tree`` make the decoder of it while tracing, since
-    flattening nnx variables in Python at every call would cost a millisecond. ``native`` lets products
-    use the CPU's own kernels. With ``adapters`` every row has the number of one, or 0; without, the program
+    flattening nnx variables in Python at every call would cost a millisecond. ``vocabulary`` says how logits
+    are cut over devices. ``native`` lets products use the CPU's own kernels. With ``adapters`` every row has the number of one, or 0; without, the program
     is that of a model that has no room for any.
     """
 
@@ -48,6 +49,7 @@ class Shape:
     backend: AttentionBackend
     page_tokens: int
     pages: int
+    vocabulary: Columns
     native: bool = False
     adapters: bool = False
 
@@ -60,7 +62,8 @@ def heading(adapters: bool) -> int:
 def decode(
     shape: Shape, weights: Any, caches: list[Any], state: BatchState, rows: jax.Array
 ) -> tuple[list[Any], jax.Array]:
-    """Feed the last token of the slots ``rows`` [B]; returns the caches and float32 logits [B, vocab]."""
+    """Feed the last token of the slots ``rows`` [B]; returns the caches and float32 logits [B, vocab], here as
+    below those that a device has of them."""
     adapter = _adapters(shape, state, rows)
     return run(shape, weights, caches, state.token[rows], *decode_plan(shape, state, rows), adapter=adapter)
 

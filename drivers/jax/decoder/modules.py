@@ -19,7 +19,7 @@ from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.experts import Experts
 from llmos.drivers.jax.decoder.layers import ACTIVATIONS, Init, Linear, gated, make_norm, product
 from llmos.drivers.jax.decoder.rope import Turn, rotation, tables
-from llmos.drivers.jax.sharding.collectives import WHOLE, columns, find_rows
+from llmos.drivers.jax.sharding.collectives import WHOLE, find_rows
 
 Pick = Callable[[jax.Array], jax.Array]
 """Takes from the activations [..., hidden] of all tokens those that anybody will look at."""
@@ -137,7 +137,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, config: DecoderConfig, init: Init) -> None:
         self.embedding = nnx.Param(init((config.vocab_size, config.hidden)))
-        self.split, self.vocab = WHOLE, config.vocab_size
+        self.split = WHOLE
         self.first = self.last = True
         self.learned = config.learned_positions
         if config.learned_positions:
@@ -173,7 +173,7 @@ class Decoder(nnx.Module):  # type: ignore[misc]
         return [rotation(position, array, self.turn_scale) for array in arrays]
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Activations [..., hidden] -> float32 logits [..., vocab_size]."""
+        """Activations [..., hidden] -> float32 logits [..., vocab_size], or this device's part of them."""
         weight = self.embedding[...] if self.tied else self.head.weight[...]
-        raw = columns(product(self.norm(x), weight, jnp.float32), self.split.wide, self.vocab)
+        raw = product(self.norm(x), weight, jnp.float32)
         return jnp.tanh(raw / self.cap) * self.cap if self.cap else raw

@@ -269,12 +269,18 @@ class Programs:
             return self.spec.place.compile(function, donated, arguments, self._outputs(key), options)
 
     def _outputs(self, key: Key) -> Any:
-        """For each output of a program, the argument that it is laid out like; None: every device has it."""
-        key = plain(key)
-        if key[0] == "verify":
-            return (1, 6, None, None) if self._draft(key) else (1, None, None)
-        laid = {"decode": (1, None), "prefill": (1, None), "mixed": (1, None, None), "scrub": 0, "scatter": 0}
-        return laid.get(str(key[0]))
+        """For each output of a program how it is laid out; see ``Placement.compile``."""
+        match plain(key):
+            case ("decode" | "prefill", int(rows), *_):
+                return 1, self._logits(rows)
+            case ("mixed", int(rows), int(pieces)):
+                return 1, self._logits(rows), self._logits(pieces)
+            case ("verify", int(rows), int(guesses)):
+                caches = (1, 6) if self._draft(key) else (1,)
+                return *caches, self._logits(rows, guesses + 1), None
+            case ("scrub" | "scatter", _):
+                return 0
+        return None
 
     def _draft(self, key: Key) -> tuple[Shape, Any, Any] | None:
         """The draft model that a verifying program asks, if it does."""
@@ -301,9 +307,10 @@ class Programs:
                 return partial(forward.mixed, shape, width), (1,), (*held, _ints(size), chunk)
             case ("sample", "full", int(size)):
                 full = (self._logits(size), _ints(size), spec.batch, self._tallies())
-                return partial(sampling.sample, "full"), (2, 3), full
+                return partial(sampling.sample, "full", spec.shape.vocabulary), (2, 3), full
             case ("sample", str(variant), int(size)):
-                lean: Callable[..., Any] = partial(sampling.sample, cast(Variant, variant), tallies=None)
+                known = (cast(Variant, variant), spec.shape.vocabulary)
+                lean: Callable[..., Any] = partial(sampling.sample, *known, tallies=None)
                 return lean, (2,), (self._logits(size), _ints(size), spec.batch)
             case ("verify", int(size), int(guesses)):
                 return self._describe_verify(key, size, guesses)
@@ -357,12 +364,13 @@ class Programs:
     def _describe_accept(
         self, variant: Variant, size: int, guesses: int
     ) -> tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]:
-        logits = struct((size, guesses + 1, self.spec.vocab), jnp.float32)
+        logits, accept = self._logits(size, guesses + 1), verification.accept
+        columns = self.spec.shape.vocabulary
         guess = verification.Guess(_ints(size, max(guesses, 1)), _ints(size), struct((size,), bool))
         arguments = (logits, guess, _ints(size), self.spec.batch, self._history())
         if variant == "full":
-            return partial(verification.accept, variant), (3, 4, 5), (*arguments, self._tallies())
-        return partial(verification.accept, variant, tallies=None), (3, 4), arguments
+            return partial(accept, variant, columns), (3, 4, 5), (*arguments, self._tallies())
+        return partial(accept, variant, columns, tallies=None), (3, 4), arguments
 
     def _history(self) -> Any:
         assert self.spec.speculating is not None
@@ -373,8 +381,8 @@ class Programs:
             return caches.scrubbed(pages)
         return [self.spec.shape.backend.scrub(cache, pages) for cache in caches]
 
-    def _logits(self, rows: int) -> Any:
-        return struct((rows, self.spec.vocab), jnp.float32)
+    def _logits(self, *rows: int) -> Any:
+        return self.spec.place.logits(*rows, self.spec.vocab)
 
     def _tallies(self) -> Any:
         slots = self.spec.batch.token.shape[0] - 1

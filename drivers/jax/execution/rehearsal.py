@@ -29,7 +29,7 @@ def rehearse(replica: Replica, key: Key) -> None:
             chunk = packing.chunk([], {}, limits, (height, replica.width, PIECE), adapters=False)
             replica.caches, *_ = program(weights, replica.caches, replica.batch, spare(size), chunk)
         case ("sample", "greedy" | "plain" | "filtered", int(size)):
-            logits = jax.device_put(np.zeros((size, limits.vocab_size), np.float32), replica.common)
+            logits = _zeros(replica, size)
             replica.batch, *_ = program(logits, spare(size), replica.batch)
         case ("gather" | "scatter", int(size)) if size <= limits.pages:
             # What is written back is what is there.
@@ -45,7 +45,16 @@ def rehearse(replica: Replica, key: Key) -> None:
 
 
 def _accept(replica: Replica, speculation: Speculation, program: Any, size: int, guesses: int) -> None:
-    logits = np.zeros((size, guesses + 1, replica.limits.vocab_size), np.float32)
-    logits, guess = jax.device_put((logits, no_guess(size, guesses)), replica.common)
+    logits, guess = (
+        _zeros(replica, size, guesses + 1),
+        jax.device_put(no_guess(size, guesses), replica.common),
+    )
     rest = (replica.row_index([], size), replica.batch, speculation.history)
     replica.batch, speculation.history, *_ = program(logits, guess, *rest)
+
+
+def _zeros(replica: Replica, *rows: int) -> jax.Array:
+    """Logits [*rows, vocab] that say nothing."""
+    shape = replica.programs.spec.place.logits(*rows, replica.limits.vocab_size)
+    zeros: jax.Array = jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+    return zeros

@@ -192,6 +192,7 @@ class Load:
             backend=backend,
             page_tokens=limits.page_tokens,
             pages=limits.pages + (member.geometry.slab_pages if member is not None else 1),
+            vocabulary=place.columns(config.vocab_size),
             native=self._native,
         )
         kv = storage(KV_DTYPES[request.kv_dtype], place.device.platform == "cpu")

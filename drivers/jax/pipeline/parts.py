@@ -41,7 +41,8 @@ class Pipeline:
             for path, shape in part.shapes.items()
         }
         made = [
-            StagePrograms(part.programs.spec, x if number else None) for number, part in enumerate(stages)
+            StagePrograms(part.programs.spec, x if number else None, part is stages[-1])
+            for number, part in enumerate(stages)
         ]
         return cls(stages, stages[0].limits, kept, shapes, PipelinePrograms(made))
 

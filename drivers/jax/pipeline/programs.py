@@ -52,16 +52,18 @@ class Batch:
 
 
 class StagePrograms(Programs):
-    """The programs of one stage. ``x`` is the shape of what it is fed for one token; None: token ids."""
+    """The programs of one stage. ``x`` is the shape of what it is fed for one token; None: token ids. Only the
+    ``last`` makes logits."""
 
-    def __init__(self, spec: Spec, x: Any) -> None:
+    def __init__(self, spec: Spec, x: Any, last: bool) -> None:
         super().__init__(spec)
         self.common = spec.place.common
         self._x = x
+        self._last = last
 
     def _outputs(self, key: Key) -> Any:
-        if key[0] == "decode" and self._x is None:
-            return (1, None, None)
+        if key[0] in ("decode", "prefill") and not self._last:
+            return (1, None, None) if key[0] == "decode" and self._x is None else (1, None)
         return super()._outputs(key)
 
     def _describe(self, key: Key) -> tuple[Program, tuple[int, ...], tuple[Any, ...]]:

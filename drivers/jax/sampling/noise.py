@@ -19,11 +19,12 @@ _ONE = 0x3F800000  # the bits of 1.0
 Pair = tuple[Any, Any]
 
 
-def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
-    """Gumbel noise [B, vocab] keyed by (seed [B], position [B]); argmax(logits + noise) samples softmax."""
+def noise(seed: jax.Array, position: jax.Array, count: int, first: jax.Array | int = 0) -> jax.Array:
+    """Gumbel noise [B, count] keyed by (seed [B], position [B]), of the tokens from ``first`` on; argmax(logits +
+    noise) samples softmax."""
     nothing = jnp.zeros_like(seed)
     key = threefry((nothing, seed), (nothing, position.astype(jnp.uint32)))
-    place = jnp.arange(vocab, dtype=jnp.uint32)[None, :]
+    place = (first + jnp.arange(count)).astype(jnp.uint32)[None, :]
     first, second = threefry((key[0][:, None], key[1][:, None]), (jnp.zeros_like(place), place))
     mantissa = ((first ^ second) >> 9) | np.uint32(_ONE)
     uniform = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0

@@ -5,6 +5,9 @@ so a sequence that was displaced and started again continues as it would have. T
 cost: "greedy" is an argmax, "plain" adds temperature and min-p, "filtered" adds top-k and top-p, and
 "full" adds logit bias and penalties, which need token counts. The host picks the cheapest that serves
 every row.
+
+Where a model's vocabulary is cut over devices each chooses among its own logits, and the best of all is taken;
+only the last two variants gather them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from llmos.drivers.jax.execution.state import BatchState, Choice, Tallies
 from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.sampling.noise import noise
 from llmos.drivers.jax.sampling.truncation import kept
+from llmos.drivers.jax.sharding.collectives import Columns
 from llmos.drivers.sdk.messages import FinishReason, Sampling
 
 Variant = Literal["greedy", "plain", "filtered", "full"]
@@ -39,12 +43,13 @@ def variant_of(sampling: Sampling) -> Variant:
 
 def sample(
     variant: Variant,
+    columns: Columns,
     logits: jax.Array,
     rows: jax.Array,
     state: BatchState,
     tallies: Tallies | None,
 ) -> tuple[BatchState, Tallies | None, jax.Array]:
-    """Choose a token for each of the slots ``rows`` [B] from ``logits`` [B, vocab], float32.
+    """Choose a token for each of the slots ``rows`` [B] from ``logits`` [B, vocab], float32, cut by ``columns``.
 
     Returns the state with those tokens appended, and int32 [2, B]: the token, or -1 where the row was
     not live or its logits are not finite; and how the sequence finished (0 not, else ``REASONS``).
@@ -53,8 +58,9 @@ def sample(
     live, position = state.live[rows], state.length[rows]
     if variant == "full":
         assert tallies is not None
+        logits, columns = columns.whole(logits), Columns(columns.size)
         logits = adjust(logits, choice, Tallies(*(field[rows] for field in tallies)))
-    token = choose(variant, logits, choice, position)
+    token = choose(variant, logits, choice, position, columns)
     sound = token >= 0
     made = live & sound
     length = position + made
@@ -83,9 +89,11 @@ def adjust(logits: jax.Array, choice: Choice, tallies: Tallies) -> jax.Array:
     return jnp.asarray(logits - presence - choice.frequency_penalty[:, None] * given)
 
 
-def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
+def choose(
+    variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array, columns: Columns
+) -> jax.Array:
     """The tokens [B] at ``position`` [B], or -1 where ``logits`` [B, vocab] are not sound: the largest is not
-    finite, or one is no number.
+    finite, or one is no number. ``columns`` says how they are cut over devices.
 
     A function of logits, seed, position and parameters, and of nothing else. By a native kernel where there
     is one, whose sums and logarithms may differ in their last bits.
@@ -94,25 +102,41 @@ def choose(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Ar
         if variant == "greedy":
             choice = choice._replace(temperature=jnp.zeros_like(choice.temperature))
         return kernels.choose(logits, choice, position, cuts=variant in ("filtered", "full"))
-    return jnp.where(_sound(logits), _chosen(variant, logits, choice, position), -1)
+    if variant in ("filtered", "full"):
+        logits, columns = columns.whole(logits), Columns(columns.size)
+    logits = columns.real(logits)
+    top, greedy = columns.largest(logits, _top(logits), largest(logits))
+    token = greedy if variant == "greedy" else _drawn(variant, logits, top, greedy, choice, position, columns)
+    return jnp.where(jnp.isfinite(top), token, -1)
 
 
-def _sound(logits: jax.Array) -> jax.Array:
-    """Whether the largest of each row is finite; XLA:CPU's maximum of a long row misses what is no number."""
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))
-    return finite if jax.default_backend() != "cpu" else finite & ~jnp.any(jnp.isnan(logits), axis=-1)
+def _top(logits: jax.Array) -> jax.Array:
+    """The largest of each row, or what is no number; XLA:CPU's maximum of a long row misses one among numbers."""
+    top = jnp.max(logits, axis=-1)
+    if jax.default_backend() != "cpu":
+        return top
+    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), jnp.nan, top)
 
 
-def _chosen(variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
-    greedy = largest(logits)
-    if variant == "greedy":
-        return greedy
+def _drawn(
+    variant: Variant,
+    logits: jax.Array,
+    top: jax.Array,
+    greedy: jax.Array,
+    choice: Choice,
+    position: jax.Array,
+    columns: Columns,
+) -> jax.Array:
+    """Tokens by temperature; ``greedy`` [B], the places of ``top`` [B], where that is 0."""
     cold = choice.temperature <= 0.0
-    heated = logits / jnp.where(cold, 1.0, choice.temperature)[:, None]
+    temperature = jnp.where(cold, 1.0, choice.temperature)
+    heated = logits / temperature[:, None]
     if variant in ("filtered", "full"):
         heated = kept(heated, choice.top_k, choice.top_p)
-    noisy = keep_likely(heated, choice) + noise(choice.seed, position, logits.shape[-1])
-    return jnp.where(cold, greedy, largest(noisy))
+    likely = keep_likely(heated, top / temperature, choice)
+    noisy = likely + noise(choice.seed, position, logits.shape[-1], columns.first(logits))
+    _, drawn = columns.largest(noisy, jnp.max(noisy, axis=-1), largest(noisy))
+    return jnp.where(cold, greedy, drawn)
 
 
 def largest(x: jax.Array) -> jax.Array:
@@ -129,7 +153,7 @@ def largest(x: jax.Array) -> jax.Array:
     return (run * RUN + jnp.argmax(found, axis=-1)).astype(jnp.int32)
 
 
-def keep_likely(logits: jax.Array, choice: Choice) -> jax.Array:
-    """min-p (Nguyen et al., 2024): drop what is less likely than ``min_p`` times the likeliest."""
-    floor = jnp.max(logits, axis=-1) + jnp.log(choice.min_p)
+def keep_likely(logits: jax.Array, top: jax.Array, choice: Choice) -> jax.Array:
+    """min-p (Nguyen et al., 2024): drop what is less likely than ``min_p`` times the likeliest, ``top`` [B]."""
+    floor = top + jnp.log(choice.min_p)
     return jnp.where(logits >= floor[:, None], logits, -jnp.inf)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmos.drivers.jax.attention import AttentionBackend
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.modules import Decoder, struct
 from llmos.drivers.jax.sharding import exchange, rules
+from llmos.drivers.jax.sharding.collectives import Columns
 from llmos.drivers.jax.sharding.mesh import Axes, make_mesh
 from llmos.drivers.jax.sharding.sequence import SequenceAttention
 
@@ -34,7 +36,7 @@ class Placement(Protocol):
 
     @property
     def common(self) -> Any:
-        """The sharding of what every device has: the batch, token ids, logits."""
+        """The sharding of what every device has: the batch, token ids."""
         ...
 
     def link(self, cache: Path) -> None:
@@ -80,6 +82,14 @@ class Placement(Protocol):
         """Loaded parameters as programs take them; what changes is given up."""
         ...
 
+    def columns(self, vocab: int) -> Columns:
+        """How logits are cut, inside a program."""
+        ...
+
+    def logits(self, *shape: int) -> Any:
+        """The shape of logits [..., vocab] of all devices, with padding, as programs take and give them."""
+        ...
+
     def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
         """Shapes of the caches that ``make`` allocates for a configuration, and how to allocate them."""
         ...
@@ -87,8 +97,8 @@ class Placement(Protocol):
     def compile(
         self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any, options: Options
     ) -> Program:
-        """A compiled program; ``outputs`` is, for each output, the argument that it lies like, or None for
-        what every device has. ``options`` are XLA's, by name."""
+        """A compiled program; ``outputs`` is, for each output, the argument that it lies like, its shape with a
+        sharding, or None for what every device has. ``options`` are XLA's, by name."""
         ...
 
 
@@ -139,6 +149,12 @@ class OneDevice:
 
     def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return weights
+
+    def columns(self, vocab: int) -> Columns:
+        return Columns(vocab)
+
+    def logits(self, *shape: int) -> Any:
+        return struct(shape, jnp.float32, self.common)
 
     def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
         allocate = partial(make, config)
@@ -220,6 +236,14 @@ class Sharded:
             made[path] = value
         return made
 
+    def columns(self, vocab: int) -> Columns:
+        return Columns(vocab, self.axes.wide)
+
+    def logits(self, *shape: int) -> Any:
+        *rows, vocab = shape
+        cut = self._at(rules.spec(*[None] * len(rows), self.axes.wide))
+        return struct((*rows, vocab + -vocab % self.axes.slices), jnp.float32, cut)
+
     def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
         allocate = partial(make, rules.stored_config(config, self.axes))
         shapes = _at(
@@ -234,9 +258,13 @@ class Sharded:
     ) -> Program:
         placed = _at(arguments, lambda x: x.sharding or self.common)
         specs = jax.tree.map(lambda x: x.sharding.spec, placed)
-        results = jax.tree.map(
-            lambda at: rules.spec() if at is None else specs[at], outputs, is_leaf=lambda x: x is None
-        )
+
+        def spec(output: Any) -> Any:
+            if output is None:
+                return rules.spec()
+            return specs[output] if isinstance(output, int) else output.sharding.spec
+
+        results = jax.tree.map(spec, outputs, is_leaf=lambda x: x is None)
         local = jax.shard_map(program, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False)
         own = self.sums == "exchange"
         with exchange.use(self.mesh.size if own else 0):

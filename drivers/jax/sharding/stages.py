@@ -19,6 +19,7 @@ from flax import nnx
 from llmos.drivers.jax.attention import AttentionBackend
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.modules import Decoder
+from llmos.drivers.jax.sharding.collectives import Columns
 from llmos.drivers.jax.sharding.mesh import Axes, replicas
 from llmos.drivers.jax.sharding.placement import Options, Placement, Program, place
 
@@ -104,6 +105,12 @@ class Stage:
 
     def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return self.inner.arrange(config, weights)
+
+    def columns(self, vocab: int) -> Columns:
+        return self.inner.columns(vocab)
+
+    def logits(self, *shape: int) -> Any:
+        return self.inner.logits(*shape)
 
     def caches(self, make: Callable[[DecoderConfig], Any], config: DecoderConfig) -> tuple[Any, Program]:
         return self.inner.caches(lambda whole: make(whole)[self.layers.start : self.layers.stop], config)

@@ -78,7 +78,7 @@ def _guess(
         length = mine.length + index
         now = mine._replace(token=token, length=length, live=index <= counts)
         caches, logits = forward.decode(shape, weights, caches, now, rows)
-        token = choose("plain", logits, mine.choice, length)
+        token = choose("plain", logits, mine.choice, length, shape.vocabulary)
         return caches, token, guesses.at[:, index].set(token)
 
     start = (caches, mine.token, jnp.zeros((counts.shape[0], tokens + 1), jnp.int32))

@@ -38,7 +38,8 @@ class Draft:
     def described(self, limits: Limits) -> tuple[Shape, list[Any], Any]:
         """What specialises its programs, and the shapes of its weights and caches."""
         pages = limits.pages + 1
-        shape = Shape(self.graph, self.tree, self.backend, limits.page_tokens, pages, self.native)
+        columns = self.place.columns(self.config.vocab_size)
+        shape = Shape(self.graph, self.tree, self.backend, limits.page_tokens, pages, columns, self.native)
         return shape, list(self.shapes.values()), self._caches(limits)[0]
 
     def weights(self) -> list[jax.Array]:

@@ -21,6 +21,7 @@ from llmos.drivers.jax.decoder import forward
 from llmos.drivers.jax.decoder.forward import Shape
 from llmos.drivers.jax.execution.state import BatchState, Choice, Tallies
 from llmos.drivers.jax.sampling.sampling import Variant, adjust, choose
+from llmos.drivers.jax.sharding.collectives import Columns
 
 NGRAM = 3
 
@@ -140,6 +141,7 @@ def allowed(shape: Shape, state: BatchState, rows: jax.Array, known: jax.Array, 
 
 def accept(
     variant: Variant,
+    columns: Columns,
     logits: jax.Array,
     guess: Guess,
     rows: jax.Array,
@@ -149,11 +151,11 @@ def accept(
 ) -> tuple[BatchState, History, Tallies | None, jax.Array]:
     """Sample after each of the fed tokens, and keep the samples as long as the guesses before are right.
 
-    ``logits`` is [B, C, vocab]. With the variant "full" C is 1: penalties count the tokens before. Returns
+    ``logits`` is [B, C, vocab], cut by ``columns``. With the variant "full" C is 1: penalties count the tokens before. Returns
     the state, the history, the tallies, and int32 [C + 3, B]: C tokens, -1 from the first on that was not
     produced; how the sequence finished; the guesses that were put to the test; and those that were right.
     """
-    verdict = _judge(variant, logits, guess, rows, state, tallies)
+    verdict = _judge(variant, columns, logits, guess, rows, state, tallies)
     token, made, reason = verdict.tokens, verdict.made, verdict.reason
     length, gained = state.length[rows], jnp.sum(verdict.made, axis=1)
     last = jnp.take_along_axis(token, jnp.maximum(gained - 1, 0)[:, None], axis=1)[:, 0]
@@ -183,12 +185,18 @@ class _Verdict(NamedTuple):
 
 
 def _judge(
-    variant: Variant, logits: jax.Array, guess: Guess, rows: jax.Array, state: BatchState, tallies: Any
+    variant: Variant,
+    columns: Columns,
+    logits: jax.Array,
+    guess: Guess,
+    rows: jax.Array,
+    state: BatchState,
+    tallies: Any,
 ) -> _Verdict:
     """A token is made if its logits are sound, and all guesses before it are right and none is an end."""
     tokens = logits.shape[1] - 1
     position = state.length[rows][:, None] + jnp.arange(tokens + 1)
-    token = _sampled(variant, logits, rows, position, state, tallies)
+    token = _sampled(variant, columns, logits, rows, position, state, tallies)
     stopped = jnp.any(state.stop[rows][:, None] == token[..., None], axis=-1)
     ends = jnp.where(stopped, 1, jnp.where(position + 1 >= state.limit[rows][:, None], 2, 0))
     sound = token >= 0
@@ -218,6 +226,7 @@ def _score(verdict: _Verdict, guess: Guess, gained: jax.Array) -> tuple[jax.Arra
 
 def _sampled(
     variant: Variant,
+    columns: Columns,
     logits: jax.Array,
     rows: jax.Array,
     position: jax.Array,
@@ -230,8 +239,9 @@ def _sampled(
     flat = logits.reshape(-1, logits.shape[-1])
     if variant == "full":
         assert tallies is not None
+        flat, columns = columns.whole(flat), Columns(columns.size)
         flat = adjust(flat, choice, Tallies(*(field[rows] for field in tallies)))
-    return choose(variant, flat, choice, position.reshape(-1)).reshape(position.shape)
+    return choose(variant, flat, choice, position.reshape(-1), columns).reshape(position.shape)
 
 
 def _remember(history: jax.Array, rows: jax.Array, state: BatchState, made: jax.Array) -> jax.Array:

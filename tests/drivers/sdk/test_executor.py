@@ -269,6 +269,7 @@ def test_a_replica_that_waits_does_not_hold_up_another() -> None:
     assert driver.dispatched.count((1, 0)) == driver.dispatched.count((1, 1)) == 1
     assert (1, 2) not in driver.dispatched, "two steps of each replica are in flight, never more"
     assert not slow.steps
+    driver.done = {0}
     run(executor)
     assert slow.ended == [QuantumDone(1, 4, False)]
 
@@ -280,6 +281,23 @@ def test_all_replicas_waiting_pauses_instead_of_blocking_on_one() -> None:
         executor.submit(replicated(id, replica), Notes())
     assert executor.advance()
     assert len(pauses) == 1
+
+
+def test_a_replica_that_is_busy_alone_does_not_keep_what_comes_for_another_waiting() -> None:
+    driver, pauses = Replicated(), list[float]()
+    executor = Executor(driver, pauses.append)
+    driver.done = {0, 1}
+    for id, replica in ((1, 0), (2, 1)):
+        executor.submit(replicated(id, replica), Notes())
+    run(executor)
+    driver.done = set()
+    pauses.clear()
+    executor.submit(replicated(3, 0), Notes())
+    assert executor.advance()
+    assert pauses, "the step is not waited for"
+    executor.submit(replicated(4, 1), Notes())
+    executor.advance()
+    assert (4, 0) in driver.dispatched
 
 
 def test_preempt_and_abandon_reach_one_replica() -> None:

@@ -18,6 +18,7 @@ from llmos.drivers.jax.native import kernels
 from llmos.drivers.jax.sampling import sampling
 from llmos.drivers.jax.sampling.noise import noise
 from llmos.drivers.jax.sampling.sampling import Variant
+from llmos.drivers.jax.sharding.collectives import Columns
 from llmos.drivers.sdk.messages import Sampling
 
 ROWS = 8
@@ -34,7 +35,7 @@ def compiled(native_kernels: bool) -> None:
 def traced(native: bool, variant: Variant) -> Callable[..., jax.Array]:
     def choose(logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
         with kernels.use(native):
-            return sampling.choose(variant, logits, choice, position)
+            return sampling.choose(variant, logits, choice, position, Columns(logits.shape[1]))
 
     return jax.jit(choose)
 

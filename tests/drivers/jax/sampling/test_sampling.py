@@ -19,6 +19,7 @@ from llmos.drivers.jax.execution.state import (
 )
 from llmos.drivers.jax.sampling.sampling import RUN, adjust, choose, keep_likely, largest, sample, variant_of
 from llmos.drivers.jax.sampling.truncation import kept
+from llmos.drivers.jax.sharding.collectives import Columns
 from llmos.drivers.sdk.messages import Sampling
 
 VOCAB = 50
@@ -75,7 +76,8 @@ def reference_kept(logits: np.ndarray, sampling: Sampling) -> set[int]:
 )
 def test_filters_leave_what_sorting_leaves(sampling: Sampling) -> None:
     choice = choices(*[sampling] * len(LOGITS))
-    left = np.isfinite(keep_likely(kept(jnp.asarray(LOGITS), choice.top_k, choice.top_p), choice))
+    cut = kept(jnp.asarray(LOGITS), choice.top_k, choice.top_p)
+    left = np.isfinite(keep_likely(cut, jnp.max(cut, axis=-1), choice))
     for row, logits in zip(left, LOGITS):
         assert set(np.flatnonzero(row).tolist()) == reference_kept(logits, sampling)
 
@@ -119,7 +121,7 @@ def test_sampled_frequencies_follow_the_distribution() -> None:
     count = 4000
     batch = state(*[Sampling(temperature=0.7, top_k=6, top_p=0.95, seed=i) for i in range(count)])
     logits = jnp.broadcast_to(jnp.asarray(LOGITS[1]), (count, VOCAB))
-    _, _, packed = sample("filtered", logits, jnp.arange(count), batch, None)
+    _, _, packed = sample("filtered", Columns(VOCAB), logits, jnp.arange(count), batch, None)
     heated = LOGITS[1] / 0.7
     kept = sorted(reference_kept(heated, sampling))
     expected = softmax(heated[kept])
@@ -132,7 +134,9 @@ def test_sampled_frequencies_follow_the_distribution() -> None:
 @pytest.mark.parametrize("variant", ["greedy", "plain", "filtered", "full"])
 def test_temperature_zero_is_the_argmax_in_every_variant(variant: Any) -> None:
     tallies = empty_tallies(4, VOCAB) if variant == "full" else None
-    _, _, packed = sample(variant, jnp.asarray(LOGITS), jnp.arange(4), state(*[Sampling()] * 4), tallies)
+    _, _, packed = sample(
+        variant, Columns(VOCAB), jnp.asarray(LOGITS), jnp.arange(4), state(*[Sampling()] * 4), tallies
+    )
     assert packed[0].tolist() == LOGITS.argmax(-1).tolist()
 
 
@@ -151,14 +155,16 @@ def test_one_logit_of_many_that_is_no_number_makes_a_row_unsound(variant: Any) -
     logits = np.random.default_rng(0).standard_normal((3, 1 << 15)).astype(np.float32)
     logits[1, 777] = np.nan
     choice = choices(*[Sampling(temperature=0.7)] * 3)
-    tokens = choose(variant, jnp.asarray(logits), choice, jnp.arange(3)).tolist()
+    columns = Columns(logits.shape[1])
+    tokens = choose(variant, jnp.asarray(logits), choice, jnp.arange(3), columns).tolist()
     assert [token < 0 for token in tokens] == [False, True, False]
 
 
 def test_output_tokens_are_counted_for_live_rows_only() -> None:
     batch = state(*[Sampling(presence_penalty=1.0)] * 4)
     batch = batch._replace(live=batch.live.at[2].set(False))
-    _, tallies, packed = sample("full", jnp.asarray(LOGITS), jnp.arange(4), batch, empty_tallies(4, VOCAB))
+    empty = empty_tallies(4, VOCAB)
+    _, tallies, packed = sample("full", Columns(VOCAB), jnp.asarray(LOGITS), jnp.arange(4), batch, empty)
     assert tallies is not None
     assert packed[0].tolist()[2] == -1
     assert np.asarray(tallies.output).sum(1).tolist() == [1, 1, 0, 1, 0]
@@ -169,7 +175,7 @@ def test_finishing_is_decided_on_the_device() -> None:
     batch = state(*[Sampling()] * 4, length=10, stop=int(top[0]))
     batch = batch._replace(limit=batch.limit.at[1].set(11), live=batch.live.at[3].set(False))
     logits = jnp.asarray(LOGITS).at[2, 5].set(np.nan)
-    after, _, packed = sample("greedy", logits, jnp.arange(4), batch, None)
+    after, _, packed = sample("greedy", Columns(VOCAB), logits, jnp.arange(4), batch, None)
     assert packed.tolist() == [[int(top[0]), int(top[1]), -1, -1], [1, 2, 3, 0]]
     assert after.live.tolist() == [False] * 5
     assert after.length.tolist()[:4] == [11, 11, 10, 10]

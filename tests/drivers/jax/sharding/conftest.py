@@ -38,7 +38,7 @@ class Model:
         sample = engine._sample
 
         def watched(rows: list[int], index: Any, logits: Any) -> Any:
-            seen.append(np.asarray(logits))
+            seen.append(np.asarray(logits)[:, : self.loaded.vocab_size])
             return sample(rows, index, logits)
 
         engine._sample = watched

@@ -64,10 +64,16 @@ def test_sampled_tokens_are_those_of_one_device(on_mesh: OnMesh) -> None:
 
 def test_a_step_sums_twice_a_layer_and_once_for_the_embedding(on_mesh: OnMesh) -> None:
     model = on_mesh("llama", {"tensor": 2})
-    engine = model.engines[0]
-    program = engine.programs.get(("decode", 2)).as_text()
+    program = model.engines[0].programs.get(("decode", 2)).as_text()
     assert program.count(" all-reduce(") == 2 * 2 + 1
-    assert program.count(" all-gather(") == 1
+    assert " all-gather(" not in program
+
+
+@pytest.mark.parametrize("variant", ["greedy", "plain", "filtered"])
+def test_only_top_k_and_top_p_need_the_logits_of_all_devices(on_mesh: OnMesh, variant: str) -> None:
+    model = on_mesh("llama", {"tensor": 2})
+    program = model.engines[0].programs.get(("sample", variant, 2)).as_text()
+    assert (" all-gather(" in program) == (variant == "filtered")
 
 
 def test_a_step_updates_the_pages_of_every_device_in_place(on_mesh: OnMesh) -> None:

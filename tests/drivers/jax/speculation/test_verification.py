@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax.execution.state import BatchState, empty_state
+from llmos.drivers.jax.sharding.collectives import Columns
 from llmos.drivers.jax.speculation.verification import Guess, accept, empty_history, look_up
 
 STALE = [1, 2, 3, 9, 9, 9, 9]
@@ -59,7 +60,8 @@ def kept(state: BatchState, counts: int, nonsense: int = -1) -> tuple[list[int],
         logits[0, nonsense] = np.nan
     made = Guess(jnp.asarray([[1, 2, 3]]), jnp.asarray([counts]), jnp.asarray([True]))
     rows, history = jnp.asarray([0]), empty_history(1, 32)
-    state, history, _, packed = accept("greedy", jnp.asarray(logits), made, rows, state, history, None)
+    asked = ("greedy", Columns(logits.shape[-1]), jnp.asarray(logits))
+    state, history, _, packed = accept(*asked, made, rows, state, history, None)
     *tokens, reason, tested, right = packed[:, 0].tolist()
     found = [token for token in tokens if token >= 0]
     assert history.tokens[0, 4 : 5 + len(found)].tolist() == [5, *found]
