@@ -110,8 +110,7 @@ def bandwidth(cells: int) -> float:
 
 
 def floor(loaded: LoadedModel, batch: int, held: float, rate: float) -> float:
-    """Seconds of the shortest decode step of rows that have ``held`` tokens, as memory of a bandwidth of ``rate``
-    allows."""
+    """Seconds of the shortest decode step of rows of ``held`` tokens at a bandwidth of ``rate``."""
     return (loaded.weight_bytes + batch * held / loaded.page_tokens * loaded.page_bytes) / rate
 
 

@@ -234,9 +234,9 @@ class _Lane:
 class Executor:
     """Runs the quanta of each replica in their order; call ``advance`` for as long as it returns True.
 
-    Replicas run beside each other: while one's step runs, the others are kept fed, and what has just been sent to
-    one of them is looked for. What arrives
-    within the seconds of ``pause`` can be part of the next step: whoever has messages looks for them so long.
+    Replicas run beside each other: while one's step runs, the others are kept fed, and what is sent to them
+    is looked for. What arrives within the seconds of ``pause`` can be part of the next step: whoever has
+    messages looks for them so long.
     """
 
     def __init__(

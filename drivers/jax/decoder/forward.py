@@ -40,8 +40,8 @@ class Shape:
 
     Weights are passed as a flat list: ``graph`` and ``tree`` make the decoder of it while tracing, since
     flattening nnx variables in Python at every call would cost a millisecond. ``vocabulary`` says how logits
-    are cut over devices. ``native`` lets products use the CPU's own kernels. With ``adapters`` every row has the number of one, or 0; without, the program
-    is that of a model that has no room for any.
+    are cut over devices. ``native`` lets products use the CPU's own kernels. With ``adapters`` every row has
+    the number of one, or 0; without, the program is that of a model that has no room for any.
     """
 
     graph: Any
@@ -62,8 +62,10 @@ def heading(adapters: bool) -> int:
 def decode(
     shape: Shape, weights: Any, caches: list[Any], state: BatchState, rows: jax.Array
 ) -> tuple[list[Any], jax.Array]:
-    """Feed the last token of the slots ``rows`` [B]; returns the caches and float32 logits [B, vocab], here as
-    below those that a device has of them."""
+    """Feed the last token of the slots ``rows`` [B]; returns the caches and float32 logits [B, vocab].
+
+    Where the vocabulary is cut over devices, logits are each device's part, here as below.
+    """
     adapter = _adapters(shape, state, rows)
     return run(shape, weights, caches, state.token[rows], *decode_plan(shape, state, rows), adapter=adapter)
 

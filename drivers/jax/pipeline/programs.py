@@ -52,8 +52,10 @@ class Batch:
 
 
 class StagePrograms(Programs):
-    """The programs of one stage. ``x`` is the shape of what it is fed for one token; None: token ids. Only the
-    ``last`` makes logits."""
+    """The programs of one stage. ``x`` is the shape of what it is fed for one token; None: token ids.
+
+    Only the ``last`` makes logits.
+    """
 
     def __init__(self, spec: Spec, x: Any, last: bool) -> None:
         super().__init__(spec)

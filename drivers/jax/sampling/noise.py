@@ -20,8 +20,10 @@ Pair = tuple[Any, Any]
 
 
 def noise(seed: jax.Array, position: jax.Array, count: int, first: jax.Array | int = 0) -> jax.Array:
-    """Gumbel noise [B, count] keyed by (seed [B], position [B]), of the tokens from ``first`` on; argmax(logits +
-    noise) samples softmax."""
+    """Gumbel noise [B, count] of the tokens from ``first`` on, keyed by (seed [B], position [B]).
+
+    argmax(logits + noise) samples softmax.
+    """
     nothing = jnp.zeros_like(seed)
     key = threefry((nothing, seed), (nothing, position.astype(jnp.uint32)))
     place = (first + jnp.arange(count)).astype(jnp.uint32)[None, :]

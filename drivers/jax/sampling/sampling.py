@@ -6,8 +6,8 @@ cost: "greedy" is an argmax, "plain" adds temperature and min-p, "filtered" adds
 "full" adds logit bias and penalties, which need token counts. The host picks the cheapest that serves
 every row.
 
-Where a model's vocabulary is cut over devices each chooses among its own logits, and the best of all is taken;
-only the last two variants gather them.
+Where a model's vocabulary is cut over devices each chooses among its own logits, and the best of all is
+taken; only the last two variants gather them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def sample(
     state: BatchState,
     tallies: Tallies | None,
 ) -> tuple[BatchState, Tallies | None, jax.Array]:
-    """Choose a token for each of the slots ``rows`` [B] from ``logits`` [B, vocab], float32, cut by ``columns``.
+    """Choose a token for each of the slots ``rows`` [B] from float32 ``logits`` [B, vocab], cut as ``columns`` says.
 
     Returns the state with those tokens appended, and int32 [2, B]: the token, or -1 where the row was
     not live or its logits are not finite; and how the sequence finished (0 not, else ``REASONS``).
@@ -111,7 +111,7 @@ def choose(
 
 
 def _top(logits: jax.Array) -> jax.Array:
-    """The largest of each row, or what is no number; XLA:CPU's maximum of a long row misses one among numbers."""
+    """The largest of each row, or what is no number: XLA:CPU's maximum of a long row misses one."""
     top = jnp.max(logits, axis=-1)
     if jax.default_backend() != "cpu":
         return top
@@ -154,6 +154,6 @@ def largest(x: jax.Array) -> jax.Array:
 
 
 def keep_likely(logits: jax.Array, top: jax.Array, choice: Choice) -> jax.Array:
-    """min-p (Nguyen et al., 2024): drop what is less likely than ``min_p`` times the likeliest, ``top`` [B]."""
+    """min-p (Nguyen et al., 2024): drop what is less likely than ``min_p`` times the likeliest, ``top``."""
     floor = top + jnp.log(choice.min_p)
     return jnp.where(logits >= floor[:, None], logits, -jnp.inf)

@@ -97,8 +97,11 @@ class Placement(Protocol):
     def compile(
         self, program: Program, donated: tuple[int, ...], arguments: Any, outputs: Any, options: Options
     ) -> Program:
-        """A compiled program; ``outputs`` is, for each output, the argument that it lies like, its shape with a
-        sharding, or None for what every device has. ``options`` are XLA's, by name."""
+        """A compiled program; ``options`` are XLA's, by name.
+
+        ``outputs`` is, for each output, the argument that it lies like, its shape with a sharding, or None
+        for what every device has.
+        """
         ...
 
 

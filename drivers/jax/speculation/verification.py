@@ -151,9 +151,10 @@ def accept(
 ) -> tuple[BatchState, History, Tallies | None, jax.Array]:
     """Sample after each of the fed tokens, and keep the samples as long as the guesses before are right.
 
-    ``logits`` is [B, C, vocab], cut by ``columns``. With the variant "full" C is 1: penalties count the tokens before. Returns
-    the state, the history, the tallies, and int32 [C + 3, B]: C tokens, -1 from the first on that was not
-    produced; how the sequence finished; the guesses that were put to the test; and those that were right.
+    ``logits`` is [B, C, vocab], cut by ``columns``. With the variant "full" C is 1: penalties count the
+    tokens before. Returns the state, the history, the tallies, and int32 [C + 3, B]: C tokens, -1 from the
+    first on that was not produced; how the sequence finished; the guesses that were put to the test; and
+    those that were right.
     """
     verdict = _judge(variant, columns, logits, guess, rows, state, tallies)
     token, made, reason = verdict.tokens, verdict.made, verdict.reason
