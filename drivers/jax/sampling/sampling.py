@@ -49,7 +49,9 @@ def sample(
     state: BatchState,
     tallies: Tallies | None,
 ) -> tuple[BatchState, Tallies | None, jax.Array]:
-    """Choose a token for each of the slots ``rows`` [B] from float32 ``logits`` [B, vocab], cut as ``columns`` says.
+    """Choose a token for each of the slots ``rows`` [B] from float32 ``logits`` [B, vocab].
+
+    ``columns`` says how these are cut over devices.
 
     Returns the state with those tokens appended, and int32 [2, B]: the token, or -1 where the row was
     not live or its logits are not finite; and how the sequence finished (0 not, else ``REASONS``).
