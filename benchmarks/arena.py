@@ -127,7 +127,7 @@ def load(driver: JaxDriver, chosen: argparse.Namespace, arena: Arena) -> Side:
     )
     loaded = driver.load(request, lambda _: None)
     (engine,) = driver._engines[arena]
-    for key in engine.programs.ahead():  # none is being compiled while another is measured
+    for key in engine.programs.spec.ahead():  # none is being compiled while another is measured
         engine.programs.get(key)
     return Side(driver, loaded)
 

@@ -40,7 +40,7 @@ class Adapters:
 
             def finish() -> LoadedAdapter:
                 for engine in compiled:
-                    engine.rehearse_later(engine.programs.adapted())
+                    engine.rehearse_later(engine.programs.spec.adapted())
                 number = self._table.take(request.adapter)
                 for engine, own in zip(self._engines, placed, strict=True):
                     engine.replica.adapt(number, own)

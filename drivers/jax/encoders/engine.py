@@ -17,7 +17,8 @@ from llmos.drivers.jax import platform
 from llmos.drivers.jax.decoder.modules import struct
 from llmos.drivers.jax.encoders.encoder import EncoderConfig
 from llmos.drivers.jax.execution.buckets import bucket, decode_buckets, split
-from llmos.drivers.jax.execution.programs import Key, Programs
+from llmos.drivers.jax.execution.programs import Programs
+from llmos.drivers.jax.execution.spec import Key
 from llmos.drivers.sdk.driver import Pending, PendingEncoding
 from llmos.drivers.sdk.messages import EncodedStep, EncodeStep
 from llmos.ipc.errors import InvalidArgument, IOFailure

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 
 from llmos.drivers.jax.execution import packing
-from llmos.drivers.jax.execution.programs import ADMIT_ROWS
 from llmos.drivers.jax.execution.replica import Replica
+from llmos.drivers.jax.execution.spec import ADMIT_ROWS
 from llmos.drivers.jax.execution.state import empty_tallies
 from llmos.drivers.sdk.messages import Growth, Start
 

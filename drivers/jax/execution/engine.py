@@ -15,10 +15,10 @@ import numpy as np
 from llmos.drivers.jax.execution import packing
 from llmos.drivers.jax.execution.admission import admit, grow
 from llmos.drivers.jax.execution.buckets import group, pieces
-from llmos.drivers.jax.execution.programs import PIECE, Key
 from llmos.drivers.jax.execution.rehearsal import rehearse
 from llmos.drivers.jax.execution.replica import Replica
 from llmos.drivers.jax.execution.results import Output, Results, Served
+from llmos.drivers.jax.execution.spec import PIECE, Key
 from llmos.drivers.jax.sampling.sampling import VARIANTS, Variant
 from llmos.drivers.jax.speculation.speculating import Speculation
 from llmos.drivers.sdk.driver import PendingStep
@@ -145,7 +145,7 @@ class Engine:
         """Prefill the chunks of a step, those of like length together; sample where a prompt is complete."""
         outputs = []
         for size, fresh, calls in group(chunks, self.programs.spec.chunk_sizes):
-            most = self.programs.rows_for(size)[-1]
+            most = self.programs.spec.rows_for(size)[-1]
             for at in range(0, len(calls), most):
                 outputs += self._prefill_rows(calls[at : at + most], size, fresh)
         return outputs

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmos.drivers.jax.decoder.forward import heading
 from llmos.drivers.jax.execution.ledger import Limits, Slot
-from llmos.drivers.jax.execution.programs import ADMIT_ROWS, GROW_ROWS
+from llmos.drivers.jax.execution.spec import ADMIT_ROWS, GROW_ROWS
 from llmos.drivers.jax.execution.state import pack_admission
 from llmos.drivers.sdk.checks import BIAS_LIMIT
 from llmos.drivers.sdk.messages import Chunk, Growth, Start

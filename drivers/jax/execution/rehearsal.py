@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from llmos.drivers.jax.execution import packing
-from llmos.drivers.jax.execution.programs import ADAPTED, PIECE, Key, plain
 from llmos.drivers.jax.execution.replica import Replica
+from llmos.drivers.jax.execution.spec import ADAPTED, PIECE, Key, plain
 from llmos.drivers.jax.speculation.speculating import Speculation
 from llmos.drivers.jax.speculation.verification import no_guess
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from llmos.drivers.jax.execution import packing
 from llmos.drivers.jax.execution.ledger import Ledger, Limits
-from llmos.drivers.jax.execution.programs import SCRUB_PAGES, Programs
+from llmos.drivers.jax.execution.programs import Programs
+from llmos.drivers.jax.execution.spec import SCRUB_PAGES
 from llmos.drivers.jax.execution.state import BatchState, Tallies
 from llmos.drivers.jax.paging.pool import Own, Share
 from llmos.drivers.jax.speculation.speculating import Speculation

@@ -79,7 +79,7 @@ class Parts:
         common, speculation = self.place.common, self._speculation()
         replica = Replica(self.limits, self.programs, ordered, caches, batch, common, speculation, self.make)
         engine = Engine(replica)
-        engine.rehearse_later(self.programs.ahead())
+        engine.rehearse_later(self.programs.spec.ahead())
         return engine
 
     def _speculation(self) -> Speculation | None:

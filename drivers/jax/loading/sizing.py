@@ -11,7 +11,7 @@ from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.forward import Shape
 from llmos.drivers.jax.execution import buckets
 from llmos.drivers.jax.execution.ledger import Limits
-from llmos.drivers.jax.execution.programs import PIECE, Spec, Speculating
+from llmos.drivers.jax.execution.spec import PIECE, Spec, Speculating
 from llmos.drivers.jax.loading.parameters import bytes_on_one, page_size
 from llmos.drivers.jax.paging import pages
 from llmos.drivers.jax.paging.sharing import HOST_CACHE_BYTES, Member

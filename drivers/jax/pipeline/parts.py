@@ -10,9 +10,11 @@ import jax
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.execution.engine import Engine
 from llmos.drivers.jax.execution.ledger import Limits
+from llmos.drivers.jax.execution.programs import Programs
 from llmos.drivers.jax.execution.replica import Replica
 from llmos.drivers.jax.paging.pool import Own
-from llmos.drivers.jax.pipeline.programs import Batch, PipelinePrograms, StagePrograms
+from llmos.drivers.jax.pipeline.programs import Batch, PipelinePrograms
+from llmos.drivers.jax.pipeline.recipes import StageRecipes
 
 if TYPE_CHECKING:
     from llmos.drivers.jax.loading.loader import Parts
@@ -40,10 +42,11 @@ class Pipeline:
             for number, part in enumerate(stages)
             for path, shape in part.shapes.items()
         }
-        made = [
-            StagePrograms(part.programs.spec, x if number else None, part is stages[-1])
-            for number, part in enumerate(stages)
-        ]
+        made = []
+        for number, part in enumerate(stages):
+            spec = part.programs.spec
+            recipes = StageRecipes(spec, x if number else None, part is stages[-1])
+            made.append(Programs(spec, recipes))
         return cls(stages, stages[0].limits, kept, shapes, PipelinePrograms(made))
 
     def arrange(self, config: DecoderConfig, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -68,7 +71,7 @@ class Pipeline:
         common = self.stages[-1].place.common
         replica = Replica(self.limits, self.programs, ordered, caches, batch, common, make=self.make)
         engine = Engine(replica)
-        engine.rehearse_later(self.programs.ahead())
+        engine.rehearse_later(self.programs.spec.ahead())
         return engine
 
 

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llmos.drivers.jax.decoder.modules import struct
-from llmos.drivers.jax.execution.programs import Key, Programs, Spec
+from llmos.drivers.jax.execution.programs import Programs
+from llmos.drivers.jax.execution.spec import Key
 from llmos.drivers.jax.execution.state import BatchState
-from llmos.drivers.jax.pipeline import steps
 from llmos.drivers.jax.sharding.placement import Program
 
 
@@ -51,48 +50,10 @@ class Batch:
         return self.last.tables
 
 
-class StagePrograms(Programs):
-    """The programs of one stage. ``x`` is the shape of what it is fed for one token; None: token ids.
-
-    Only the ``last`` makes logits.
-    """
-
-    def __init__(self, spec: Spec, x: Any, last: bool) -> None:
-        super().__init__(spec)
-        self.common = spec.place.common
-        self._x = x
-        self._last = last
-
-    def _outputs(self, key: Key) -> Any:
-        if key[0] in ("decode", "prefill") and not self._last:
-            return (1, None, None) if key[0] == "decode" and self._x is None else (1, None)
-        return super()._outputs(key)
-
-    def _describe(self, key: Key) -> tuple[Program, tuple[int, ...], tuple[Any, ...]]:
-        spec = self.spec
-        held = (spec.weights, spec.caches)
-        match key:
-            case ("absorb", int(size)):
-                return steps.absorb, (0,), (spec.batch, _ints(size), _ints(2, size))
-            case ("decode", int()) if self._x is None:
-                _, donated, arguments = super()._describe(key)
-                return partial(steps.enter, spec.shape), donated, arguments
-            case ("decode", int(size)):
-                plan = _ints(size, steps.PLANNED + spec.batch.tables.shape[1])
-                return partial(steps.proceed, spec.shape), (1,), (*held, self._fed(size), plan)
-            case ("prefill", int(rows), int(size), bool()) if self._x is not None:
-                program, donated, arguments = super()._describe(key)
-                return program, donated, (*arguments, self._fed(rows, size))
-        return super()._describe(key)
-
-    def _fed(self, *tokens: int) -> Any:
-        return struct((*tokens, *self._x.shape), self._x.dtype)
-
-
 class PipelinePrograms(Programs):
     """The programs of ``stages``, by the keys of a whole model's."""
 
-    def __init__(self, stages: list[StagePrograms]) -> None:
+    def __init__(self, stages: list[Programs]) -> None:
         super().__init__(stages[-1].spec)
         self.stages = stages
 
@@ -180,7 +141,3 @@ def _both(first: Program, last: Program, batch: Batch, *arguments: Any) -> Batch
 
 def _each(programs: list[Program], caches: list[Any], pages: np.ndarray) -> list[Any]:
     return [program(cache, pages) for program, cache in zip(programs, caches, strict=True)]
-
-
-def _ints(*shape: int) -> Any:
-    return struct(shape, np.int32)

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from llmos.drivers.jax.execution.buckets import bucket
-from llmos.drivers.jax.execution.programs import ADMIT_ROWS, Programs, with_adapters
+from llmos.drivers.jax.execution.programs import Programs
+from llmos.drivers.jax.execution.spec import ADMIT_ROWS, with_adapters
 from llmos.drivers.jax.sampling.sampling import Variant
 from llmos.drivers.jax.speculation.speculation import Policy
 from llmos.drivers.jax.speculation.verification import History

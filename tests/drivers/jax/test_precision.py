@@ -14,7 +14,7 @@ import pytest
 
 from llmos.drivers.jax.decoder import quant
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.jax.execution.programs import Programs
+from llmos.drivers.jax.execution.spec import Spec
 from llmos.drivers.jax.loading import parameters, requests
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights import checkpoint
@@ -35,7 +35,7 @@ def asking(source: Path, cache: Path, **fields: Any) -> LoadRequest:
 def only_what_is_used() -> Iterator[None]:
     """No program is compiled before it is needed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Programs, "ahead", lambda self: [])
+        patch.setattr(Spec, "ahead", lambda self: [])
         yield
 
 

@@ -14,7 +14,7 @@ import pytest
 from llmos.drivers.jax.adapters import lora
 from llmos.drivers.jax.decoder.modules import struct
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.jax.execution.programs import ADAPTED
+from llmos.drivers.jax.execution.spec import ADAPTED
 from llmos.drivers.sdk.messages import Chunk, LoadAdapter, LoadedModel, LoadRequest, Start
 from llmos.ipc.errors import Busy, InvalidArgument, NotFound
 from tests.drivers.jax.lora_files import make_adapter, merged, write_adapter
@@ -149,7 +149,7 @@ def test_rehearsing_adapted_programs_changes_nothing_and_waits_until_they_are_co
 ) -> None:
     before = run(loaded, helpers, NAMES, PROMPTS)
     engine = loaded.driver._engines["tiny"][0]
-    engine.unrehearsed = engine.programs.adapted()
+    engine.unrehearsed = engine.programs.spec.adapted()
     with engine.programs._adapting:
         assert not engine.rehearse()
     while engine.rehearse():
@@ -165,11 +165,13 @@ def test_programs_with_adapters_are_compiled_when_the_first_is_loaded(
     wanted = msgspec.structs.replace(request_of, cache=str(fresh_cache))
     runner = helpers.Runner(driver, driver.load(wanted, helpers.ignore))
     programs = driver._engines["tiny"][0].programs
-    assert not any(key[0] == ADAPTED for key in programs.ahead())
-    first = [key for key in programs.adapted() if key[1:] in programs.ahead()[: programs.spec.first]]
+    assert not any(key[0] == ADAPTED for key in programs.spec.ahead())
+    first = [
+        key for key in programs.spec.adapted() if key[1:] in programs.spec.ahead()[: programs.spec.first]
+    ]
     before = run(runner, helpers, [""], PROMPTS[:1])
     assert first
-    assert not any(programs.ready(key) for key in programs.adapted())
+    assert not any(programs.ready(key) for key in programs.spec.adapted())
     load_adapter(driver, "all", adapters["all"][0])
     assert all(programs.ready(key) for key in first)
     assert not programs.compile_adapted()
@@ -324,7 +326,7 @@ def test_a_model_without_room_has_the_programs_it_always_had(
     driver, _ = tiny_driver
     spec = driver._engines["tiny"][0].programs.spec
     assert (spec.room, spec.batch.adapter, spec.shape.adapters) == (None, None, False)
-    assert ("adapt",) not in driver._engines["tiny"][0].programs.ahead()
+    assert ("adapt",) not in driver._engines["tiny"][0].programs.spec.ahead()
     with pytest.raises(InvalidArgument, match="without room for adapters"):
         load_adapter(driver, "all", adapters["all"][0])
 

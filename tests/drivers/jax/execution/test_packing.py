@@ -8,7 +8,7 @@ import numpy as np
 
 from llmos.drivers.jax.execution import packing
 from llmos.drivers.jax.execution.ledger import Ledger, Limits, Slot
-from llmos.drivers.jax.execution.programs import ADMIT_ROWS, GROW_ROWS
+from llmos.drivers.jax.execution.spec import ADMIT_ROWS, GROW_ROWS
 from llmos.drivers.sdk.messages import Chunk, Growth, Quantum, Sampling, Start
 
 LIMITS = Limits(slots=4, pages=32, page_tokens=2, max_context=8, chunk_tokens=16, vocab_size=100)

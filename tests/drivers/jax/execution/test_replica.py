@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax.execution.ledger import Limits, Slot
-from llmos.drivers.jax.execution.programs import SCRUB_PAGES
 from llmos.drivers.jax.execution.replica import Replica
+from llmos.drivers.jax.execution.spec import SCRUB_PAGES
 from llmos.drivers.jax.paging.pool import Own
 
 LIMITS = Limits(slots=4, pages=200, page_tokens=8, max_context=64, chunk_tokens=16, vocab_size=100)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.execution.programs import Key
+from llmos.drivers.jax.execution.spec import Key
 from llmos.drivers.jax.pipeline.programs import Batch, PipelinePrograms
 from llmos.drivers.sdk.executor import IN_FLIGHT
 

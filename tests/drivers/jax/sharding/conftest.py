@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from llmos.drivers.jax.driver import JaxDriver
-from llmos.drivers.jax.execution.programs import Programs
+from llmos.drivers.jax.execution.spec import Spec
 from llmos.drivers.sdk.messages import LoadRequest
 
 DATA = Path(__file__).parents[3] / "data" / "families"
@@ -60,7 +60,7 @@ def on_mesh(
     helpers: Any, programs_folder: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Model]]:
     """Loads a model on a mesh; it is unloaded after the test."""
-    monkeypatch.setattr(Programs, "ahead", lambda self: [])
+    monkeypatch.setattr(Spec, "ahead", lambda self: [])
     driver = JaxDriver("cpu")
 
     def load(name: str, mesh: dict[str, int], **fields: Any) -> Model:
