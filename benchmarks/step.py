@@ -76,6 +76,7 @@ def measure(options: argparse.Namespace) -> Report:
     rate = bandwidth(1 << (28 if device.kind == "gpu" else 22))
     least = floor(loaded, options.batch, options.context + WARM + TIMED * ROUNDS / 2, rate)
     session = Session(driver, loaded)
+    session.settle()
     slots = list(range(options.batch))
     starts, chunks = session.admit(options.batch, options.context, total(options.context))
     session.run(len(chunks), start=starts, chunks=chunks)
