@@ -17,7 +17,7 @@ from llmos.drivers.jax import platform
 from llmos.drivers.jax.decoder.modules import struct
 from llmos.drivers.jax.encoders.encoder import EncoderConfig
 from llmos.drivers.jax.execution.buckets import bucket, decode_buckets, split
-from llmos.drivers.jax.execution.programs import Programs
+from llmos.drivers.jax.execution.compiling import Compiled
 from llmos.drivers.jax.execution.spec import Key
 from llmos.drivers.sdk.driver import Pending, PendingEncoding
 from llmos.drivers.sdk.messages import EncodedStep, EncodeStep
@@ -59,11 +59,11 @@ def length_buckets(longest: int) -> list[int]:
     return [*sizes, longest]
 
 
-class EncoderPrograms(Programs):
+class EncoderPrograms(Compiled):
     """Compiled programs by (rows, length)."""
 
     def __init__(self, spec: EncoderSpec) -> None:
-        super().__init__(spec)  # type: ignore[arg-type]
+        super().__init__(spec.first)
         self.encoder = spec
 
     def ahead(self) -> list[Key]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +17,16 @@ from llmos.drivers.jax.decoder.modules import abstract, struct
 from llmos.drivers.jax.encoders.encoder import Encoder, EncoderConfig
 from llmos.drivers.jax.encoders.engine import EncoderEngine, EncoderPrograms, EncoderSpec, length_buckets
 from llmos.drivers.jax.families import bert
-from llmos.drivers.jax.loading.loader import Load
+from llmos.drivers.jax.loading.phases import Phases
 from llmos.drivers.jax.loading.plan import Plan
 from llmos.drivers.jax.loading.requests import check_request
+from llmos.drivers.jax.loading.weights import load_weights
 from llmos.drivers.jax.weights import checkpoint
 from llmos.drivers.jax.weights.pooling import read_pooling
 from llmos.drivers.jax.weights.random import PREFIX
 from llmos.drivers.jax.weights.safetensors import read_json
 from llmos.drivers.jax.weights.source import open_source
+from llmos.drivers.sdk.driver import Progress
 from llmos.drivers.sdk.messages import LoadedModel, LoadRequest
 from llmos.ipc.errors import InvalidArgument
 
@@ -49,9 +50,13 @@ def is_encoder(source: str) -> bool:
     return bool(names) and isinstance(names, list) and names[0] in bert.ARCHITECTURES
 
 
-@dataclass
-class EncoderLoad(Load):
-    """One load in progress."""
+class EncoderLoad:
+    """One load onto the first of the ``devices``; ``report`` is told how far it is."""
+
+    def __init__(self, request: LoadRequest, devices: list[Any], report: Progress) -> None:
+        self.request = request
+        self.devices = devices
+        self.phases = Phases(report)
 
     def run(self) -> tuple[Any, LoadedModel]:
         """Load everything; InvalidArgument names what is wrong with the model or the request."""
@@ -63,17 +68,17 @@ class EncoderLoad(Load):
             raise InvalidArgument(f'an encoder has no {request.weights} weights: leave weights "same"')
         if prod(request.mesh.values()) != 1:
             raise InvalidArgument("an encoder runs on one device: leave mesh empty")
-        self.report(self._latest)
+        self.phases.begin()
         if request.cache:
             platform.keep_programs(str(Path(request.cache) / "programs"))
-        plan = self._timed("read", lambda: find_encoder(request))
+        plan = self.phases.timed("read", lambda: find_encoder(request))
         config = cast(EncoderConfig, plan.config)
         graph, tree, shapes = parameters(config, DTYPES[request.dtype], self.devices[0])
         programs = EncoderPrograms(self._encoder_spec(config, graph, tree, list(shapes.values())))
         with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-            loading = pool.submit(self._kept_weights, plan, shapes)
-            self._timed("compile", lambda: programs.compile_ahead(self._compiling(loading)))
-            weights = self._timed("wait", lambda: self._attend(loading))
+            loading = pool.submit(load_weights, plan, request.source, shapes, self.phases)
+            self.phases.timed("compile", lambda: programs.compile_ahead(self.phases.compiling(loading)))
+            weights = self.phases.timed("wait", lambda: self.phases.attend(loading))
         engine = EncoderEngine(config, programs, [weights[path] for path in shapes])
         return engine, self._described(config, programs.encoder, shapes)
 
@@ -110,7 +115,7 @@ class EncoderLoad(Load):
             vocab_size=config.vocab_size,
             stop_tokens=[],
             attention="dense",
-            phases={name: round(seconds, 3) for name, seconds in self.phases.items()},
+            phases=self.phases.described(),
         )
 
 

@@ -17,12 +17,12 @@ from llmos.drivers.jax.pipeline.programs import Batch, PipelinePrograms
 from llmos.drivers.jax.pipeline.recipes import StageRecipes
 
 if TYPE_CHECKING:
-    from llmos.drivers.jax.loading.loader import Parts
+    from llmos.drivers.jax.loading.parts import Parts
 
 
 @dataclass
 class Pipeline:
-    """As ``loader.Parts``, of a replica in stages. ``kept`` has all parameters, once."""
+    """As ``loading.parts.Parts``, of a replica in stages. ``kept`` has all parameters, once."""
 
     stages: list[Parts]
     limits: Limits

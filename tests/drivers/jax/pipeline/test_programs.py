@@ -26,7 +26,7 @@ class Device:
         self.free = self.host = 0.0
         self.ran: list[str] = []
         self.common = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self.spec = SimpleNamespace(batch=SimpleNamespace(token=np.zeros(SLOTS + 1)))
+        self.spec = SimpleNamespace(first=0, batch=SimpleNamespace(token=np.zeros(SLOTS + 1)))
 
     def get(self, key: Key) -> Any:
         name = str(key[0])
