@@ -46,12 +46,25 @@ class Cluster:
         self._write(driver, steps, grants or {})
         self._environment = {**os.environ, **driver.environment, "LLMOS_RUN": str(self.run)}
         self._processes = [self._spawn("llmos.kernel")]
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+
+    def _start(self) -> None:
         wait_until((self.run / "kernel.sock").exists, "the kernel's socket")
         for service in ("memory", "scheduler"):
             self._processes.append(self._spawn(f"llmos.services.{service}"))
         self._processes.append(self._spawn("llmos.drivers.sdk", DRIVER))
         self.client = self.connect("user")
         wait_until(self._all_ready, "all services ready")
+
+    def _stop(self) -> None:
+        for process in reversed(self._processes):
+            process.terminate()
+            process.wait(30)
+        shutil.rmtree(self.run, ignore_errors=True)
 
     def __enter__(self) -> Cluster:
         return self
@@ -60,10 +73,7 @@ class Cluster:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.client.close()
-        for process in reversed(self._processes):
-            process.terminate()
-            process.wait(30)
-        shutil.rmtree(self.run, ignore_errors=True)
+        self._stop()
 
     def connect(self, name: str) -> Client:
         """A client under one of the grants."""
