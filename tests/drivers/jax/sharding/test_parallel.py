@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
+from llmos.drivers.jax.sampling.sampling import variant_of
 from llmos.drivers.sdk.messages import Sampling
 
+DATA = Path(__file__).parents[3] / "data" / "families"
 OnMesh = Callable[..., Any]
 
 CASES = {
@@ -56,9 +59,17 @@ def test_replicas_have_slots_and_pages_of_their_own(on_mesh: OnMesh, axis: str) 
     model.check(replica=0)
 
 
-def test_sampled_tokens_are_those_of_one_device(on_mesh: OnMesh) -> None:
-    fields = {"sampling": Sampling(temperature=0.9, top_p=0.9, seed=3, presence_penalty=0.5)}
-    tokens = [on_mesh("llama", mesh).run(**fields)[0] for mesh in ({}, {"tensor": 2})]
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.9, min_p=0.02, seed=3),
+        Sampling(temperature=0.9, top_p=0.9, seed=3),
+        Sampling(temperature=0.9, top_p=0.9, seed=3, presence_penalty=0.5),
+    ],
+    ids=variant_of,
+)
+def test_sampled_tokens_are_those_of_one_device(on_mesh: OnMesh, sampling: Sampling) -> None:
+    tokens = [on_mesh("llama", mesh).run(sampling=sampling)[0] for mesh in ({}, {"tensor": 2})]
     assert tokens[0] == tokens[1]
 
 
@@ -89,10 +100,19 @@ def test_guesses_are_verified_over_a_mesh(on_mesh: OnMesh) -> None:
     assert model.engines[0].speculation.steps.keys() >= {(2, 2)}
 
 
+def test_a_draft_model_guesses_over_a_mesh(on_mesh: OnMesh) -> None:
+    fields = {"speculation": "draft", "speculation_tokens": 2, "draft": str(DATA / "llama")}
+    model = on_mesh("llama", {"tensor": 2}, **fields)
+    speculation = model.engines[0].speculation
+    speculation.policy.always = True
+    model.check()
+    assert speculation.steps.keys() >= {(2, 2)}
+
+
 def test_programs_are_rehearsed_over_a_mesh(on_mesh: OnMesh) -> None:
     model = on_mesh("llama", {"tensor": 2})
     engine = model.engines[0]
-    engine.unrehearsed = [("decode", 2), ("prefill", 1, 16, False), ("sample", "greedy", 2)]
+    engine.unrehearsed = [("decode", 2), ("prefill", 1, 16, False), ("sample", "plain", 2)]
     while engine.rehearse():
         pass
     model.check()
