@@ -25,10 +25,11 @@ import numpy as np
 
 from benchmarks.report import Report, arguments
 from llmos.drivers.jax import families
-from llmos.drivers.jax.attention import PrefillPlan
+from llmos.drivers.jax.attention.plans import PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder import forward, quant
 from llmos.drivers.jax.loading import parameters
+from llmos.drivers.jax.sharding.collectives import Columns
 from llmos.drivers.jax.sharding.placement import OneDevice
 from llmos.drivers.jax.weights.convert import convert
 from llmos.drivers.jax.weights.source import open_source
@@ -79,7 +80,7 @@ def score(model: Path, tokens: np.ndarray, dtype: DType, weights: Precision, kv:
     place = lambda path, value: jax.device_put(value, shapes[path].sharding)  # noqa: E731
     found = convert(source, family, config, shapes, place, lambda *_: None)
     width, backend = LENGTH // PAGE, XlaAttention()
-    shape = forward.Shape(graph, tree, backend, PAGE, ROWS * width + 1)
+    shape = forward.Shape(graph, tree, backend, PAGE, ROWS * width + 1, Columns(config.vocab_size))
     caches = backend.allocate(config, shape.pages, PAGE, parameters.KV_DTYPES[kv])
     run = jax.jit(partial(_score, shape))
     parts = [
@@ -114,9 +115,11 @@ def main() -> None:
     print(
         "| weights | activations | KV | perplexity | against float32 | agreement |\n|---|---|---|---|---|---|"
     )
-    for weights, way, kv in [case.split("/") for case in ["float32/own/float32", *options.cases]]:
+    cases: list[list[Any]] = [case.split("/") for case in ["float32/own/float32", *options.cases]]
+    for weights, way, kv in cases:
         first = weights == "float32"
-        dtype, kind = ("float32", "same") if first else (options.dtype, weights)
+        kinds: tuple[Any, Any] = ("float32", "same") if first else (options.dtype, weights)
+        dtype, kind = kinds
         jax.clear_caches()  # a layer traced for another way looks the same
         with mock.patch.object(quant, "choose", (lambda *_: "native") if way == "native" else quant.choose):
             likelihood, choice = score(options.model, wanted.tokens, dtype, kind, kv)

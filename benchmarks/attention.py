@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, Paged, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention.backend import Paged
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.plans import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder import quant
@@ -52,7 +53,7 @@ class Case:
     fresh: bool = False
 
 
-GEMMA = {"heads": 8, "kv_heads": 4, "head_dim": 256}
+GEMMA: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 256}
 MISTRAL = Scoring(window=1024)
 CAPPED = Scoring(window=4096, cap=50.0)
 DECODES = [
@@ -121,7 +122,7 @@ def attend(
     out: tuple[jax.Array, PagedCache]
     if case.queries == 1:
         one = DecodePlan(plan.tables, plan.lengths, plan.pages[:, 0], plan.offsets[:, 0])
-        new = Projected.of(*(each[:, 0] for each in (q, k, v)), Turn(*turn))
+        new = Projected.of(q[:, 0], k[:, 0], v[:, 0], Turn(*turn))
         out = backend.step(one, cache, new, case.scoring)
     elif case.queries < FEW:
         out = backend.verify(VerifyPlan(*plan), cache, q, k, v, case.scoring)

@@ -192,7 +192,7 @@ def measure(
             engine.ask("decode", steps=2)
     for number in range(options.rounds):
         say(f"{action} {column or options.prompt}: round {number + 1} of {options.rounds}")
-        for peer in peers or [None]:
+        for peer in [*peers] if peers else [None]:
             theirs = (peer.name, tokens / peer.ask(action, **work)) if peer else ("", 0.0)
             into.add(column, theirs, [(engine.name, tokens / engine.ask(action, **work)) for engine in ours])
 

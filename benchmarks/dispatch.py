@@ -56,7 +56,7 @@ class Device(Driver):
         self._clock, self._step, self._host = clock, step, host
         self._random = random.Random(5)
         self._free_at = 0.0
-        self.idle = 0.0
+        self.rested = 0.0
         self.began: dict[int, float] = {}
 
     def execute(self, quantum: Quantum) -> Iterator[PendingStep]:
@@ -64,7 +64,7 @@ class Device(Driver):
             self._clock.sleep(self._host * (3.0 if self._random.random() < 0.05 else 1.0))
             now = self._clock.now()
             if self._free_at:
-                self.idle += max(0.0, now - self._free_at)
+                self.rested += max(0.0, now - self._free_at)
             began = max(now, self._free_at)
             self.began.setdefault(quantum.id, began)
             self._free_at = ends = began + self._step * self._random.uniform(1.0, 1.1)
@@ -108,7 +108,7 @@ def play(options: Any) -> dict[str, float]:
     spent = clock.now() - begun
     waits = sorted(device.began[i] - at for i, at in sent.items() if i in device.began and i > 1)
     return {
-        "idle_share": round(device.idle / spent, 4),
+        "idle_share": round(device.rested / spent, 4),
         "wait_p50_ms": round(1e3 * waits[len(waits) // 2], 2),
         "wait_max_ms": round(1e3 * waits[-1], 2),
     }

@@ -32,7 +32,7 @@ Generate = Callable[[int, int, int], float]
 
 def start(model: Path, folder: Path, slots: int, context: int) -> Generate:
     """Start the engine with random weights of the shape ``model``."""
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     config = json.loads(model.read_text()) | {"model_type": "llama", "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))

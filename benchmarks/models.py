@@ -31,7 +31,7 @@ from llmos.services.manifest import DriverSpec
 from llmos.services.memory.messages import Usage
 from llmos.services.scheduler.messages import SchedulerStats
 
-NULL = {"step_ms": 4.0, "prefill_us": 5.0, "decode_us": 30.0}
+NULL: dict[str, Any] = {"step_ms": 4.0, "prefill_us": 5.0, "decode_us": 30.0}
 # Layers, KV heads and page tokens of each model: their pages differ in size.
 SHAPES = [(4, 2, 16), (2, 2, 16), (3, 1, 16), (2, 1, 32), (4, 1, 16), (3, 2, 16), (2, 2, 32), (3, 1, 32)]
 HEAD, HEADS, VOCABULARY = 32, 4, 256

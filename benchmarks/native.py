@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.caches import PagedCache, held
 from llmos.drivers.jax.attention.native import NativeAttention
+from llmos.drivers.jax.attention.plans import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import storage
 from llmos.drivers.jax.attention.xla import XlaAttention
@@ -140,7 +140,7 @@ def attention(case: Case, kind: str, rounds: int) -> dict[str, float]:
     )
     place = jnp.tile(case.start + jnp.arange(case.count), (case.rows, 1))
     turn = rotation(place, 1e4 ** -(np.arange(0, size, 2, dtype=np.float32) / size))
-    ways = {}
+    ways: dict[str, Callable[[], Any]] = {}
     for name, backend in (("native", NativeAttention()), ("xla", XlaAttention())):
         # A cache of its own that is written in place, as in a step.
         kept_here = [PagedCache(*(held(values(*shape, dtype=dtype, seed=i), kept) for i in (1, 2)))]

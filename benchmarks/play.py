@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llmos.ipc import codec, header
@@ -56,7 +57,7 @@ class Play:
         self._calls: dict[int, Request] = {}
         self._link.call("scheduler.attach", codec.EMPTY, 0, self._on_tokens)
 
-    def run(self, requests: list[Request]) -> float:
+    def run(self, requests: Sequence[Request]) -> float:
         """Send each at its time, wait for all; the seconds that it took."""
         begun = time.perf_counter()
         waiting = [(request.at, index, request) for index, request in enumerate(requests)]

@@ -97,7 +97,7 @@ def measure(folder: Path, shapes: dict[str, Any], turns: int) -> dict[str, Any]:
     restore takes of the processors is the figure that a busy machine does not spoil."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 1e9
-    jax.block_until_ready(fill({name: shapes[name] for name in list(shapes)[:1]}))  # type: ignore[no-untyped-call]
+    jax.block_until_ready(fill({name: shapes[name] for name in list(shapes)[:1]}))
     direct = all(opens_directly(path) for path in files)
     rates: dict[str, list[float]] = {"read": [], "restore": [], "cached": []}
     work: list[float] = []
@@ -116,13 +116,13 @@ def measure(folder: Path, shapes: dict[str, Any], turns: int) -> dict[str, Any]:
 
 def restore(folder: Path, shapes: dict[str, Any]) -> None:
     """All of it on the device, and dropped again."""
-    jax.block_until_ready(checkpoint.restore(folder, shapes))  # type: ignore[no-untyped-call]
+    jax.block_until_ready(checkpoint.restore(folder, shapes))
 
 
 def read_all(files: list[Path], direct: bool) -> None:
     spans = [(file, at) for file in files for at in range(0, file.stat().st_size, SPAN)]
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(lambda span: read_span(*span, direct), spans):
+        for _ in pool.map(lambda span: read_span(span[0], span[1], direct), spans):
             pass
 
 

@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import report
 from llmos.drivers.jax.driver import JaxDriver
@@ -28,6 +28,7 @@ from llmos.services.models import tokenizer
 
 LINE = "2026-11-22 10:15:{:02d} INFO worker {} finished job in 12 ms, queue is empty\n"
 STORY = "It was late in the autumn when the old lighthouse keeper first noticed that"
+WAYS: dict[str, Literal["off", "draft"]] = {"off": "off", "draft": "draft"}
 TEXTS = {"repeats": Sampling(), "varied": Sampling(temperature=1.0, seed=7)}
 
 
@@ -108,7 +109,7 @@ def load(options: argparse.Namespace, driver: JaxDriver) -> dict[str, Stream]:
             chunk_tokens=options.chunk_tokens,
             slots=1,
             max_context=options.max_context,
-            speculation={"off": "off", "draft": "draft"}.get(name, "ngram"),
+            speculation=WAYS.get(name, "ngram"),
             speculation_tokens=options.guesses,
             draft=options.draft if name == "draft" else "",
         )

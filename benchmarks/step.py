@@ -27,7 +27,7 @@ import jax
 
 from benchmarks.engine import Session, bandwidth, floor
 from benchmarks.report import Report, arguments
-from llmos.drivers.jax.attention import Paged
+from llmos.drivers.jax.attention.backend import Paged
 from llmos.drivers.jax.attention.pallas import PallasAttention
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.sdk.messages import DTYPES, PRECISIONS, LoadedModel, LoadRequest

@@ -105,7 +105,7 @@ def link_rates(device: Any, size: int, repeats: int) -> dict[str, float]:
     """GB/s of plain copies of ``size`` bytes in one piece."""
     near = jax.sharding.SingleDeviceSharding(device)
     far = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-    there = jax.block_until_ready(jnp.zeros(size, jnp.uint8, device=near))  # type: ignore[no-untyped-call]
+    there = jax.block_until_ready(jnp.zeros(size, jnp.uint8, device=near))
     here = np.zeros(size, np.uint8)
     pinned = jax.device_put(there, far)
     ways: dict[str, Callable[[], Any]] = {
@@ -120,7 +120,7 @@ def link_rates(device: Any, size: int, repeats: int) -> dict[str, float]:
         times = []
         for _ in range(repeats + 1):
             begun = time.perf_counter()
-            jax.block_until_ready(way())  # type: ignore[no-untyped-call]
+            jax.block_until_ready(way())
             times.append(time.perf_counter() - begun)
         rates[name] = round(size / statistics.median(times[1:]) / 1e9, 2)
     return rates

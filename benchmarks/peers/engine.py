@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from benchmarks.engine import Session
 from benchmarks.peers.worker import prompt, serve
@@ -16,7 +17,7 @@ PAGE, CHUNK = 16, 512
 class Engine:
     """The driver under quanta as the scheduler would send them, without the other processes."""
 
-    def __init__(self, model: str, dtype: str, slots: int, total: int) -> None:
+    def __init__(self, model: str, dtype: Any, slots: int, total: int) -> None:
         driver = JaxDriver("cpu")
         self.pages = -(-total // PAGE)
         request = LoadRequest(

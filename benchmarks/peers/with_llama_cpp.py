@@ -23,7 +23,8 @@ class LlamaCpp:
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {model}")
         self.vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
-        self.total, self.context, self.held = total, None, 0
+        self.total, self.held = total, 0
+        self.context: Any = None
         self.batch = api.llama_batch_init(max(slots, 512), 0, 1)
         self.last: list[int] = []
         self.place = 0

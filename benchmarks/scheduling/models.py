@@ -39,12 +39,12 @@ def models(shared: bool, slabs: int = SLABS, count: int = len(SHAPES)) -> list[t
     for name, (token_bytes, scale) in zip(NAMES[:count], SHAPES[:count], strict=True):
         page_bytes = PAGE_TOKENS * token_bytes
         slab_pages = SLAB_BYTES // page_bytes
-        pool = {"pool": "p", "slabs": slabs, "slab_pages": slab_pages, "slab_bytes": SLAB_BYTES}
+        sizes: dict[str, Any] = {"slabs": slabs, "slab_pages": slab_pages, "slab_bytes": SLAB_BYTES}
         pages = slabs * slab_pages if shared else slabs * SLAB_BYTES // count // page_bytes
         loaded = LoadedModel(
             model=name, family="null", parameters=0, weight_bytes=0, pages=pages, page_tokens=PAGE_TOKENS,
             page_bytes=page_bytes, slots=SLOTS, max_context=4096, chunk_tokens=2048, vocab_size=256,
-            stop_tokens=[], attention="none", **(pool if shared else {}),
+            stop_tokens=[], attention="none", **({"pool": "p"} | sizes if shared else {}),
         )  # fmt: skip
         step = StepTime(4.6e-3 * scale + 3e-4, 7.0e-6, 4.2e-8 * token_bytes / 131072, 2.1e-5 * scale)
         made.append((loaded, step))

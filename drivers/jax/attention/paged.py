@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llmos.drivers.jax.attention import PLAIN, Scoring
 from llmos.drivers.jax.attention.caches import Cache, PooledCache
+from llmos.drivers.jax.attention.plans import PLAIN, Scoring
 from llmos.drivers.jax.decoder.modules import struct
 
 LEAST = 16  # rows and columns of a matrix product in Triton

@@ -12,18 +12,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import (
-    PLAIN,
-    DecodePlan,
-    Paged,
-    PrefillPlan,
-    Scoring,
-    VerifyPlan,
-    suits_cudnn,
-    turning,
-)
+from llmos.drivers.jax.attention import turning
+from llmos.drivers.jax.attention.backend import Paged
 from llmos.drivers.jax.attention.caches import Cache, PagedCache, PooledCache, packed, write
+from llmos.drivers.jax.attention.cudnn import suits_cudnn
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
+from llmos.drivers.jax.attention.plans import PLAIN, DecodePlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder.config import DecoderConfig

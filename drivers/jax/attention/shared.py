@@ -15,16 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax.attention import (
-    PLAIN,
-    AttentionBackend,
-    DecodePlan,
-    MixedPlan,
-    PrefillPlan,
-    Scoring,
-    VerifyPlan,
-)
+from llmos.drivers.jax.attention.backend import AttentionBackend
 from llmos.drivers.jax.attention.caches import BITS, PooledCache, held, numbers
+from llmos.drivers.jax.attention.plans import PLAIN, DecodePlan, MixedPlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.decoder.config import DecoderConfig
 

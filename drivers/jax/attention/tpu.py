@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as library
 
-from llmos.drivers.jax.attention import (
+from llmos.drivers.jax.attention.backend import Turned
+from llmos.drivers.jax.attention.plans import (
     PLAIN,
     DecodePlan,
     MixedPlan,
     PrefillPlan,
     Scoring,
-    Turned,
     VerifyPlan,
     joined,
 )

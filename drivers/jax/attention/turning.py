@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llmos.drivers.jax.attention import PLAIN, DecodePlan, Scoring
 from llmos.drivers.jax.attention.caches import Cache, PagedCache, PooledCache
 from llmos.drivers.jax.attention.paged import MASKED, Tiling, join, outputs, page, scored, tiling, whole, wide
+from llmos.drivers.jax.attention.plans import PLAIN, DecodePlan, Scoring
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.decoder.layers import RMSNorm
 from llmos.drivers.jax.decoder.modules import struct

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from llmos.drivers.jax import platform
-from llmos.drivers.jax.attention import PLAIN, Paged, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention.backend import Paged
 from llmos.drivers.jax.attention.caches import BITS, Cache, PagedCache, held, numbers, write
+from llmos.drivers.jax.attention.plans import PLAIN, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.decoder import quant
 from llmos.drivers.jax.decoder.config import DecoderConfig
 

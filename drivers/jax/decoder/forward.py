@@ -16,15 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmos.drivers.jax.adapters import lora
-from llmos.drivers.jax.attention import (
-    AttentionBackend,
-    DecodePlan,
-    MixedPlan,
-    PrefillPlan,
-    Scoring,
-    VerifyPlan,
-    shared,
-)
+from llmos.drivers.jax.attention import shared
+from llmos.drivers.jax.attention.backend import AttentionBackend
+from llmos.drivers.jax.attention.plans import DecodePlan, MixedPlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.decoder.rope import Turn
 from llmos.drivers.jax.execution.state import BatchState

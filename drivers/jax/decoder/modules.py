@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmos.drivers.jax.attention import Scoring
+from llmos.drivers.jax.attention.plans import Scoring
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.experts import Experts

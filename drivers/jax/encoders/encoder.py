@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax.attention import suits_cudnn
+from llmos.drivers.jax.attention.cudnn import suits_cudnn
 from llmos.drivers.jax.decoder.config import Activation
 from llmos.drivers.jax.decoder.layers import ACTIVATIONS, Init, LayerNorm, Linear, precision
 from llmos.ipc.errors import InvalidArgument

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmos.drivers.jax import attention
 from llmos.drivers.jax.adapters import adapters
+from llmos.drivers.jax.attention import selection
 from llmos.drivers.jax.decoder import quant
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.modules import Decoder, abstract, struct
@@ -23,7 +23,7 @@ KV_DTYPES = {**DTYPES, **quant.DTYPES}
 
 def page_size(config: DecoderConfig, request: LoadRequest) -> int:
     """Bytes of one page over all layers, keys and values."""
-    return config.layers * attention.page_bytes(config, request.page_tokens, KV_DTYPES[request.kv_dtype])
+    return config.layers * selection.page_bytes(config, request.page_tokens, KV_DTYPES[request.kv_dtype])
 
 
 def bytes_on_one(x: Any) -> int:

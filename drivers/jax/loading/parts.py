@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import msgspec
 
-from llmos.drivers.jax import attention
 from llmos.drivers.jax.adapters import adapters, lora
-from llmos.drivers.jax.attention import AttentionBackend
+from llmos.drivers.jax.attention import selection
+from llmos.drivers.jax.attention.backend import AttentionBackend
 from llmos.drivers.jax.attention.shared import SharedAttention, storage
 from llmos.drivers.jax.decoder import rope
 from llmos.drivers.jax.decoder.config import DecoderConfig
@@ -179,7 +179,7 @@ class Maker:
         local, device = place.local(config), place.device.platform
         # The TPU's kernel wants keys and values of a token side by side, which a pool has not.
         name = "xla" if device == "tpu" and self.request.arena == "shared" else self.attention
-        return place.attention(attention.select(name, device, local, self.request, native))
+        return place.attention(selection.select(name, device, local, self.request, native))
 
     def _kernels(self, place: Placement) -> bool:
         """Whether this model runs on the CPU's own kernels, which know one device only."""

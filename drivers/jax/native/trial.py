@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmos.drivers.jax.attention import DecodePlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.native import NativeAttention
+from llmos.drivers.jax.attention.plans import DecodePlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.decoder.rope import rotate, rotation
 from llmos.drivers.jax.execution.state import pack_choices

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import DecodePlan
+from llmos.drivers.jax.attention.plans import DecodePlan
 from llmos.drivers.jax.decoder import forward
 from llmos.drivers.jax.decoder.forward import Shape
 from llmos.drivers.jax.execution.state import BatchState

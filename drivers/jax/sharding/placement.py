@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from llmos.drivers.jax.attention import AttentionBackend
+from llmos.drivers.jax.attention.backend import AttentionBackend
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.modules import Decoder, struct
 from llmos.drivers.jax.sharding import exchange, rules

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmos.drivers.jax.attention import PLAIN, Scoring
 from llmos.drivers.jax.attention.caches import Cache, PagedCache
+from llmos.drivers.jax.attention.plans import PLAIN, Scoring
 from llmos.drivers.jax.attention.xla import XlaAttention, finish
 from llmos.drivers.jax.decoder.config import DecoderConfig
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from llmos.drivers.jax.attention import AttentionBackend
+from llmos.drivers.jax.attention.backend import AttentionBackend
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.modules import Decoder
 from llmos.drivers.jax.sharding.collectives import Columns

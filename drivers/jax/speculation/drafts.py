@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from llmos.drivers.jax.attention import AttentionBackend
+from llmos.drivers.jax.attention.backend import AttentionBackend
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.jax.decoder.forward import Shape
 from llmos.drivers.jax.execution.ledger import Limits

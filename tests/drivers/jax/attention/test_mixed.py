@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, MixedPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention.backend import AttentionBackend
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.plans import DecodePlan, MixedPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
 
 PAGE, PAGES, WIDTH, HEADS, KV, SIZE, PIECE = 8, 40, 6, 4, 2, 32, 4

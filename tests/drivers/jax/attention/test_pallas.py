@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring, VerifyPlan, select
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.paged import paged_attention, split_count, tiling
 from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.plans import DecodePlan, PrefillPlan, Scoring, VerifyPlan
+from llmos.drivers.jax.attention.selection import select
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder.config import DecoderConfig
 from llmos.drivers.sdk.messages import LoadRequest

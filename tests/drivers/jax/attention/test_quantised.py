@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring, page_bytes
 from llmos.drivers.jax.attention.caches import PagedCache, packed
 from llmos.drivers.jax.attention.paged import paged_attention
 from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.plans import DecodePlan, PrefillPlan, Scoring
+from llmos.drivers.jax.attention.selection import page_bytes
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder import quant
 from llmos.drivers.jax.decoder.config import DecoderConfig

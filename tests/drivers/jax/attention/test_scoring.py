@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring
 from llmos.drivers.jax.attention.caches import PagedCache
+from llmos.drivers.jax.attention.plans import DecodePlan, PrefillPlan, Scoring
 from llmos.drivers.jax.attention.xla import XlaAttention
 
 PAGE, WIDTH, SIZE = 4, 16, 8

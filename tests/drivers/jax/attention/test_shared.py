@@ -10,17 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.attention import (
-    AttentionBackend,
-    DecodePlan,
-    MixedPlan,
-    PrefillPlan,
-    Scoring,
-    VerifyPlan,
-)
+from llmos.drivers.jax.attention.backend import AttentionBackend
 from llmos.drivers.jax.attention.caches import PagedCache, held, numbers
 from llmos.drivers.jax.attention.native import NativeAttention
 from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.plans import DecodePlan, MixedPlan, PrefillPlan, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches, storage
 from llmos.drivers.jax.attention.xla import XlaAttention

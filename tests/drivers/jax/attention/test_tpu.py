@@ -17,8 +17,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-from llmos.drivers.jax.attention import DecodePlan, PrefillPlan, Scoring, page_bytes, select
 from llmos.drivers.jax.attention.caches import PagedCache
+from llmos.drivers.jax.attention.plans import DecodePlan, PrefillPlan, Scoring
+from llmos.drivers.jax.attention.selection import page_bytes, select
 from llmos.drivers.jax.attention.tpu import PairedCache, TpuAttention
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder.config import DecoderConfig

@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from llmos.drivers.jax.attention import AttentionBackend, DecodePlan, Scoring
+from llmos.drivers.jax.attention.backend import AttentionBackend
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.pallas import PallasAttention
+from llmos.drivers.jax.attention.plans import DecodePlan, Scoring
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.turning import turned_attention
 from llmos.drivers.jax.attention.xla import XlaAttention
@@ -25,6 +26,7 @@ from llmos.drivers.jax.decoder.layers import RMSNorm
 from llmos.drivers.jax.decoder.modules import Decoder, random
 from llmos.drivers.jax.decoder.rope import Turn, rotation
 from llmos.drivers.jax.execution.state import empty_state
+from llmos.drivers.jax.sharding.collectives import Columns
 
 TOKENS, WIDTH = 16, 8
 LENGTHS = np.asarray([1, 16, 17, 128, 0, 50])
@@ -143,7 +145,7 @@ def generate(backend: AttentionBackend, steps: int) -> tuple[list[list[int]], np
     """Greedy tokens [steps, 3] of two rows that live and one that does not, and the last logits."""
     graph, tree = nnx.split(Decoder(CONFIG, random(jnp.float32, 0)))
     weights, structure = jax.tree.flatten(tree)
-    shape = forward.Shape(graph, structure, backend, TOKENS, 7)
+    shape = forward.Shape(graph, structure, backend, TOKENS, 7, Columns(CONFIG.vocab_size))
     caches = backend.allocate(CONFIG, 7, TOKENS, jnp.float32)
     state = empty_state(2, 4, 6)._replace(
         token=jnp.asarray([5, 17, 0]),

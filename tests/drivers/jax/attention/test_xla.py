@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax import platform
-from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
 from llmos.drivers.jax.attention.caches import BITS, held, numbers
+from llmos.drivers.jax.attention.plans import DecodePlan, PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder.config import DecoderConfig
 

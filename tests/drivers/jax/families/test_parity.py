@@ -18,7 +18,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from llmos.drivers.jax import families, platform
-from llmos.drivers.jax.attention import DecodePlan, PrefillPlan
+from llmos.drivers.jax.attention.plans import DecodePlan, PrefillPlan
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder import rope
 from llmos.drivers.jax.decoder.config import DecoderConfig

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from llmos.drivers.jax import platform
-from llmos.drivers.jax.attention import DecodePlan, Scoring
 from llmos.drivers.jax.attention.caches import PagedCache
 from llmos.drivers.jax.attention.native import NativeAttention
+from llmos.drivers.jax.attention.plans import DecodePlan, Scoring
 from llmos.drivers.jax.attention.xla import XlaAttention
 from llmos.drivers.jax.decoder import layers, quant
 from llmos.drivers.jax.native import build, kernels, trial

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos.drivers.jax.attention import PLAIN, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.caches import PagedCache, held, numbers
 from llmos.drivers.jax.attention.native import NativeAttention
+from llmos.drivers.jax.attention.plans import PLAIN, Scoring, VerifyPlan
 from llmos.drivers.jax.attention.projected import Projected
 from llmos.drivers.jax.attention.shared import Geometry, SharedAttention, SharedCaches
 from llmos.drivers.jax.attention.xla import XlaAttention
