@@ -1,1 +1,2 @@
-"""Paged attention behind one interface (``backend``); one that suits is picked when a model is loaded."""
+"""Paged attention: what is asked for (``plans``), the interface (``backend``), and which backend a model gets when
+it is loaded (``selection``)."""

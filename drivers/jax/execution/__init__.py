@@ -1,1 +1,2 @@
-"""The life of a quantum on one replica: ``engine`` first, then ``replica``, ``ledger`` and ``programs``."""
+"""The life of a quantum on one replica: ``engine`` first, then ``replica``, ``ledger`` and ``programs``; which
+programs there are is in ``spec``, and what each is in ``recipes``."""

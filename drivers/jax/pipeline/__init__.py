@@ -1,6 +1,7 @@
 """One model in pipeline stages: each has some of the layers, on devices of its own (see sharding/stages.py).
 
 steps.py     what runs on the devices: the first stage's step, a later one's, and what comes back to the first
+recipes.py   what the programs of a stage are
 programs.py  the programs of all stages as one: dispatched in order, and the device queues overlap them
 parts.py     what the loader puts an engine with stages together of
 

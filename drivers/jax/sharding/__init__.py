@@ -2,7 +2,7 @@
 
 mesh.py         what a mesh asks of the devices and the model; which devices make which replica
 rules.py        which axis of a parameter lies on which axes of the mesh, and the order of fused rows
-collectives.py  what modules do where their parameters are one part of several
+collectives.py  what programs do where an array is one part of several; how logits are cut
 sequence.py     attention over pages that are spread over devices
 placement.py    where arrays are put and how programs are compiled: on one device, or over a mesh
 stages.py       which layers a pipeline stage has, and its place (its programs are in ../pipeline/)
