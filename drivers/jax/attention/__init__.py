@@ -1,2 +1,2 @@
-"""Paged attention: what is asked for (``plans``), the interface (``backend``), and which backend a model gets when
-it is loaded (``selection``)."""
+"""Paged attention: what is asked for (``plans``), the interface (``backend``), and which backend a model gets
+when it is loaded (``selection``)."""
