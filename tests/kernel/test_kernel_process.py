@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -53,7 +53,8 @@ class Echo(Server):
 @contextmanager
 def raw_peer(system: System, name: str, routing_id: bytes = b"") -> Iterator[zmq.Socket[bytes]]:
     """A DEALER that sends what it likes."""
-    with zmq.Context.instance().socket(zmq.DEALER) as socket:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    with context.socket(zmq.DEALER) as socket:
         socket.set(zmq.LINGER, 0)
         if routing_id:
             socket.set(zmq.ROUTING_ID, routing_id)
@@ -82,6 +83,7 @@ def test_leaving_a_stream_cancels_it(echo: System) -> None:
     server = echo._threads[0][0]
     assert isinstance(server, Echo)
     stream = echo.client().stream("echo.never")
+    assert isinstance(stream, Generator)
     with pytest.raises(TimedOut):
         next(echo.client().stream("echo.never", timeout=0.05))
     stream.close()

@@ -75,7 +75,8 @@ def test_an_admitted_key_is_no_right_by_itself(remote: Remote) -> None:
 
 
 def test_a_peer_without_curve_gets_no_answer(remote: Remote) -> None:
-    with zmq.Context.instance().socket(zmq.DEALER) as socket:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    with context.socket(zmq.DEALER) as socket:
         socket.set(zmq.LINGER, 0)
         socket.connect(remote.address)
         with suppress(zmq.Again):  # the kernel may have closed the connection already

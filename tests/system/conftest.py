@@ -84,7 +84,7 @@ class Running:
         if (key, retries) not in self._clients:
             self._clients[key, retries] = openai.OpenAI(
                 base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=120.0,
-                http_client=httpx.Client(trust_env=False),
+                http_client=openai.DefaultHttpxClient(trust_env=False),
             )  # fmt: skip
         return self._clients[key, retries]
 

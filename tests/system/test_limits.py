@@ -48,7 +48,8 @@ class Tenant:
         answer = self._openai.completions.create(
             model=MODEL, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
         )
-        return int(answer.usage.completion_tokens)
+        assert answer.usage is not None
+        return answer.usage.completion_tokens
 
     def submit(self, tokens: int, prompt: list[int]) -> Future[int]:
         return self._pool.submit(self.ask, tokens, prompt)
@@ -191,4 +192,5 @@ def test_a_task_that_can_never_fit_its_quota_is_refused_at_once(small: Running) 
     assert refused.status_code == 403
     assert "max_pages" in str(refused)
     answer = small.openai(tenant.key).completions.create(model=MODEL, prompt=PROMPT, max_tokens=2 * PAGE)
+    assert answer.usage is not None
     assert answer.usage.completion_tokens <= 2 * PAGE

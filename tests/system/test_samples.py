@@ -43,6 +43,7 @@ def test_samples_have_indexes_and_one_usage(small: Running) -> None:
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    assert answer.usage is not None
     assert answer.usage.prompt_tokens == 3, "which the samples share"
     assert answer.usage.completion_tokens == 4 * COUNT
 
@@ -62,6 +63,7 @@ def test_a_chat_streams_its_samples_side_by_side(small: Running) -> None:
     assert sorted(p.index for p in pieces if p.finish_reason) == [0, 1, 2]
     first_end = next(i for i, p in enumerate(pieces) if p.finish_reason)
     assert {p.index for p in pieces[:first_end] if p.delta.content} == {0, 1, 2}, "none waits for another"
+    assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 3 * COUNT
 
 
@@ -102,6 +104,7 @@ def test_each_sample_counts_for_the_limits(small: Running) -> None:
         ask(model=MODEL, prompt=[1] * 50, n=4, max_tokens=50)
     wait_until(lambda: not tasks(small), what="the end of those that were let in")
     answer = ask(model=MODEL, prompt=[1] * 50, n=1, max_tokens=50, extra_body={"ignore_eos": True})
+    assert answer.usage is not None
     assert answer.usage.completion_tokens == 50, "what the refused request would have produced was given back"
     few = small.mint("--tenant", "queued", "--max-running", "1", "--max-queued", "2")
     with pytest.raises(openai.RateLimitError, match="max_queued"):

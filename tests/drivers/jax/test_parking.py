@@ -55,7 +55,13 @@ def load(driver: JaxDriver, tiny_folder: Path, cache_folder: Path, helpers: Any)
 
     def make(model: str = "m", **fields: Any) -> Any:
         if model not in runners:
-            values = {"page_tokens": 8, "pages": 64, "slots": 2, "max_context": 128, "chunk_tokens": 64}
+            values: dict[str, Any] = {
+                "page_tokens": 8,
+                "pages": 64,
+                "slots": 2,
+                "max_context": 128,
+                "chunk_tokens": 64,
+            }
             values |= {"source": str(tiny_folder), "cache": str(cache_folder)}
             loaded = driver.load(LoadRequest(**(values | fields | {"model": model})), helpers.ignore)
             runners[model] = helpers.Runner(driver, loaded)
@@ -101,7 +107,7 @@ def test_waking_reads_and_compiles_nothing(
     runner.run(helpers.Task(PROMPT, 5))
     park(runner.driver, "m")
     monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("a file was opened"))
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: seen.append(name))
+    jax.monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: seen.append(event))
     try:
         wake(runner.driver, "m")
         runner.run(helpers.Task(PROMPT, 5))
@@ -175,7 +181,13 @@ def test_a_wake_that_fails_halfway_leaves_nothing_on_the_device(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate")
 
     carry = parking._carry
-    monkeypatch.setattr(parking, "_carry", lambda *a: made.extend(found := carry(*a)) or found)
+
+    def noted(*arguments: Any) -> Any:
+        found = carry(*arguments)
+        made.extend(found)
+        return found
+
+    monkeypatch.setattr(parking, "_carry", noted)
     with monkeypatch.context() as broken:
         broken.setattr(replicas[0], "renew", full)
         with pytest.raises(NoMemory, match="has not got the memory to wake"):

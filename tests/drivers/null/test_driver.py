@@ -40,7 +40,8 @@ def driver() -> NullDriver:
 
 def start(slot: int = 0, tokens: list[int] | None = None, **more: Any) -> Start:
     tokens = tokens or [1, 2, 3]
-    return Start(slot=slot, tokens=tokens, prompt=len(tokens), **{"pages": [0, 1, 2], "limit": 12} | more)
+    fields: dict[str, Any] = {"pages": [0, 1, 2], "limit": 12, **more}
+    return Start(slot=slot, tokens=tokens, prompt=len(tokens), **fields)
 
 
 def run(driver: NullDriver, steps: int, **fields: Any) -> list[Step]:

@@ -104,9 +104,12 @@ def test_steps_go_on_while_pages_move(booted: System) -> None:
     start = Start(slot=0, tokens=PROMPT, prompt=6, pages=list(range(12)), limit=40)
     execute(client, 1, 1, start=[start], chunks=[Chunk(0, 0, 0, 6)])
     ended = threading.Event()
-    moving = threading.Thread(
-        target=lambda: (move(other, "device", "host", *((15, i) for i in range(8))), ended.set())
-    )
+
+    def moves() -> None:
+        move(other, "device", "host", *((15, i) for i in range(8)))
+        ended.set()
+
+    moving = threading.Thread(target=moves)
     moving.start()
     done = 0
     while not ended.is_set() and done < 30:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llmos.drivers.null.driver import NullDriver, next_token
+from llmos.drivers.sdk.driver import PendingMove
 from llmos.drivers.sdk.executor import Executor
 from llmos.drivers.sdk.messages import Chunk, LoadedModel, LoadRequest, Move, Moved, Quantum, Start
 from llmos.drivers.sdk.moves import Moves, check_move
@@ -122,10 +123,15 @@ def test_a_sequence_on_pages_that_are_not_its_own_is_refused() -> None:
     assert "page 2 does not hold the KV of tokens 0 to 3" in error.message
 
 
-def test_a_move_reads_what_the_quanta_before_it_write() -> None:
+def test_a_move_reads_what_the_quanta_before_it_write(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Scripted()
     bench = Bench(driver)
-    driver.move = lambda move, key: driver.log.append("move") or (lambda: lambda: Moved(0, 0))  # type: ignore[assignment,func-returns-value]
+
+    def move(request: Move, key: bytes) -> PendingMove:
+        driver.log.append("move")
+        return lambda: lambda: Moved(0, 0)
+
+    monkeypatch.setattr(driver, "move", move)
     bench.quantum(steps=3)
     bench.move("device", "host", (0, 0))
     bench.executor.advance()

@@ -21,7 +21,7 @@ class Device(Driver):
 
     def __init__(self, synchronous: bool = False, overlaps: bool = False, tells: bool = False) -> None:
         self.now = self.free_at = 1.0
-        self.idle = 0.0
+        self.unused = 0.0
         self.dispatched: list[tuple[int, float]] = []  # quantum, seconds until the step before it ends
         self._synchronous, self._overlaps, self._tells = synchronous, overlaps, tells
         self.step = STEP
@@ -34,7 +34,7 @@ class Device(Driver):
         for index in range(quantum.steps):
             self.dispatched.append((quantum.id, self.free_at - self.now))
             self.now += STEP if self._synchronous else HOST
-            self.idle += max(0.0, self.now - self.free_at)
+            self.unused += max(0.0, self.now - self.free_at)
             self.free_at = max(self.now, self.free_at)
             if not self._synchronous:
                 self.free_at += self.step * self._random.uniform(1.0, 1.1)
@@ -73,7 +73,7 @@ def run(device: Device, steps: int) -> Executor:
 def test_the_device_is_idle_for_less_than_two_percent() -> None:
     device = Device()
     run(device, 500)
-    assert device.idle / (device.now - 1.0) < 0.02
+    assert device.unused / (device.now - 1.0) < 0.02
 
 
 def test_the_next_step_is_dispatched_in_the_last_quarter_of_the_running_one() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
 from llmos.ipc.errors import AccessDenied, Busy, HostDown, InvalidArgument, IOFailure, NotFound
 from llmos.ipc.grant import Grant
@@ -160,7 +160,7 @@ class World(System):
     def __init__(self) -> None:
         super().__init__(Path(tempfile.mkdtemp(prefix="llmos-t")), GRANTS)
         self.write_manifest(Manifest(gateway=GatewaySpec(port=0, max_body=100_000)))
-        self._http: list[httpx.Client] = []
+        self._opened: list[httpx.Client | OpenAI] = []
         self._gateway = threading.Thread(target=lambda: asyncio.run(gateway_server.serve(self.run)))
 
     def start(self) -> None:
@@ -177,14 +177,19 @@ class World(System):
 
     def http(self) -> httpx.Client:
         client = httpx.Client(base_url=self.url, trust_env=False, timeout=20)
-        self._http.append(client)
+        self._opened.append(client)
         return client
 
     def openai(self, key: str = "key-ada") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, http_client=self.http())
+        client = OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20,
+            http_client=DefaultHttpxClient(trust_env=False),
+        )  # fmt: skip
+        self._opened.append(client)
+        return client
 
     def close(self) -> None:
-        for client in self._http:
+        for client in self._opened:
             client.close()
         try:
             if self._gateway.is_alive():

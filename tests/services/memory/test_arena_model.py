@@ -159,7 +159,7 @@ TestArena = ArenaMachine.TestCase
 
 
 @pytest.mark.slow
-class TestArenaAtLength(ArenaMachine.TestCase):  # type: ignore[misc, name-defined]
+class TestArenaAtLength(ArenaMachine.TestCase):  # type: ignore[misc, valid-type]
     settings = settings(
         max_examples=1000, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck)
     )

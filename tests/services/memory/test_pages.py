@@ -41,7 +41,7 @@ def test_a_page_is_never_handed_out_twice(data: st.DataObject) -> None:
     pool = PagePool(40)
     taken: set[int] = set()
     for _ in range(30):
-        if taken and data.draw(st.booleans()):
+        if data.draw(st.booleans()) and taken:
             page = data.draw(st.sampled_from(sorted(taken)))
             pool.give_back(page)
             taken.remove(page)

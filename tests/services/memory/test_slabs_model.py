@@ -58,8 +58,8 @@ class Member(Walk):
         ]
         self.arena = arenas.restore(Restore(arena=self.spec, tasks=held))
 
-    def options(self) -> dict[str, bool]:
-        return {"borrow": self.random.random() < 0.6}
+    def borrows(self) -> bool:
+        return self.random.random() < 0.6
 
     def lost(self, mine: set[int]) -> None:
         """What is in slabs that are not its own is overwritten by others."""

@@ -88,7 +88,7 @@ class Walk:
         tokens = [self.random.choice((0, 0, 0, 1)) for _ in range(self.random.randint(1, 16))]
         extra, quota = self.random.randint(0, 4), self.random.choice((0, 0, 0, 12))
         try:
-            pages, cached = self.arena.reserve(id, tenant, tokens, extra, quota, **self.options())
+            pages, cached = self.arena.reserve(id, tenant, tokens, extra, quota, borrow=self.borrows())
         except NoMemory:
             return
         assert cached % SIZE == 0
@@ -114,7 +114,7 @@ class Walk:
 
     def grow(self) -> None:
         if (id := self.any(away=False)) is not None:
-            ((_, pages),) = self.arena.grow([(id, self.random.randint(0, 3))], **self.options())
+            ((_, pages),) = self.arena.grow([(id, self.random.randint(0, 3))], borrow=self.borrows())
             self.tasks[id].pages += pages
 
     def free(self) -> None:
@@ -142,7 +142,7 @@ class Walk:
         extra = self.random.randint(0, 4)
         try:
             pages, cached = self.arena.tiers.swap_in(
-                id, extra, self.random.choice((0, 0, 2)), **self.options()
+                id, extra, self.random.choice((0, 0, 2)), borrow=self.borrows()
             )
         except (NoMemory, Busy):
             # The first attempt may have found that blocks were lost.
@@ -230,9 +230,9 @@ class Walk:
             tenant, tokens = self.content[0, task.pages[start // SIZE]]
             assert (tenant, tokens[:end]) == (task.tenant, tuple(task.tokens[:end])), "not its KV"
 
-    def options(self) -> dict[str, bool]:
-        """What else is said of a request for pages."""
-        return {}
+    def borrows(self) -> bool:
+        """Whether a request for pages may take slabs of others."""
+        return True
 
     def any(self, *, away: bool) -> int | None:
         found = [id for id, t in self.tasks.items() if t.away == away and not t.moving]

@@ -30,7 +30,7 @@ def roberta(tmp_path: Path) -> ModelTokenizer:
 
 
 def words(tokenizer: ModelTokenizer, tokens: Tokens) -> str:
-    return " ".join(tokenizer.raw.id_to_token(id) for id in tokens.ids)
+    return " ".join(str(tokenizer.raw.id_to_token(id)) for id in tokens.ids)
 
 
 def test_a_bert_vocabulary_splits_words_and_drops_case_and_accents(bert: ModelTokenizer) -> None:

@@ -131,7 +131,9 @@ def check_promises(sim: Simulator, tasks: list[Task]) -> None:
         else:
             assert isinstance(record.error, TimedOut | NoMemory)
             assert record.ended == one.arrived, "a refusal comes at once"
-            assert record.error.details["earliest"] > 0
+            earliest = record.error.details["earliest"]
+            assert isinstance(earliest, float)
+            assert earliest > 0
 
 
 @pytest.mark.slow

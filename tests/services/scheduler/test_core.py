@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -89,13 +90,14 @@ def test_tasks_may_be_killed_at_any_time(
     prompts = {each.id: list(each.tokens) for each in made}
     sim.submit(made)
     victims = {made[i] for i, _ in kills if i < len(made)}
+
+    def kill(victim: Task) -> None:
+        sim.core.kill(victim, Canceled("killed"), sim.now)
+
     for index, time in kills:
         if index < len(made):
             victim = made[index]
-            sim.at(
-                max(time, victim.arrived + 1e-9),
-                lambda v=victim: sim.core.kill(v, Canceled("killed"), sim.now),
-            )  # type: ignore[misc]
+            sim.at(max(time, victim.arrived + 1e-9), partial(kill, victim))
     sim.run()
     check_all(sim, [each for each in made if each not in victims], prompts)
 
@@ -211,7 +213,7 @@ def test_shared_prefixes_and_verbs_on_any_hosts_end_right(
     killed = set[int]()
     for index, verb, at in verbs:
         if index < len(made):
-            sim.at(made[index].arrived + at + 1e-9, lambda i=index, v=verb: apply(sim, made[i], v, killed))  # type: ignore[misc]
+            sim.at(made[index].arrived + at + 1e-9, partial(apply, sim, made[index], verb, killed))
     sim.run()
     check_all(sim, [each for each in made if each.id not in killed], prompts)
 
@@ -228,7 +230,12 @@ def apply(sim: Simulator, which: Task, verb: str, killed: set[int]) -> None:
     else:
         sim.core.stop(which, sim.now)
         assert which.slot < 0
-        sim.at(sim.now + 0.1, lambda: which.place is Place.ENDED or sim.core.cont(which, sim.now))  # type: ignore[func-returns-value]
+        sim.at(sim.now + 0.1, partial(go_on, sim, which))
+
+
+def go_on(sim: Simulator, stopped: Task) -> None:
+    if stopped.place is not Place.ENDED:
+        sim.core.cont(stopped, sim.now)
 
 
 def test_a_stopped_task_gives_way_and_continues_exactly() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from llmos.services.scheduler.queue import AGED_EVERY, AGING_SECONDS, Counters, TaskQueue
 from llmos.services.scheduler.simulator import Simulator, StepTime
+from llmos.services.scheduler.task import Task
 from tests.services.scheduler.traffic import model, task
 
 SLOTS = 16
@@ -14,7 +15,7 @@ SLOTS = 16
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [1.0, 3.0], [1.0] * 8 + [2.0, 4.0]])
 def test_backlogged_tenants_are_served_in_proportion_at_all_times(weights: list[float]) -> None:
     sim = Simulator(model(slots=SLOTS, pages=4000, page_tokens=16, chunk_tokens=512), StepTime())
-    made = []
+    made: list[Task] = []
     for i, weight in enumerate(weights):
         for _ in range(int(60 * weight)):
             made.append(task(len(made), [i] * (10 + 13 * i), 80 - 7 * i, tenant=f"t{i}"))
@@ -52,11 +53,11 @@ def test_the_queue_serves_the_smallest_counter_whatever_happens_in_between() -> 
         queue.push(one)
     order = []
     for _ in range(30):
-        one = queue.peek(0.0)
-        assert one is not None
-        queue.take(one)
-        counters.charge(one, {"t0": 1, "t1": 2, "t2": 4}[one.tenant], 0)
-        order.append(one.tenant)
+        first = queue.peek(0.0)
+        assert first is not None
+        queue.take(first)
+        counters.charge(first, {"t0": 1, "t1": 2, "t2": 4}[first.tenant], 0)
+        order.append(first.tenant)
     assert [order[:14].count(t) for t in ("t0", "t1", "t2")] == [8, 4, 2]
     assert queue.peek(0.0) is None
     assert not len(queue)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ class Bench:
             chunk_tokens=16,
             mesh={"data": replicas},
         )
-        options = {"step_ms": step_ms, "burst": burst, "encoder": "e"}
+        options: dict[str, str | int | float | bool] = {"step_ms": step_ms, "burst": burst, "encoder": "e"}
         driver = DriverSpec(name="null0", kind="null", options=options)
         system.write_manifest(Manifest(drivers=[driver], models=[]))
         system.kernel()
@@ -114,10 +115,11 @@ class Bench:
         else:
             self.system.spawn(name, f"llmos.services.{name}")
 
-    def host(self) -> None:
+    def host(self) -> LoadedModel:
         """What the models service does when a driver comes up."""
-        loaded = self.user.call("driver.null0.load", self.load, LoadedModel)
+        loaded: LoadedModel = self.user.call("driver.null0.load", self.load, LoadedModel)
         self.user.call("scheduler.host", Host("null0", loaded))
+        return loaded
 
     def host_encoder(self) -> None:
         load = LoadRequest(model="e", source="", max_context=64, chunk_tokens=64)
@@ -147,7 +149,7 @@ class Bench:
 
     def stream(
         self, prompt: list[int], count: int, client: Client | None = None, **more: Any
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         submit = Submit(model="m", tokens=prompt, max_tokens=count, **more)
         seen = 0
         for message in (client or self.user).stream("scheduler.submit", submit, Tokens):
@@ -208,9 +210,9 @@ def test_many_tasks_share_slots_and_pages_and_all_end_right(
             assert item.offset == len(got.setdefault(item.call, []))
             got[item.call].extend(item.tokens)
 
-    def done(call: int, answer: Answer) -> None:
+    def done(calls: list[int], answer: Answer) -> None:
         assert answer.kind == Kind.END, answer.error
-        ended[call] = codec.decode(answer.body, Finished)
+        ended[calls[0]] = codec.decode(answer.body, Finished)
 
     attach.call("scheduler.attach", codec.EMPTY, 0, tokens)
     prompts: dict[int, tuple[list[int], int]] = {}
@@ -223,7 +225,7 @@ def test_many_tasks_share_slots_and_pages_and_all_end_right(
                 Submit(model="m", tokens=prompt, max_tokens=count, band=("batch", "interactive")[number % 2])
             ),
             0,
-            lambda answer, calls=calls: done(calls[0], answer),
+            partial(done, calls),
         )
         calls.append(call)
         prompts[call] = (prompt, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -92,13 +93,24 @@ def test_tasks_are_killed_and_stopped_and_moves_fail(seed: int) -> None:
     prompts = {each.id: list(each.tokens) for each in made}
     sim.submit(made)
     killed = set()
+
+    def kill(one: Task) -> None:
+        sim.core.kill(one, Canceled("killed"), sim.now)
+
+    def stop(one: Task) -> None:
+        if one.place is not Place.ENDED:
+            sim.core.stop(one, sim.now)
+
+    def cont(one: Task) -> None:
+        sim.core.cont(one, sim.now)
+
     for each in rng.sample(made, 10):
         killed.add(each)
-        sim.at(each.arrived + rng.uniform(0, 2), lambda t=each: sim.core.kill(t, Canceled("killed"), sim.now))
+        sim.at(each.arrived + rng.uniform(0, 2), partial(kill, each))
     for each in rng.sample(made, 15):
         at = each.arrived + rng.uniform(0, 2)
-        sim.at(at, lambda t=each: t.place is Place.ENDED or sim.core.stop(t, sim.now))
-        sim.at(at + rng.uniform(0, 2), lambda t=each: sim.core.cont(t, sim.now))
+        sim.at(at, partial(stop, each))
+        sim.at(at + rng.uniform(0, 2), partial(cont, each))
     for _ in range(8):
         sim.at(rng.uniform(0, 5), sim.fail_move)
     sim.run()

@@ -246,7 +246,7 @@ def test_a_flood_of_bad_tokens_does_not_fill_the_log(booted: Any) -> None:
 
 def test_a_driver_gets_the_key_of_a_tenant_and_a_purpose_and_nobody_else_gets_any(booted: Any) -> None:
     driver = booted.client("driver.null0")
-    ask = [StorageKeyQuery(tenant, purpose) for tenant in "ab" for purpose in ("pages", "tasks")]  # type: ignore[arg-type]
+    ask = [StorageKeyQuery(tenant, purpose) for tenant in "ab" for purpose in ("pages", "tasks")]
     keys = [driver.call("security.storage_key", query, StorageKey).key for query in ask]
     assert {len(key) for key in keys} == {32}
     assert len(set(keys)) == 4

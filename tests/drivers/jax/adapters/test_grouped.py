@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from llmos.drivers.jax.adapters import grouped, lora
 from llmos.drivers.jax.decoder.layers import product
 
 
-def arrays(tokens: int, inner: int, parts: tuple[int, ...], adapters: int, rank: int) -> list[np.ndarray]:
+def arrays(tokens: int, inner: int, parts: tuple[int, ...], adapters: int, rank: int) -> list[jax.Array]:
     """y, x, A and B, scaled so that all that is added is near one."""
     rng = np.random.default_rng(0)
     shapes = (
@@ -21,18 +22,19 @@ def arrays(tokens: int, inner: int, parts: tuple[int, ...], adapters: int, rank:
         ((adapters, len(parts) * rank, inner), inner**-0.5),
         ((sum(parts), adapters, rank), rank**-0.5),
     )
-    return [(rng.standard_normal(shape) * scale).astype(np.float32) for shape, scale in shapes]
+    return [jnp.asarray(rng.standard_normal(shape) * scale, jnp.float32) for shape, scale in shapes]
 
 
 def expected(
-    y: np.ndarray, x: np.ndarray, numbers: np.ndarray, a: np.ndarray, b: np.ndarray, parts: tuple[int, ...]
+    y: jax.Array, x: jax.Array, numbers: np.ndarray, a: jax.Array, b: jax.Array, parts: tuple[int, ...]
 ) -> np.ndarray:
-    made, bounds = y.copy(), np.cumsum(parts)[:-1]
+    made, given, inner, outer = (np.array(each) for each in (y, x, a, b))
+    bounds = np.cumsum(parts)[:-1]
     for token, number in enumerate(numbers):
         if number:
-            pieces = np.split(a[number - 1] @ x[token], len(parts))
-            outer = zip(np.split(b[:, number - 1], bounds), pieces, strict=True)
-            made[token] += np.concatenate([part @ inner for part, inner in outer])
+            pieces = np.split(inner[number - 1] @ given[token], len(parts))
+            both = zip(np.split(outer[:, number - 1], bounds), pieces, strict=True)
+            made[token] += np.concatenate([part @ piece for part, piece in both])
     return made
 
 
@@ -60,7 +62,7 @@ def test_each_token_gets_what_its_own_adapter_adds(
     y, x, a, b = arrays(tokens, inner, parts, adapters, rank)
     mixed = np.random.default_rng(1).integers(0, adapters + 1, tokens).astype(np.int32)
     for numbers in (mixed, np.full_like(mixed, adapters)):
-        result = grouped.add(*map(jnp.asarray, (y, x, numbers, a, b)), parts, interpret=True)
+        result = grouped.add(y, x, jnp.asarray(numbers), a, b, parts, interpret=True)
         np.testing.assert_allclose(result, expected(y, x, numbers, a, b, parts), rtol=1e-4, atol=1e-4)
 
 
@@ -71,11 +73,11 @@ def test_what_has_no_adapter_is_left_exactly_as_it_is_whatever_is_beside_it() ->
     np.testing.assert_array_equal(result, y)
     numbers[[3, 7]] = 2
     x = x.at[3].set(jnp.nan)
-    result = np.asarray(grouped.add(y, x, jnp.asarray(numbers), a, b, (64, 32), interpret=True))
+    result = grouped.add(y, x, jnp.asarray(numbers), a, b, (64, 32), interpret=True)
     others = np.delete(np.arange(80), [3, 7])
-    np.testing.assert_array_equal(result[others], np.asarray(y)[others])
-    assert np.isnan(result[3].astype(np.float32)).all()
-    assert (result[7] != np.asarray(y)[7]).any()
+    np.testing.assert_array_equal(result[others], y[others])
+    assert jnp.isnan(result[3]).all()
+    assert (result[7] != y[7]).any()
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 100, 2048, 8192])

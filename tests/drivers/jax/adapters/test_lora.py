@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
@@ -186,11 +187,12 @@ def test_the_ways_of_multiplying_without_kernels_agree(monkeypatch: pytest.Monke
     a = rng.standard_normal((2, 2 * 4, 16)).astype(np.float32)
     b = rng.standard_normal((10, 2, 4)).astype(np.float32)
     rows = np.asarray([1, 0, 2, 1], np.int32)
+    given = jnp.asarray(y), jnp.asarray(x), jnp.asarray(a), jnp.asarray(b)
     results = []
     for way in ("all", "own"):
         monkeypatch.setattr(lora, "choose", lambda *_, way=way: way)
-        with lora.serving(rows):
-            results.append(np.asarray(lora.add(y, x, a, b, (4, 6), lambda x, w: x @ w.T)))
+        with lora.serving(jnp.asarray(rows)):
+            results.append(lora.add(*given, (4, 6), lambda x, w: x @ w.T))
     expected = y.copy()
     for row, number in enumerate(rows):
         if number:
@@ -202,9 +204,9 @@ def test_the_ways_of_multiplying_without_kernels_agree(monkeypatch: pytest.Monke
 
 
 def test_outside_of_serving_a_product_is_what_it_is() -> None:
-    y = np.ones((2, 4), np.float32)
+    y = jnp.ones((2, 4))
     with lora.serving(None):
-        assert lora.add(y, y, y, y, (4,), np.matmul) is y
+        assert lora.add(y, y, y, y, (4,), jnp.matmul) is y
 
 
 def way(rows: int, tokens: int, adapters: int, platform: str, rank: int = 16, dtype: str = "float32") -> str:

@@ -58,15 +58,15 @@ def test_the_tokens_of_a_row_share_its_pages_and_see_what_is_before_them(queries
 def test_guesses_are_verified_as_on_the_other_backend() -> None:
     q, k, v, tables = arrays(3, queries=4)
     rng = np.random.default_rng(1)
-    new = [jnp.asarray(rng.normal(size=(3, 4, 2, 32)), jnp.float32) for _ in range(2)]
+    new_k, new_v = (jnp.asarray(rng.normal(size=(3, 4, 2, 32)), jnp.float32) for _ in range(2))
     starts, counts = jnp.asarray([14, 40, 0], jnp.int32), jnp.asarray([4, 2, 0], jnp.int32)
     position = starts[:, None] + jnp.arange(4)
     pages = jnp.take_along_axis(tables, position // PAGE_TOKENS, axis=1)
     pages = jnp.where(jnp.arange(4) < counts[:, None], pages, PAGES)
     lengths = jnp.where(counts > 0, starts + counts, 0)
     plan = VerifyPlan(tables, starts, lengths, pages, position % PAGE_TOKENS)
-    out, cache = PallasAttention(interpret=True).verify(plan, PagedCache(k, v), q, *new)
-    expected, reference = XlaAttention().verify(plan, PagedCache(k, v), q, *new)
+    out, cache = PallasAttention(interpret=True).verify(plan, PagedCache(k, v), q, new_k, new_v)
+    expected, reference = XlaAttention().verify(plan, PagedCache(k, v), q, new_k, new_v)
     np.testing.assert_array_equal(cache.k, reference.k)
     np.testing.assert_array_equal(cache.v, reference.v)
     for row, count in enumerate(counts.tolist()):
@@ -77,14 +77,14 @@ def test_guesses_are_verified_as_on_the_other_backend() -> None:
 def test_a_fresh_prompt_is_written_page_by_page_as_it_is_token_by_token(chunk: int) -> None:
     rng = np.random.default_rng(1)
     _, k, v, tables = arrays(2)
-    new = [jnp.asarray(rng.normal(size=(2, chunk, 2, 32)), jnp.float32) for _ in range(3)]
+    q, new_k, new_v = (jnp.asarray(rng.normal(size=(2, chunk, 2, 32)), jnp.float32) for _ in range(3))
     counts = jnp.asarray([chunk, chunk // 2], jnp.int32)
     offset = jnp.arange(chunk)
     pages = jnp.where(offset < counts[:, None], tables[:, offset // PAGE_TOKENS], PAGES)
     plan = PrefillPlan(tables, jnp.zeros(2, jnp.int32), counts, pages, jnp.tile(offset % PAGE_TOKENS, (2, 1)))
-    q = jnp.concatenate([new[0], new[0]], axis=2)
-    out, cache = PallasAttention(fresh="xla").prefill(plan, PagedCache(k, v), q, *new[1:], fresh=True)
-    expected, reference = XlaAttention().prefill(plan, PagedCache(k, v), q, *new[1:])
+    q = jnp.concatenate([q, q], axis=2)
+    out, cache = PallasAttention(fresh="xla").prefill(plan, PagedCache(k, v), q, new_k, new_v, fresh=True)
+    expected, reference = XlaAttention().prefill(plan, PagedCache(k, v), q, new_k, new_v)
     for row, count in enumerate(counts.tolist()):
         np.testing.assert_allclose(out[row, :count], expected[row, :count], atol=2e-6)
         for at in range(count):
@@ -151,11 +151,11 @@ def test_a_chunk_attends_as_on_the_other_backend(fresh: bool, scoring: Scoring) 
     _, k, v, tables = arrays(3)
     starts = jnp.asarray([0, 0, 0] if fresh else [20, 0, 58], jnp.int32)
     counts = jnp.asarray([70, 1, 69], jnp.int32)
-    q, *new = (jnp.asarray(rng.normal(size=(3, chunk, n, 32)), jnp.float32) for n in (4, 2, 2))
+    q, new_k, new_v = (jnp.asarray(rng.normal(size=(3, chunk, n, 32)), jnp.float32) for n in (4, 2, 2))
     plan = prefill_plan(tables, starts, counts, chunk)
     backend = PallasAttention(fresh="xla", interpret=True)
-    out, cache = backend.prefill(plan, PagedCache(k, v), q, *new, fresh=fresh, scoring=scoring)
-    expected, reference = XlaAttention().prefill(plan, PagedCache(k, v), q, *new, scoring=scoring)
+    out, cache = backend.prefill(plan, PagedCache(k, v), q, new_k, new_v, fresh=fresh, scoring=scoring)
+    expected, reference = XlaAttention().prefill(plan, PagedCache(k, v), q, new_k, new_v, scoring=scoring)
     for row, count in enumerate(counts.tolist()):
         np.testing.assert_allclose(out[row, :count], expected[row, :count], atol=2e-6)
     if not fresh:
@@ -172,12 +172,12 @@ def test_a_chunk_is_cut_into_blocks_of_queries_that_fit_into_registers() -> None
 
 def test_decode_writes_the_new_token_and_sees_it() -> None:
     q, k, v, tables = arrays(2)
-    new = [jnp.full((2, 2, 32), value, jnp.float32) for value in (0.5, 2.0)]
+    new_k, new_v = (jnp.full((2, 2, 32), value, jnp.float32) for value in (0.5, 2.0))
     plan = DecodePlan(tables, jnp.asarray([1, 0]), jnp.asarray([tables[0, 0], PAGES]), jnp.asarray([0, 0]))
-    out, cache = PallasAttention(interpret=True).decode(plan, PagedCache(k, v), q[:, 0], *new)
+    out, cache = PallasAttention(interpret=True).decode(plan, PagedCache(k, v), q[:, 0], new_k, new_v)
     np.testing.assert_allclose(out[0], 2.0, rtol=1e-6)
     assert not np.asarray(out[1]).any()
-    np.testing.assert_array_equal(cache.k[tables[0, 0], :, 0], new[0][0])
+    np.testing.assert_array_equal(cache.k[tables[0, 0], :, 0], new_k[0])
 
 
 @pytest.mark.parametrize("scoring", [Scoring(), Scoring(window=40, cap=50.0, scale=0.1)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +52,7 @@ def test_xla_attends_to_8_bit_pages_as_to_float_ones(kind: str, scoring: Scoring
     backend = XlaAttention(tokens_in_flight=64)
     expected, _ = backend.decode(plan(tables, lengths), whole, *new, scoring)
     out, cache = backend.decode(plan(tables, lengths), small, *new, scoring)
-    assert [x.dtype for x in cache] == [x.dtype for x in small]
+    assert [x.dtype for x in jax.tree.leaves(cache)] == [x.dtype for x in jax.tree.leaves(small)]
     np.testing.assert_allclose(out, expected, atol=NEAR[kind] * float(jnp.abs(expected).max()))
 
 
@@ -96,17 +94,20 @@ def test_a_fresh_prompt_is_written_page_by_page_as_it_is_token_by_token(kind: st
         np.testing.assert_allclose(out[row, :count], expected[row, :count], atol=near)
         for at in range(count):
             place = (tables[row, at // PAGE], slice(None), at % PAGE)
-            for found, wanted in zip(cache, reference):
-                np.testing.assert_array_equal(*(np.asarray(x[place], np.float32) for x in (found, wanted)))
+            for parts in zip(jax.tree.leaves(cache), jax.tree.leaves(reference), strict=True):
+                found, wanted = (np.asarray(x[place], np.float32) for x in parts)
+                np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scrub_clears_values_and_scales_that_are_not_finite(kind: str) -> None:
     _, small, _ = pages(kind)
-    bad: Any = small._replace(k_scale=small.k_scale.at[3, 0, 2].set(np.nan))
+    assert small.k_scale is not None
+    bad = small._replace(k_scale=small.k_scale.at[3, 0, 2].set(np.nan))
     if kind == "float8":
         bad = bad._replace(v=bad.v.at[3, 1, 1].set(jnp.nan))
     sound = XlaAttention().scrub(bad, jnp.asarray([3, PAGES + 1]))
+    assert sound.k_scale is not None
     assert float(sound.k_scale[3, 0, 2]) == 0.0
     assert all(np.isfinite(np.asarray(part, np.float32)).all() for part in sound)
     np.testing.assert_array_equal(sound.k_scale[4], small.k_scale[4])

@@ -40,10 +40,10 @@ def test_decode_and_prefill_score_as_dense_attention_does(scoring: Scoring) -> N
     q = rng.standard_normal((rows, 2, SIZE)).astype(np.float32)
     lengths = jnp.asarray(LENGTHS)
     at = jnp.maximum(lengths - 1, 0)
-    last = [jnp.asarray(x[np.arange(rows), at]) for x in (k, v)]
+    last_k, last_v = (jnp.asarray(x[np.arange(rows), at]) for x in (k, v))
     where = jnp.where(lengths > 0, tables[jnp.arange(rows), at // PAGE], rows * WIDTH + 1)
     out, _ = backend.decode(
-        DecodePlan(tables, lengths, where, at % PAGE), cache, jnp.asarray(q), *last, scoring
+        DecodePlan(tables, lengths, where, at % PAGE), cache, jnp.asarray(q), last_k, last_v, scoring
     )
     for row, length in enumerate(LENGTHS[:3]):
         expected = dense(q[row], k[row, :length], v[row, :length], scoring)
@@ -59,8 +59,8 @@ def test_decode_and_prefill_score_as_dense_attention_does(scoring: Scoring) -> N
         pages=tables[:1, place // PAGE],
         offsets=jnp.asarray(place % PAGE)[None],
     )
-    new = [jnp.asarray(x[:1, place]) for x in (k, v)]
-    out, _ = backend.prefill(plan, cache, jnp.asarray(queries), *new, scoring=scoring)
+    new_k, new_v = (jnp.asarray(x[:1, place]) for x in (k, v))
+    out, _ = backend.prefill(plan, cache, jnp.asarray(queries), new_k, new_v, scoring=scoring)
     for index, position in enumerate(place):
         expected = dense(queries[0, index], k[0, : position + 1], v[0, : position + 1], scoring)
         np.testing.assert_allclose(out[0, index], expected, rtol=2e-5, atol=2e-6)

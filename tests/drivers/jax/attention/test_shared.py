@@ -89,7 +89,7 @@ def step(backend: AttentionBackend, kind: str, cache: Any, dtype: Any, scoring: 
         turns = (random(*shape, SIZE // 2, seed=s) for s in (30, 31))
         return backend.step(plan, cache, Projected.of(q, k, v, Turn(*turns)), scoring)
     if kind in ("decode", "verify", "mixed"):
-        return getattr(backend, kind)(plan, cache, q, k, v, scoring)  # type: ignore[no-any-return]
+        return getattr(backend, kind)(plan, cache, q, k, v, scoring)
     return backend.prefill(plan, cache, q, k, v, kind == "fresh", scoring)
 
 

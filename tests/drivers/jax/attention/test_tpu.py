@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
+from jax.experimental.pallas import tpu as pltpu
 
-from llmos.drivers.jax.attention.caches import PagedCache
+from llmos.drivers.jax.attention.caches import Cache, PagedCache
 from llmos.drivers.jax.attention.plans import DecodePlan, PrefillPlan, Scoring
 from llmos.drivers.jax.attention.selection import page_bytes, select
 from llmos.drivers.jax.attention.tpu import PairedCache, TpuAttention
@@ -34,10 +34,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     def store(ref: Any, value: Any, *, mask: Any) -> None:
         ref[...] = jnp.where(mask, value, ref[...])
 
-    monkeypatch.setattr(kernel.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(kernel.pltpu, "store", store)
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(pltpu, "store", store)
     yield
-    jax.clear_caches()  # type: ignore[no-untyped-call]
+    jax.clear_caches()
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -52,7 +52,7 @@ def pages() -> tuple[PagedCache, PairedCache, jax.Array]:
     return PagedCache(k, v), PairedCache(pairs), jnp.asarray(tables, jnp.int32)
 
 
-def paired(cache: PagedCache) -> jax.Array:
+def paired(cache: Cache) -> jax.Array:
     return jnp.stack([cache.k, cache.v], axis=2).reshape(PAGES, 4, PAGE, SIZE).swapaxes(1, 2)
 
 
@@ -81,9 +81,9 @@ def test_a_later_chunk_of_padded_rows_equals_the_other_backend() -> None:
         jnp.arange(chunk) < counts[:, None], jnp.take_along_axis(tables, position // PAGE, axis=1), PAGES
     )
     plan = PrefillPlan(tables, starts, starts + counts, where, position % PAGE)
-    new = [normal(3, chunk, n, SIZE, seed=n) for n in (4, 2, 2)]
-    out, cache = BACKEND.prefill(plan, pairs, *new, fresh=False, scoring=Scoring(window=9))
-    expected, reference = XlaAttention().prefill(plan, whole, *new, scoring=Scoring(window=9))
+    q, k, v = (normal(3, chunk, n, SIZE, seed=n) for n in (4, 2, 2))
+    out, cache = BACKEND.prefill(plan, pairs, q, k, v, fresh=False, scoring=Scoring(window=9))
+    expected, reference = XlaAttention().prefill(plan, whole, q, k, v, scoring=Scoring(window=9))
     for row, count in enumerate(counts.tolist()):
         np.testing.assert_allclose(out[row, :count], expected[row, :count], atol=2e-6)
     np.testing.assert_array_equal(cache.kv, paired(reference))

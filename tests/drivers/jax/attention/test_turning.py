@@ -64,7 +64,7 @@ def compare(found: tuple[Any, Any], expected: tuple[Any, Any], atol: float = 2e-
     np.testing.assert_allclose(out[live], wanted[live], atol=atol)
     assert not out[~live].any()
     for part, other in zip(*(jax.tree.leaves(each[1]) for each in (found, expected)), strict=True):
-        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (part, other)), atol=atol)
+        np.testing.assert_allclose(np.asarray(part, np.float32), np.asarray(other, np.float32), atol=atol)
 
 
 @pytest.mark.parametrize("splits", [1, pytest.param(2, marks=pytest.mark.slow), 4])
@@ -120,9 +120,10 @@ def test_bfloat16_is_rounded_where_the_other_backend_rounds(kv: str) -> None:
     found = turned_attention(plan, cache, new, interpret=True)
     expected = XlaAttention().step(plan, cache, new)
     compare((found[0], ()), (expected[0], ()), atol=0.02)
-    np.testing.assert_array_equal(*(np.asarray(x[1].v, np.float32) for x in (found, expected)))
+    pages, wanted = (jax.tree.map(lambda x: np.asarray(x, np.float32), each[1]) for each in (found, expected))
+    np.testing.assert_array_equal(pages.v, wanted.v)
     # A key between two numbers of bfloat16 may fall to either.
-    np.testing.assert_allclose(*(np.asarray(x[1].k, np.float32) for x in (found, expected)), rtol=0.01)
+    np.testing.assert_allclose(pages.k, wanted.k, rtol=0.01)
 
 
 def test_pages_that_the_queries_do_not_see_are_not_read_nor_what_a_page_held_before() -> None:

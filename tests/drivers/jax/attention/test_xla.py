@@ -64,7 +64,7 @@ def prefilled(
         pages=jnp.asarray(table[place // PAGE][None]),
         offsets=jnp.asarray(place % PAGE)[None],
     )
-    out, cache = backend.prefill(plan, cache, *(jnp.asarray(x) for x in (q, k, v)))
+    out, cache = backend.prefill(plan, cache, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
     return q[0], k[0], v[0], np.asarray(out[0]), cache
 
 
@@ -103,7 +103,7 @@ def test_decode_rows_of_different_lengths(in_flight: int) -> None:
         pages=jnp.asarray(table[np.arange(3), position // PAGE]),
         offsets=jnp.asarray(position % PAGE),
     )
-    out, _ = backend.decode(plan, cache, *(jnp.asarray(x) for x in (q, k, v)))
+    out, _ = backend.decode(plan, cache, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
     for row in range(3):
         keys, values = (np.concatenate([old, new[row : row + 1]]) for old, new in zip(seen[row], (k, v)))
         np.testing.assert_allclose(out[row], dense(q[row], keys, values), rtol=2e-5, atol=2e-6)
@@ -149,8 +149,8 @@ def test_bits_hold_what_bfloat16_does_and_give_the_same_output(
     starts, lengths, offsets = jnp.asarray([0]), jnp.asarray([23]), jnp.asarray([place % PAGE])
     plan, found = PrefillPlan(table, starts, lengths, pages, offsets), {}
     for dtype in (jnp.dtype(jnp.bfloat16), BITS):
-        (cache,) = XlaAttention().allocate(CONFIG, PAGES, PAGE, dtype)
-        out, cache = XlaAttention().prefill(plan, cache, q, k, v)
+        (empty,) = XlaAttention().allocate(CONFIG, PAGES, PAGE, dtype)
+        out, cache = XlaAttention().prefill(plan, empty, q, k, v)
         assert (out.dtype, cache.k.dtype) == (jnp.bfloat16, dtype)
         found[dtype] = np.asarray(out, np.float32), np.asarray(numbers(cache.k), np.float32)
     (plain, kept), (imitated, bits) = found.values()

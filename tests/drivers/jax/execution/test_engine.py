@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from llmos.drivers.jax.execution.spec import Key
 from llmos.drivers.sdk.messages import Chunk, Growth, Sampling
 from llmos.ipc.errors import InvalidArgument, NotFound
 
@@ -60,9 +61,14 @@ def test_prompts_short_enough_are_prefilled_by_the_program_that_decodes(
 ) -> None:
     runner = helpers.Runner(*mixing_driver)
     (engine,) = runner.driver._engines["tiny"]
-    used: list[Any] = []
+    used: list[Key] = []
     get = engine.programs.get
-    monkeypatch.setattr(engine.programs, "get", lambda key: used.append(key) or get(key))
+
+    def noted(key: Key) -> Any:
+        used.append(key)
+        return get(key)
+
+    monkeypatch.setattr(engine.programs, "get", noted)
     alone = [runner.run(helpers.Task(prompt, 12))[0] for prompt in (PROMPTS[0], PROMPTS[5])]
     first, second = helpers.Task(PROMPTS[0], 12), helpers.Task(PROMPTS[5], 12)
     begun = runner.steps(4, start=[runner.start(0, first)], chunks=[Chunk(0, 0, 0, 4)], decode=[0])

@@ -30,7 +30,11 @@ class Programs:
 
     def get(self, key: tuple[str]) -> Any:
         assert key == ("scrub",)
-        return lambda caches, pages: (self.scrubbed.append(pages.tolist()), [*caches, "scrubbed"])[1]
+        return self.scrub
+
+    def scrub(self, caches: list[Any], pages: np.ndarray) -> list[Any]:
+        self.scrubbed.append(pages.tolist())
+        return [*caches, "scrubbed"]
 
 
 @pytest.fixture

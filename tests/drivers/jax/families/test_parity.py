@@ -6,6 +6,7 @@ float32; ``make_fixtures.py`` records them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def read(folder: Path, dtype: Any = jnp.float32) -> tuple[DecoderConfig, Any]:
 def apply(graph: Any, state: Any, cache: Any, x: Any, turn: Any, plan: Any) -> Any:
     """One layer; those that are alike share a compiled program."""
     backend = XlaAttention(tokens_in_flight=16)
-    attend = backend.decode if isinstance(plan, DecodePlan) else backend.prefill
+    attend: Callable[..., Any] = backend.decode if isinstance(plan, DecodePlan) else backend.prefill
     bound = lambda new, scoring: attend(plan, cache, *new.parts(), scoring=scoring)  # noqa: E731
     return nnx.merge(graph, state)(x, turn, bound)
 
@@ -87,15 +88,15 @@ def run(folder: Path, tokens: np.ndarray, dtype: Any = jnp.float32) -> np.ndarra
     tables = jnp.asarray([[*table, *[pages] * (16 - pages)]], jnp.int32)
     found = []
     for first in (0, CHUNK):
-        at = np.arange(first, first + CHUNK)
-        where = (jnp.asarray(table[at // PAGE_TOKENS])[None], jnp.asarray(at % PAGE_TOKENS)[None])
-        plan = PrefillPlan(tables, jnp.asarray([first]), jnp.asarray([first + CHUNK]), *where)
-        logits, caches = step(model, caches, tokens[at][None], at[None], plan)
+        chunk = np.arange(first, first + CHUNK)
+        where = (jnp.asarray(table[chunk // PAGE_TOKENS])[None], jnp.asarray(chunk % PAGE_TOKENS)[None])
+        prefill = PrefillPlan(tables, jnp.asarray([first]), jnp.asarray([first + CHUNK]), *where)
+        logits, caches = step(model, caches, tokens[chunk][None], chunk[None], prefill)
         found += list(logits[0])
     for at in range(2 * CHUNK, len(tokens)):
         where = (jnp.asarray([table[at // PAGE_TOKENS]]), jnp.asarray([at % PAGE_TOKENS]))
-        plan = DecodePlan(tables, jnp.asarray([at + 1]), *where)
-        logits, caches = step(model, caches, tokens[at : at + 1], np.asarray([at]), plan)
+        decode = DecodePlan(tables, jnp.asarray([at + 1]), *where)
+        logits, caches = step(model, caches, tokens[at : at + 1], np.asarray([at]), decode)
         found.append(logits[0])
     return np.stack(found)
 
@@ -113,9 +114,10 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 def test_the_engine_continues_as_transformers_does(name: str, helpers: Any, cache_folder: Path) -> None:
     expected = load_file(DATA / name / "expected.tensors")
     driver = JaxDriver("cpu")
-    sizes = {"page_tokens": 4, "pages": 16, "slots": 1, "max_context": 64, "chunk_tokens": 16}
-    source = str(DATA / name)
-    request = LoadRequest(model=name, source=source, cache=str(cache_folder), **sizes)
+    request = LoadRequest(
+        model=name, source=str(DATA / name), cache=str(cache_folder),
+        page_tokens=4, pages=16, slots=1, max_context=64, chunk_tokens=16,
+    )  # fmt: skip
     runner = helpers.Runner(driver, driver.load(request, helpers.ignore))
     greedy = expected["greedy"].tolist()
     task = helpers.Task(expected["tokens"].tolist(), len(greedy))

@@ -32,7 +32,7 @@ def compiled(native_kernels: bool) -> None:
         pytest.skip(kernels.state())
 
 
-def traced(native: bool, variant: Variant) -> Callable[..., jax.Array]:
+def traced(native: bool, variant: Variant) -> jax.stages.Wrapped:
     def choose(logits: jax.Array, choice: Choice, position: jax.Array) -> jax.Array:
         with kernels.use(native):
             return sampling.choose(variant, logits, choice, position, Columns(logits.shape[1]))
@@ -122,8 +122,8 @@ def test_tokens_are_those_of_xla(variant: Variant, vocab: int) -> None:
     asked = each + [Sampling(temperature=0.8, top_k=k, top_p=p) for k, p in ((50, 1.0), (0, 0.9), (9, 0.5))]
     asked += [Sampling(temperature=0.8, min_p=0.05, seed=3)]
     for position in range(5):
-        both = [tokens(native, logits, asked, position, variant) for native in (True, False)]
-        np.testing.assert_array_equal(*both)
+        found, wanted = (tokens(native, logits, asked, position, variant) for native in (True, False))
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_token_can_win_by_the_largest_noise() -> None:
@@ -138,12 +138,12 @@ def test_a_token_can_win_by_the_largest_noise() -> None:
 
 def test_without_filters_top_k_and_top_p_count_for_nothing() -> None:
     logits = np.random.default_rng(0).standard_normal((2, 500))
-    cut, free = ([Sampling(temperature=5.0, seed=s, **more) for s in (1, 2)] for more in ({"top_k": 1}, {}))
+    cut, free = ([Sampling(temperature=5.0, seed=s, top_k=k) for s in (1, 2)] for k in (1, 0))
     np.testing.assert_array_equal(tokens(True, logits, cut, 3, "plain"), tokens(True, logits, free, 3))
 
 
 def test_of_equals_at_a_cut_all_can_be_chosen() -> None:
-    logits = np.tile(np.float32([5.0, 1.0, 5.0, 1.0, 5.0, 0.0]), (400, 1))
+    logits = np.tile(np.asarray([5.0, 1.0, 5.0, 1.0, 5.0, 0.0], np.float32), (400, 1))
     for more in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.1}, {"top_p": 0.5}):
         asked = [Sampling(temperature=1.0, seed=seed, **more) for seed in range(400)]
         assert set(tokens(True, logits, asked).tolist()) == {0, 2, 4}

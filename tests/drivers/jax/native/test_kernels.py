@@ -172,7 +172,7 @@ def test_few_rows_are_gated_by_xla() -> None:
 
 def test_gates_of_an_odd_or_unknown_shape_are_refused() -> None:
     for x in (values((8, 7), jnp.float32), values((8, 8), jnp.float16), values((2, 8, 8), jnp.float32)):
-        shape = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // 2), x.dtype)  # type: ignore[no-untyped-call]
+        shape = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // 2), x.dtype)
         call = jax.ffi.ffi_call(build.target("gate"), shape)
         with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="gate takes x"):
             call(x, activation=np.int32(0))

@@ -129,7 +129,7 @@ class Case:
 def run(case: Case) -> tuple[jax.Array, PagedCache]:
     call = jax.jit(partial(extend, scoring=case.scoring))
     out, cache = call(case.plan(), case.cache(), *case.new(), case.turn())
-    return out, cache  # type: ignore[return-value]
+    return out, cache
 
 
 def agrees_with_numpy(case: Case) -> None:
@@ -157,9 +157,9 @@ def test_it_gives_what_xla_does_and_writes_the_same_pages(scoring: Scoring, kind
         mine, theirs = (np.asarray(x[row, :count], np.float32) for x in (out, expected))
         np.testing.assert_allclose(mine, theirs, atol=case.tolerance)
     assert bool((out[2] == 0).all())
-    for mine, theirs in zip(cache[:2], written[:2]):
-        found = np.nan_to_num(np.asarray(numbers(mine), np.float32))
-        np.testing.assert_allclose(found, np.asarray(numbers(theirs), np.float32), rtol=8e-3, atol=1e-5)
+    for pages, wanted in zip(cache[:2], written[:2]):
+        found = np.nan_to_num(np.asarray(numbers(pages), np.float32))
+        np.testing.assert_allclose(found, np.asarray(numbers(wanted), np.float32), rtol=8e-3, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -240,7 +240,7 @@ def call(**others: Any) -> None:
     named |= {"scale": np.float32(1), "window": np.int32(0)}
     named |= {key: others.pop(key) for key in list(others) if key in named}
     given |= others
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (case.new()[0], given["k"], given["v"])]  # type: ignore[no-untyped-call]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (case.new()[0], given["k"], given["v"])]
     target = jax.ffi.ffi_call(build.target("prompts"), shapes, input_output_aliases={3: 1, 4: 2})
     jax.block_until_ready(jax.jit(lambda *x: target(*x, **named))(*given.values()))
 

@@ -216,10 +216,9 @@ def test_pages_leave_a_pool_as_they_leave_a_model_alone(
     pairs = [(page, i) for i, page in enumerate(fresh)]
     back = [(i, 3 * shared.loaded.slab_pages + i) for i in range(count)]
     shared.driver.restore("moved", 0, fresh, file.__getitem__)()()
-    for source, target, moved in [("device", "host", pairs), ("host", "device", back)]:
-        request = Move(model="moved", source=source, target=target, pages=moved, tenant="a")
-        shared.driver.move(request, KEY)()()
-        fill(shared.driver, 7.0) if target == "host" else None
+    shared.driver.move(Move(model="moved", source="device", target="host", pages=pairs, tenant="a"), KEY)()()
+    fill(shared.driver, 7.0)
+    shared.driver.move(Move(model="moved", source="host", target="device", pages=back, tenant="a"), KEY)()()
     rest.pages = [page for _, page in back]
     assert shared.run(rest) == [whole[11:]]
     shared.driver.unload("moved")

@@ -52,7 +52,7 @@ def test_the_cipher_is_the_published_one_in_jax_and_in_numpy() -> None:
         ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
     ]:
         for array in (jnp.asarray, np.asarray):
-            given = [tuple(array([word], np.uint32) for word in pair) for pair in (key, block)]
+            given = [(array([x], np.uint32), array([y], np.uint32)) for x, y in (key, block)]
             assert tuple(int(x[0]) for x in threefry(given[0], given[1])) == expected
 
 

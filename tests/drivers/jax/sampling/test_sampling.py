@@ -8,18 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos.drivers.jax.execution.state import (
-    BIAS_LIMIT,
-    Choice,
-    Tallies,
-    empty_state,
-    empty_tallies,
-    pack_choices,
-    tally,
-)
+from llmos.drivers.jax.execution.state import Choice, Tallies, empty_state, empty_tallies, pack_choices, tally
 from llmos.drivers.jax.sampling.sampling import RUN, adjust, choose, keep_likely, largest, sample, variant_of
 from llmos.drivers.jax.sampling.truncation import kept
 from llmos.drivers.jax.sharding.collectives import Columns
+from llmos.drivers.sdk.checks import BIAS_LIMIT
 from llmos.drivers.sdk.messages import Sampling
 
 VOCAB = 50

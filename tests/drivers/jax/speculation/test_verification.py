@@ -60,8 +60,10 @@ def kept(state: BatchState, counts: int, nonsense: int = -1) -> tuple[list[int],
         logits[0, nonsense] = np.nan
     made = Guess(jnp.asarray([[1, 2, 3]]), jnp.asarray([counts]), jnp.asarray([True]))
     rows, history = jnp.asarray([0]), empty_history(1, 32)
-    asked = ("greedy", Columns(logits.shape[-1]), jnp.asarray(logits))
-    state, history, _, packed = accept(*asked, made, rows, state, history, None)
+    columns = Columns(logits.shape[-1])
+    state, history, _, packed = accept(
+        "greedy", columns, jnp.asarray(logits), made, rows, state, history, None
+    )
     *tokens, reason, tested, right = packed[:, 0].tolist()
     found = [token for token in tokens if token >= 0]
     assert history.tokens[0, 4 : 5 + len(found)].tolist() == [5, *found]

@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit("a fault in the first run only")
     fake = Fake(name=name)
     if "stubborn" in habits:
-        signal.signal = lambda *_: None  # type: ignore[assignment]
+        signal.signal = lambda *_: None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.pthread_sigmask(signal.SIG_BLOCK, [number])
         fake.finish = lambda: None  # type: ignore[method-assign]
