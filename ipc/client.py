@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -114,7 +114,7 @@ class Client:
         timeout: float | None = None,
         handle: int = 0,
         trace: int = 0,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Call and yield each chunk as it comes, then the body of the end; leaving the loop early cancels.
 
         ``type`` is the type of the chunks, ``end`` of the end; without one they are plain values.
@@ -143,7 +143,7 @@ class Client:
 
     def _stream(
         self, target: str, frame: bytes, types: tuple[Any, Any], deadline: int, handle: int, trace: int
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         if self._link.lost():
             self._link.hello(max(0.0, (deadline - now()) / 1e6))
         answers: deque[Answer] = deque()
