@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from importlib.metadata import entry_points
+from typing import Any, get_type_hints
+
+import msgspec
 
 from llmos.drivers.sdk.driver import Driver
 from llmos.drivers.sdk.server import DriverServer
@@ -27,12 +31,31 @@ def find(kind: str) -> type[Driver]:
 
 
 def create(spec: DriverSpec) -> Driver:
-    """A driver made with the options of the manifest."""
+    """A driver made with the options of the manifest; InvalidArgument names an option that does not fit."""
     cls = find(spec.kind)
+    known, types = inspect.signature(cls).parameters, _types(cls)
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
+    for name, value in spec.options.items():
+        if name not in known and not takes_any:
+            there = ", ".join(known) or "none"
+            raise InvalidArgument(f"driver {spec.name!r} has no option {name}; there is: {there}")
+        try:
+            msgspec.convert(value, types.get(name, Any))
+        except msgspec.ValidationError as error:
+            raise InvalidArgument(f"option {name} of driver {spec.name!r}: {error}") from None
     try:
         return cls(**spec.options)
     except TypeError as error:
         raise InvalidArgument(f"options of driver {spec.name!r}: {error}") from None
+
+
+def _types(cls: type[Driver]) -> dict[str, Any]:
+    """Those that a driver's options are declared to have, as far as a manifest can have them."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except NameError:  # declared by what only a type checker imports
+        return {}
+    return {name: hint for name, hint in hints.items() if hint in (bool, int, float, str)}
 
 
 def main() -> int:
