@@ -130,7 +130,10 @@ class JaxDriver(Driver):
         return pending
 
     def idle(self) -> bool:
-        return any(engine.rehearse() for engines in self._engines.values() for engine in engines)
+        engines = [engine for engines in self._engines.values() for engine in engines]
+        # Replicas come equally far: their work is the same.
+        engines.sort(key=lambda engine: len(engine.unrehearsed), reverse=True)
+        return any(engine.rehearse() for engine in engines)
 
     def encode(self, request: EncodeStep) -> PendingEncoding:
         encoder = self._encoders.get(request.model)

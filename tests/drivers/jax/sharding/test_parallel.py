@@ -116,3 +116,13 @@ def test_programs_are_rehearsed_over_a_mesh(on_mesh: OnMesh) -> None:
     while engine.rehearse():
         pass
     model.check()
+
+
+def test_an_idle_driver_rehearses_its_replicas_by_turns(on_mesh: OnMesh) -> None:
+    model = on_mesh("llama", {"data": 2})
+    for engine in model.engines:
+        engine.unrehearsed = [("decode", 2), ("sample", "greedy", 2)]
+    left = []
+    while model.driver.idle():
+        left.append([len(engine.unrehearsed) for engine in model.engines])
+    assert left == [[1, 2], [1, 1], [0, 1], [0, 0]]
