@@ -126,10 +126,9 @@ def load(driver: JaxDriver, chosen: argparse.Namespace, arena: Arena) -> Side:
         arena_bytes=int(chosen.arena_gib * 2**30) if arena == "shared" else 0,
     )
     loaded = driver.load(request, lambda _: None)
-    (engine,) = driver._engines[arena]
-    for key in engine.programs.spec.ahead():  # none is being compiled while another is measured
-        engine.programs.get(key)
-    return Side(driver, loaded)
+    side = Side(driver, loaded)
+    side.settle()
+    return side
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 
+from benchmarks.timing import first_tokens
 from llmos.drivers.jax.driver import JaxDriver
 from llmos.drivers.sdk.messages import (
     DTYPES,
@@ -41,7 +42,6 @@ from llmos.drivers.sdk.messages import (
 
 DECODE_STEPS = 48
 WARM_STEPS = 8
-REST_S = 0.5
 GREEDY = Sampling()
 
 
@@ -54,7 +54,7 @@ class Session:
     def settle(self) -> None:
         """Compile what would else be compiled while steps are timed."""
         for engine in self.driver._engines[self.loaded.model]:
-            for key in engine.programs.spec.ahead():
+            for key in engine.programs.ahead():
                 engine.programs.get(key)
 
     def run(self, steps: int, **fields: Any) -> tuple[list[Step], float]:
@@ -120,16 +120,12 @@ def floor(loaded: LoadedModel, batch: int, held: float, rate: float) -> float:
     return (loaded.weight_bytes + batch * held / loaded.page_tokens * loaded.page_bytes) / rate
 
 
-def measure_prefill(session: Session, prompt: int, repeats: int, rest: float = 0.0) -> float:
-    """Median seconds from one prompt to its first token, each after the device has had nothing to do for
-    ``rest`` seconds."""
-    times = []
-    for _ in range(repeats + 1):
-        time.sleep(rest)
-        starts, chunks = session.admit(1, prompt, prompt + 1)
-        times.append(session.run(len(chunks), start=starts, chunks=chunks)[1])
-        session.run(1, release=[0])
-    return statistics.median(times[1:])
+def prefill(session: Session, prompt: int) -> float:
+    """Seconds from one prompt to its first token."""
+    starts, chunks = session.admit(1, prompt, prompt + 1)
+    took = session.run(len(chunks), start=starts, chunks=chunks)[1]
+    session.run(1, release=[0])
+    return took
 
 
 def main() -> None:
@@ -173,8 +169,7 @@ def main() -> None:
     session = Session(driver, loaded, Sampling(temperature=options.temperature, top_p=options.top_p))
     figures = {"load_s": round(time.perf_counter() - begun, 2)}
     session.settle()
-    took = measure_prefill(session, options.prompt, options.repeats)
-    rested = measure_prefill(session, options.prompt, options.repeats, REST_S)
+    took, rested = first_tokens(lambda: prefill(session, options.prompt), options.repeats)
     figures["prefill_tokens_per_s"] = round(options.prompt / took, 1)
     figures["first_token_ms"] = round(took * 1e3, 2)
     figures["first_token_rested_ms"] = round(rested * 1e3, 2)

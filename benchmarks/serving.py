@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks.cluster import DRIVER, Cluster
 from benchmarks.report import Report, arguments
+from benchmarks.timing import first_tokens
 from benchmarks.watch import Watch
 from llmos.drivers.sdk.messages import DTYPES, PRECISIONS, LoadedModel, LoadRequest, Sampling
 from llmos.ipc import codec, header
@@ -40,7 +41,6 @@ from llmos.ipc.sockets import to_bytes
 from llmos.services.manifest import DriverSpec
 from llmos.services.scheduler.messages import Emitted, SchedulerStats, Submit
 
-REST_S = 0.5
 GREEDY = Sampling()
 CASES = ("ttft", "one", "batch", "queue", "classify")
 
@@ -134,15 +134,8 @@ def one_stream(load: Load, prompt: int, count: int) -> dict[str, float]:
 def first_token(once: Callable[[], float]) -> dict[str, float]:
     """Milliseconds, of prompts one right after the other and of some that come to a device that has rested;
     ``once`` gives the seconds of one."""
-
-    def median(rest: float) -> float:
-        times = []
-        for _ in range(8):
-            time.sleep(rest)
-            times.append(once())
-        return round(statistics.median(times[1:]) * 1e3, 2)
-
-    return {"client_p50_ms": median(0.0), "rested_p50_ms": median(REST_S)}
+    took, rested = first_tokens(once, 7)
+    return {"client_p50_ms": round(took * 1e3, 2), "rested_p50_ms": round(rested * 1e3, 2)}
 
 
 def to_first(load: Load, prompt: int) -> float:

@@ -40,7 +40,7 @@ class Programs(Compiled):
     def compile_adapted(self) -> bool:
         """Compile for adapters the forward programs that ``compile_ahead`` compiled, and the rest behind; on
         any thread. False if that was done before."""
-        ahead = self.spec.ahead()
+        ahead = self.ahead()
         first, rest = (
             [with_adapters(key, True) for key in keys if key[0] in FORWARD]
             for keys in (ahead[: self.spec.first], ahead[self.spec.first :])

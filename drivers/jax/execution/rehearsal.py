@@ -45,10 +45,8 @@ def rehearse(replica: Replica, key: Key) -> None:
 
 
 def _accept(replica: Replica, speculation: Speculation, program: Any, size: int, guesses: int) -> None:
-    logits, guess = (
-        _zeros(replica, size, guesses + 1),
-        jax.device_put(no_guess(size, guesses), replica.common),
-    )
+    logits = _zeros(replica, size, guesses + 1)
+    guess = jax.device_put(no_guess(size, guesses), replica.common)
     rest = (replica.row_index([], size), replica.batch, speculation.history)
     replica.batch, speculation.history, *_ = program(logits, guess, *rest)
 

@@ -67,7 +67,7 @@ class Parts:
         common, speculation = self.place.common, self._speculation()
         replica = Replica(self.limits, self.programs, ordered, caches, batch, common, speculation, self.make)
         engine = Engine(replica)
-        engine.rehearse_later(self.programs.spec.ahead())
+        engine.rehearse_later(self.programs.ahead())
         return engine
 
     def _speculation(self) -> Speculation | None:

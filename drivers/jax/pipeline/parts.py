@@ -71,7 +71,7 @@ class Pipeline:
         common = self.stages[-1].place.common
         replica = Replica(self.limits, self.programs, ordered, caches, batch, common, make=self.make)
         engine = Engine(replica)
-        engine.rehearse_later(self.programs.spec.ahead())
+        engine.rehearse_later(self.programs.ahead())
         return engine
 
 

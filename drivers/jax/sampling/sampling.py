@@ -58,11 +58,8 @@ def sample(
     """
     choice = Choice(*(field[rows] for field in state.choice))
     live, position = state.live[rows], state.length[rows]
-    if variant == "full":
-        assert tallies is not None
-        logits, columns = columns.whole(logits), Columns(columns.size)
-        logits = adjust(logits, choice, Tallies(*(field[rows] for field in tallies)))
-    token = choose(variant, logits, choice, position, columns)
+    counted = Tallies(*(field[rows] for field in tallies)) if tallies is not None else None
+    token = choose(variant, logits, choice, position, columns, counted)
     sound = token >= 0
     made = live & sound
     length = position + made
@@ -92,20 +89,27 @@ def adjust(logits: jax.Array, choice: Choice, tallies: Tallies) -> jax.Array:
 
 
 def choose(
-    variant: Variant, logits: jax.Array, choice: Choice, position: jax.Array, columns: Columns
+    variant: Variant,
+    logits: jax.Array,
+    choice: Choice,
+    position: jax.Array,
+    columns: Columns,
+    tallies: Tallies | None = None,
 ) -> jax.Array:
     """The tokens [B] at ``position`` [B], or -1 where ``logits`` [B, vocab] are not sound: the largest is not
-    finite, or one is no number. ``columns`` says how they are cut over devices.
+    finite, or one is no number. ``columns`` says how they are cut over devices; "full" needs ``tallies``.
 
     A function of logits, seed, position and parameters, and of nothing else. By a native kernel where there
     is one, whose sums and logarithms may differ in their last bits.
     """
+    if variant in ("filtered", "full"):
+        logits, columns = columns.whole(logits), Columns(columns.size)
+    if tallies is not None:
+        logits = adjust(logits, choice, tallies)
     if kernels.chooses(logits):
         if variant == "greedy":
             choice = choice._replace(temperature=jnp.zeros_like(choice.temperature))
         return kernels.choose(logits, choice, position, cuts=variant in ("filtered", "full"))
-    if variant in ("filtered", "full"):
-        logits, columns = columns.whole(logits), Columns(columns.size)
     logits = columns.real(logits)
     top, greedy = columns.largest(logits, _top(logits), largest(logits))
     token = greedy if variant == "greedy" else _drawn(variant, logits, top, greedy, choice, position, columns)

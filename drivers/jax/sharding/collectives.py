@@ -81,6 +81,5 @@ class Columns:
         column = (place + self.first(part)).astype(value.dtype)  # float32 has all integers up to 2**24
         values, columns = jnp.moveaxis(every(jnp.stack([value, column]), self.axes), 1, 0)
         best = jnp.argmax(values, axis=0)[None]
-        found = (jnp.take_along_axis(x, best, axis=0)[0] for x in (values, columns))
-        value, column = found
+        value, column = (jnp.take_along_axis(x, best, axis=0)[0] for x in (values, columns))
         return value, column.astype(place.dtype)

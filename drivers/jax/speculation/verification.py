@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from llmos.drivers.jax.decoder import forward
 from llmos.drivers.jax.decoder.forward import Shape
 from llmos.drivers.jax.execution.state import BatchState, Choice, Tallies
-from llmos.drivers.jax.sampling.sampling import Variant, adjust, choose
+from llmos.drivers.jax.sampling.sampling import Variant, choose
 from llmos.drivers.jax.sharding.collectives import Columns
 
 NGRAM = 3
@@ -238,11 +238,8 @@ def _sampled(
     wide = position.shape[1]
     choice = Choice(*(jnp.repeat(field[rows], wide) for field in state.choice))
     flat = logits.reshape(-1, logits.shape[-1])
-    if variant == "full":
-        assert tallies is not None
-        flat, columns = columns.whole(flat), Columns(columns.size)
-        flat = adjust(flat, choice, Tallies(*(field[rows] for field in tallies)))
-    return choose(variant, flat, choice, position.reshape(-1), columns).reshape(position.shape)
+    counted = Tallies(*(field[rows] for field in tallies)) if tallies is not None else None
+    return choose(variant, flat, choice, position.reshape(-1), columns, counted).reshape(position.shape)
 
 
 def _remember(history: jax.Array, rows: jax.Array, state: BatchState, made: jax.Array) -> jax.Array:

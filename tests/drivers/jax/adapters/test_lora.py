@@ -166,10 +166,8 @@ def test_programs_with_adapters_are_compiled_when_the_first_is_loaded(
     wanted = msgspec.structs.replace(request_of, cache=str(fresh_cache))
     runner = helpers.Runner(driver, driver.load(wanted, helpers.ignore))
     programs = driver._engines["tiny"][0].programs
-    assert not any(key[0] == ADAPTED for key in programs.spec.ahead())
-    first = [
-        key for key in programs.spec.adapted() if key[1:] in programs.spec.ahead()[: programs.spec.first]
-    ]
+    assert not any(key[0] == ADAPTED for key in programs.ahead())
+    first = [key for key in programs.spec.adapted() if key[1:] in programs.ahead()[: programs.spec.first]]
     before = run(runner, helpers, [""], PROMPTS[:1])
     assert first
     assert not any(programs.ready(key) for key in programs.spec.adapted())
@@ -328,7 +326,7 @@ def test_a_model_without_room_has_the_programs_it_always_had(
     driver, _ = tiny_driver
     spec = driver._engines["tiny"][0].programs.spec
     assert (spec.room, spec.batch.adapter, spec.shape.adapters) == (None, None, False)
-    assert ("adapt",) not in driver._engines["tiny"][0].programs.spec.ahead()
+    assert ("adapt",) not in driver._engines["tiny"][0].programs.ahead()
     with pytest.raises(InvalidArgument, match="without room for adapters"):
         load_adapter(driver, "all", adapters["all"][0])
 

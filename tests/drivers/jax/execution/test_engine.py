@@ -136,7 +136,7 @@ def test_rehearsing_programs_changes_nothing_for_sequences(runner: Any, helpers:
     (whole,) = runner.run(task)
     half = runner.steps(8, start=[runner.start(0, task)], chunks=[Chunk(0, 0, 0, 57)], decode=[0])
     engine = runner.driver._engines["tiny"][0]
-    engine.unrehearsed = engine.programs.spec.ahead()
+    engine.unrehearsed = engine.programs.ahead()
     while runner.driver.idle():
         pass
     rest = runner.steps(4, decode=[0])
